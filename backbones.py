@@ -1,0 +1,173 @@
+"""Feature extractors, and the pixel loss that every network here shares.
+
+A backbone is torchvision's ImageNet model, cut into its four levels and, on request, dilated:
+
+    net = backbones.build("resnet50", output_stride=8, weights="imagenet")
+    maps = net(images)        # four maps, finest first: strides 4, 8, 8, 8
+    net.channels, net.strides # (256, 512, 1024, 2048), (4, 8, 8, 8)
+
+Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is removed, what follows is
+dilated by the same factor, so each kernel still sees the samples it was trained on. `multi_grid` multiplies the rates of
+the blocks of the last stage (there, Sect. 3.2.1: rates 2, 4, 8 at output stride 16 for the grid 1, 2, 4).
+
+To copy: this file stands alone.
+"""
+
+import inspect
+import warnings
+from urllib.error import URLError
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+# name -> (the last module of each level, and the channels it gives), finest level first
+_RESNET = ("layer1", "layer2", "layer3", "layer4")
+_LEVELS = {
+    "resnet18": (_RESNET, (64, 128, 256, 512)),
+    "resnet34": (_RESNET, (64, 128, 256, 512)),
+    "resnet50": (_RESNET, (256, 512, 1024, 2048)),
+    "resnet101": (_RESNET, (256, 512, 1024, 2048)),
+    "resnet152": (_RESNET, (256, 512, 1024, 2048)),
+    # Without the last 1x1 convolution (320 -> 1280), which serves the classifier.
+    "mobilenet_v2": (("features.3", "features.6", "features.13", "features.17"), (24, 32, 96, 320)),
+}
+NAMES = tuple(_LEVELS)
+
+
+class Backbone(nn.Module):
+    """A torchvision model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]), …]`.
+
+    `body` keeps torchvision's parameter names.
+    """
+
+    def __init__(self, model, nodes, channels, strides):
+        super().__init__()
+        self.channels, self.strides = channels, strides
+        with warnings.catch_warnings():  # "nodes are not present in eval mode": they are not needed
+            warnings.simplefilter("ignore")
+            self.body = create_feature_extractor(model, list(nodes))
+
+    def forward(self, x):
+        return list(self.body(x).values())
+
+
+def build(name, output_stride=32, weights=None, multi_grid=(1,)):
+    """The backbone `name` at `output_stride` 32, 16 or 8.
+
+    weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights, as in its own
+    segmentation models), or the path of a state dict with torchvision's names.
+    multi_grid: factors of the dilation rates of the last stage's blocks, ResNets only; the last one repeats.
+
+    Raises ValueError for an unknown name or stride, and for a state dict that does not fit: with the keys that differ.
+    """
+    if name not in _LEVELS:
+        raise ValueError(f"unknown backbone '{name}'; there are {', '.join(NAMES)}")
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f"output stride {output_stride}: {name} has 32, 16 and 8")
+    nodes, channels = _LEVELS[name]
+    if weights == "imagenet":
+        try:
+            model = models.get_model(name, weights="IMAGENET1K_V1")
+        except (URLError, TimeoutError, ConnectionError) as error:
+            raise ValueError(
+                f"the ImageNet weights of {name} could not be downloaded ({error}); "
+                "give the path of a state dict instead, or leave the weights out"
+            ) from error
+    else:
+        model = models.get_model(name, weights=None)
+        if weights is not None:
+            load_weights(model, weights)
+    _dilate(model, nodes, output_stride, multi_grid)
+    strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
+    return Backbone(model, nodes, channels, strides)
+
+
+def _dilate(model, nodes, output_stride, multi_grid):
+    """Trade the strides beyond `output_stride` for dilation, level by level."""
+    if nodes is _RESNET:
+        levels = [model.get_submodule(node) for node in nodes]
+    else:
+        ends = [0] + [int(node.split(".")[1]) + 1 for node in nodes]
+        levels = [model.features[start:end] for start, end in zip(ends, ends[1:])]
+    rate = 1
+    for level, stride in zip(levels, (4, 8, 16, 32)):
+        before, rate = rate, rate * 2 if stride > output_stride else rate
+        for conv in (module for module in level.modules() if isinstance(module, nn.Conv2d)):
+            # a convolution that loses its stride still reads samples as dense as those it was trained on
+            applied = before if conv.stride[0] > 1 else rate
+            if stride > output_stride:
+                conv.stride = (1, 1)
+            if conv.kernel_size[0] > 1:
+                conv.dilation = conv.padding = (applied, applied)
+    if tuple(multi_grid) != (1,):
+        if nodes is not _RESNET:
+            raise ValueError("multi_grid multiplies the rates of a ResNet's last blocks; this backbone is none")
+        for i, block in enumerate(levels[-1]):
+            factor = multi_grid[min(i, len(multi_grid) - 1)]
+            for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
+                if conv.kernel_size[0] > 1:
+                    conv.dilation = conv.padding = (rate * factor, rate * factor)
+
+
+def load_weights(model, path):
+    """Load the state dict at `path` into `model`; a classifier (and all of the file that lies behind it) may be missing.
+
+    Raises ValueError that lists the keys and shapes that differ, FileNotFoundError where there is no file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no weights at '{path}'; give 'imagenet' or the path of a state dict") from None
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"'{path}' holds no state dict (names to tensors)")
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(("fc.", "classifier."))}
+    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {list(state[key].shape)} in the file, {list(own[key].shape)} in the network"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unknown or shapes:
+        parts = {"missing from the file": missing, "not in the network": unknown, "of another shape": shapes}
+        raise ValueError(
+            f"'{path}' does not fit: "
+            + "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in parts.items() if keys)
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _few(names, most=4):
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def pixel_cross_entropy(logits, labels, ignore=255):
+    """Cross entropy, the mean over the labelled pixels of all processes.
+
+    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1 or `ignore` -> scalar, float32. DistributedDataParallel
+    averages gradients over its processes, so each divides by its share of the common count: two processes give the
+    loss and the gradient of one with the joint batch. Where nothing is labelled: 0, with a zero gradient.
+    """
+    count = (labels != ignore).sum()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum") / count.clamp(min=1e-6)
+
+
+def check_options(network, options):
+    """`options`, if each is a keyword-only argument of the class `network`; else a ValueError that lists those."""
+    parameters = inspect.signature(network).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        listed = ", ".join(f"{name}={default!r}" for name, default in known.items())
+        raise ValueError(f"{network.__name__} has no option {', '.join(unknown)}; its options and defaults are {listed}")
+    return options
