@@ -53,7 +53,7 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
     Raises Mistake for an unknown name, missing files (it names what it looked for), a broken image, a wrong label id.
     """
     seed = augmentation.pop("seed", 0)
-    transform = augment(**augmentation) if train else v2.Compose(_NORMALISE)
+    transform = augment(**augmentation) if train else v2.Compose(NORMALISE)
     kind, *switches = name.split("+")
     if kind == "shapes":
         return Shapes(split, switches, transform, seed)
@@ -269,7 +269,7 @@ class PadTo(v2.Transform):
 
 
 _COLOR = {"none": (), "brightness": (RandomBrightness,), "photometric": (v2.RandomPhotometricDistort,)}
-_NORMALISE = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
+NORMALISE = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
 
 
 def augment(crop_size=513, scale=(0.5, 2.0), scale_step=0.0, color="none"):
@@ -277,7 +277,7 @@ def augment(crop_size=513, scale=(0.5, 2.0), scale_step=0.0, color="none"):
     if color not in _COLOR:
         raise Mistake(f"unknown color '{color}'; there are {', '.join(_COLOR)}")
     crop = RandomScaledCrop(crop_size, scale, scale_step)
-    return v2.Compose([crop, *(make() for make in _COLOR[color]), v2.RandomHorizontalFlip(), *_NORMALISE, PadTo(crop_size)])
+    return v2.Compose([crop, *(make() for make in _COLOR[color]), v2.RandomHorizontalFlip(), *NORMALISE, PadTo(crop_size)])
 
 
 class PositionSampler(Sampler):
@@ -358,7 +358,7 @@ class Shapes(Dataset):
             raise Mistake(f"shapes has no switch '{unknown[0]}'; it has {', '.join(self.SWITCHES)}, as in shapes+scale+thin")
         self.split, self.switches, self.size = split, frozenset(switches), size
         self.length = length or (2000 if split == "train" else 100)
-        self.transform, self.seed = transform or v2.Compose(_NORMALISE), seed
+        self.transform, self.seed = transform or v2.Compose(NORMALISE), seed
         self.classes = [*self.STUFF, *self.THINGS]
         self.palette = [*self.STUFF.values(), *self.THINGS.values()]
         self.num_classes = len(self.classes)

@@ -1,0 +1,545 @@
+"""Measure a trained network, look at what it does, and price any network.
+
+    python evaluate.py --checkpoint runs/caa-shapes/last.pt                          # mIoU, accuracies, IoU per class
+    python evaluate.py --checkpoint … --scales 0.75 1 1.25 --flip --json result.json
+    python evaluate.py --checkpoint … --images street.jpg                            # any photograph
+    python evaluate.py --checkpoint … --figures figures                              # what the method shows of its inside
+    python evaluate.py --method caa --backbone resnet101 --output-stride 16 --cost   # parameters and multiply-adds
+    python evaluate.py --method caa --backbone resnet50 --speed                      # images per second, memory
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint …                           # the same numbers, on eight processes
+
+Numbers are over the labelled pixels of the whole split, each image at its own size. A class that is in neither labels nor
+predictions has no IoU: it is left out of the mean, and named.
+"""
+
+import argparse
+import ast
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import backbones
+import data
+from data import Mistake
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+class ConfusionMatrix:
+    """Counts of (true class, predicted class) over all labelled pixels: `matrix` int64 `[num_classes, num_classes]`."""
+
+    def __init__(self, num_classes, device="cpu"):
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction, labels):
+        """Add label maps of the same shape; pixels labelled 255 do not count."""
+        labelled = labels != data.IGNORE
+        pairs = labels[labelled] * len(self.matrix) + prediction[labelled]
+        self.matrix += torch.bincount(pairs, minlength=self.matrix.numel()).view_as(self.matrix)
+
+    def all_reduce(self):
+        """Sum over all processes, which may have counted unequal shares."""
+        if dist.is_initialized():
+            dist.all_reduce(self.matrix)
+
+    def result(self):
+        """mIoU, pixel_accuracy, class_accuracy in 0…1, IoU per class (None: in neither labels nor predictions).
+
+        class_accuracy is the mean over the classes that are labelled somewhere. NaN where nothing is labelled.
+        """
+        matrix = self.matrix.double().cpu()
+        hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+        union = true + predicted - hit
+        iou = hit / union  # NaN where the union is empty
+        return {
+            "mIoU": iou[union > 0].mean().item(),
+            "pixel_accuracy": (hit.sum() / matrix.sum()).item(),
+            "class_accuracy": (hit / true)[true > 0].mean().item(),
+            "IoU": [value.item() if count else None for value, count in zip(iou, union)],
+        }
+
+
+def table(result, classes):
+    """The result as text: IoU per class, then the means; classes without an IoU are named at the end."""
+    lines = [f"  {name:<20} {value:6.3f}" for name, value in zip(classes, result["IoU"]) if value is not None]
+    for name in ("mIoU", "pixel_accuracy", "class_accuracy"):
+        lines.append(f"{name.replace('_', ' '):<22} {result[name]:6.3f}")
+    absent = [name for name, value in zip(classes, result["IoU"]) if value is None]
+    if absent:
+        lines.append(f"not in the mean (neither labelled nor predicted): {', '.join(absent)}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def predict(net, images, scales=(1.0,), flip=False, window=None):
+    """Class probabilities `[N, K, H, W]`, float32, of images `[N, 3, H, W]`.
+
+    The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image into overlapping squares
+    of that side (steps of two thirds), and average where they overlap.
+    """
+    size, total = images.shape[2:], 0
+    for scale in scales:
+        scaled = images
+        if scale != 1:
+            target = [max(1, round(side * scale)) for side in size]
+            scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False, antialias=True)
+        views = [_windows(net, scaled, window)]
+        if flip:
+            views.append(_windows(net, scaled.flip(3), window).flip(3))
+        for view in views:
+            if view.shape[2:] != size:
+                view = F.interpolate(view, size=size, mode="bilinear", align_corners=False)
+            total = total + view
+    return total / (len(scales) * (2 if flip else 1))
+
+
+def _windows(net, images, window):
+    H, W = images.shape[2:]
+    if window is None or max(H, W) <= window:
+        return net(images).softmax(1)
+    total, count = 0, images.new_zeros(1, 1, H, W)
+    for top in _starts(H, window):
+        for left in _starts(W, window):
+            part = net(images[:, :, top : top + window, left : left + window]).softmax(1)
+            if isinstance(total, int):
+                total = part.new_zeros(len(images), part.shape[1], H, W)
+            total[:, :, top : top + window, left : left + window] += part
+            count[:, :, top : top + window, left : left + window] += 1
+    return total / count
+
+
+def _starts(side, window):
+    last = max(0, side - window)
+    return sorted({min(start, last) for start in range(0, last + window, max(1, window * 2 // 3))})
+
+
+def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lambda: False, **how):
+    """The result of `net` (in evaluation mode) over all of `dataset`, shared among the processes of the run.
+
+    Process r of w takes the images r, r + w, …: none twice, none left out; unequal shares are fine, for nothing is
+    exchanged before the counts are added up. how: `scales`, `flip`, `window` of `predict`. save: called with (index,
+    prediction `[H, W]`). stopped: asked before every image; where it says yes the result is that of a part.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    indices = range(rank, len(dataset), world)
+    matrix = ConfusionMatrix(dataset.num_classes, device)
+    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers)
+    bar = tqdm(
+        zip(indices, loader), total=len(indices), desc="evaluating", unit="img", leave=False, disable=rank > 0 or None
+    )
+    for index, (image, labels) in bar:
+        if stopped():
+            break
+        with autocast(device, amp):
+            prediction = predict(net, image.to(device), **how).argmax(1)
+        matrix.update(prediction, labels.to(device))
+        if save:
+            save(index, prediction[0])
+    matrix.all_reduce()
+    return matrix.result()
+
+
+# ---------------------------------------------------------------------------------------- networks, processes, precision
+
+
+def network(method, num_classes, backbone, weights=None, output_stride=None, options=None):
+    """`METHOD.build(…)` of the file METHOD.py; Mistake where there is none or its options do not fit."""
+    module = method_file(method)
+    options = dict(options or {})
+    if output_stride is not None:
+        options["output_stride"] = output_stride
+    try:
+        return module.build(num_classes, backbone, weights=weights, **options)
+    except (ValueError, FileNotFoundError) as error:
+        raise Mistake(str(error)) from error
+
+
+def method_file(name):
+    """The module NAME.py, with its `build`."""
+    if not name.isidentifier() or importlib.util.find_spec(name) is None:
+        raise Mistake(f"unknown method '{name}': there is no file {name}.py with a function build")
+    module = importlib.import_module(name)
+    if not hasattr(module, "build"):
+        raise Mistake(f"'{name}' is no method: {getattr(module, '__file__', name)} has no function build")
+    return module
+
+
+def read_checkpoint(path):
+    """What train.py saved at `path`; Mistake where it cannot be read."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Mistake(f"no checkpoint '{path}'; expected the path of a last.pt or best.pt that train.py wrote") from None
+    except Exception as error:  # a file cut short, or another kind of file, fails in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Mistake(f"checkpoint '{path}' cannot be read ({reason}); take another one") from None
+    if not isinstance(checkpoint, dict) or not {"net", "settings", "step"} <= set(checkpoint):
+        raise Mistake(f"'{path}' is no checkpoint of train.py; a backbone's weights go to --weights")
+    return checkpoint
+
+
+def load(checkpoint):
+    """The trained network in a checkpoint, in evaluation mode."""
+    s = checkpoint["settings"]
+    net = network(s["method"], len(checkpoint["classes"]), s["backbone"], None, s["output_stride"], s["option"])
+    try:
+        net.load_state_dict(checkpoint["net"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Mistake(f"the checkpoint does not fit {s['method']}.py as it is now ({reason})") from None
+    return net.eval()
+
+
+def processes(device=None):
+    """(device, rank, world): under torchrun joins its process group (nccl on CUDA, gloo on the CPU)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise Mistake(f"unknown device '{device}'; expected cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Mistake(f"device '{device}': torch sees no CUDA GPU here; take --device cpu")
+    if "WORLD_SIZE" not in os.environ:
+        return torch.device(device), 0, 1
+    if kind == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise Mistake(f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def amp_dtype(amp, device):
+    """The type of mixed precision: None, torch.bfloat16 or torch.float16, for amp "auto", "bf16", "fp16", "off"."""
+    if amp == "off" or (amp == "auto" and device.type != "cuda"):
+        return None
+    if amp == "fp16" and device.type != "cuda":
+        raise Mistake("--amp fp16 needs a CUDA GPU; take bf16 or off on the CPU")
+    if amp == "bf16" or (amp == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)):
+        return torch.bfloat16
+    return torch.float16
+
+
+def autocast(device, amp):
+    """The context of mixed precision `amp` on `device`."""
+    dtype = amp_dtype(amp, device)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+# ----------------------------------------------------------------------------------------------------- cost and speed
+
+
+def cost(net, size):
+    """(parameters, multiply-adds, multiply-adds of each child) of one image of size x size, in evaluation mode.
+
+    Multiply-adds are half of what torch.utils.flop_counter counts: matrix products and convolutions, nothing else.
+    """
+    with FlopCounterMode(net, display=False) as counter, torch.no_grad():
+        net.eval()(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
+    children = {name: 0 for name, _ in net.named_children()}
+    for name, counts in counter.get_flop_counts().items():
+        parts = name.split(".")
+        if len(parts) == 2 and parts[1] in children:
+            children[parts[1]] = sum(counts.values()) // 2
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2, children
+
+
+def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
+    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size` random images."""
+    net.to(device)
+    images = torch.randn(batch_size, 3, size, size, device=device)
+    labels = torch.randint(num_classes, (batch_size, size, size), device=device)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(amp, device) is torch.float16)
+
+    def forward():
+        net.eval()
+        with torch.no_grad(), autocast(device, amp):
+            net(images)
+
+    def training():
+        net.train()
+        with autocast(device, amp):
+            loss = sum(net(images, labels).values())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return {"forward": measure(forward, device, runs), "training step": measure(training, device, runs)}
+
+
+def measure(work, device, runs=5):
+    """(median seconds, peak bytes or None) of `work()`, after two calls to warm up. On the CPU the peak is what the
+    process grew by, which only Linux tells."""
+    for _ in range(2):
+        work()
+    seconds, before = [], _reset_peak(device)
+    for _ in range(runs):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    if device.type == "cuda":
+        return statistics.median(seconds), torch.cuda.max_memory_allocated(device)
+    return statistics.median(seconds), None if before is None else _status("VmHWM") - before
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device):
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def heat(values, image):
+    """A map `[h, w]` in 0…1 over the uint8 image `[3, H, W]`: dark blue to yellow, the image showing through."""
+    values = values.detach().float().cpu()[None, None]
+    values = F.interpolate(values, size=image.shape[1:], mode="nearest")[0, 0].numpy()
+    stops = np.array([(10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)], np.float32)
+    colors = np.stack([np.interp(values, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)])
+    gray = image.float().mean(0).numpy()
+    return torch.from_numpy((0.65 * colors + 0.35 * gray).astype(np.uint8))
+
+
+def inside(net, image, palette, pixel=None):
+    """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where it has none."""
+    if not hasattr(net, "figures"):
+        return [], []
+    arguments = {"pixel": pixel} if "pixel" in inspect.signature(net.figures).parameters else {}
+    figures = net.figures(image[None].to(next(net.parameters()).device), **arguments)
+    photo = data.photograph(image)
+    if arguments:  # the place that the figures are about
+        row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
+        photo = photo.clone()
+        photo[:, max(0, row - 3) : row + 4, max(0, column - 3) : column + 4] = torch.tensor([255, 0, 0]).view(3, 1, 1)
+    tiles = [heat(m, photo) if m.is_floating_point() else data.colorize(m, palette) for m in figures.values()]
+    return list(figures), tiles
+
+
+def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None):
+    """The sheet of one normalised image: photograph, truth if there is one, prediction, errors, the method's figures."""
+    titles, tiles = ["image"], [data.photograph(image)]
+    if truth is not None:
+        titles, tiles = titles + ["truth"], tiles + [data.colorize(truth, palette)]
+    titles, tiles = titles + ["prediction"], tiles + [data.colorize(prediction, palette)]
+    if truth is not None:
+        wrong = (prediction.cpu() != truth) & (truth != data.IGNORE)
+        titles, tiles = titles + ["errors (white)"], tiles + [(255 * wrong).to(torch.uint8).expand(3, -1, -1)]
+    names, pictures = inside(net, image, palette, pixel)
+    return data.sheet([tiles + pictures], titles + names, classes, palette)
+
+
+def save_prediction(prediction, palette, file):
+    """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's colours."""
+    picture = Image.fromarray(prediction.cpu().to(torch.uint8).numpy())
+    picture.putpalette([c for color in palette for c in color])
+    picture.save(file)
+
+
+def _photographs(net, checkpoint, device, args, how):
+    """`--images`: the prediction over each photograph, its palette PNG, and the classes' shares in words."""
+    classes, palette = checkpoint["classes"], checkpoint["palette"]
+    folder = Path(args.save_predictions or "predictions")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in map(Path, args.images):
+        raw = data.read_image(file)
+        image = v2.Compose(data.NORMALISE)(raw).as_subclass(torch.Tensor)
+        with autocast(device, args.amp):
+            prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
+        save_prediction(prediction, palette, folder / f"{file.stem}.png")
+        rows = [[raw, data.overlay(raw, prediction, palette)]]
+        data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(folder / f"{file.stem}_overlay.png")
+        if args.figures:
+            Path(args.figures).mkdir(parents=True, exist_ok=True)
+            picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
+            picture.save(Path(args.figures) / f"{file.stem}.png")
+        shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes)) / prediction.numel()
+        found = [f"{classes[i]} {shares[i]:.0%}" for i in shares.argsort(descending=True).tolist() if shares[i] >= 0.005]
+        print(f"{file}: {', '.join(found)} -> {folder / f'{file.stem}_overlay.png'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_options(pairs):
+    """["KEY=VALUE", …] -> dict; values are Python literals where they can be, else text."""
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise Mistake(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def _arguments(arguments):
+    parser = argparse.ArgumentParser(description="Metrics, predictions, figures, cost and speed of a network.")
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="a last.pt or best.pt of train.py")
+    add("--dataset", help="the data to evaluate on (the checkpoint's)")
+    add("--data-root", metavar="DIR", help="its folder (the checkpoint's)")
+    add("--split", default="val")
+    add("--scales", type=float, nargs="+", default=[1.0], help="average over these scales of the image")
+    add("--flip", action="store_true", help="and over the mirrored image")
+    add("--window", type=int, metavar="N", help="sliding windows of N x N pixels")
+    add("--save-predictions", metavar="DIR", help="a palette PNG of class ids for every image")
+    add(
+        "--figures", metavar="DIR", help="sheets of eight images of the split, or of --images, with the method's own figures"
+    )
+    add("--pixel", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="the pixel those figures are about (the centre)")
+    add("--images", nargs="+", metavar="FILE", help="any photographs, no labels needed")
+    add("--json", metavar="FILE", help="write all numbers there")
+    add("--cost", action="store_true", help="parameters and multiply-adds")
+    add("--speed", action="store_true", help="images per second and peak memory, forward and training step")
+    add("--method", help="for --cost and --speed without a checkpoint: the method's file")
+    add("--backbone", default="resnet50", help=f"with --method: {', '.join(backbones.NAMES)}")
+    add("--output-stride", type=int, help="with --method (the method's default)")
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help="with --method: its options")
+    add("--classes", type=int, default=59, help="with --method: how many (59, as in Pascal Context)")
+    add("--crop-size", type=int, default=513, help="for --cost and --speed: the side of the image (513)")
+    add("--batch-size", type=int, default=2, help="for --speed: images at a time (2)")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto")
+    add("--workers", type=int, default=2)
+    add("--device", help="cpu, cuda, cuda:1 (a GPU if there is one)")
+    return parser.parse_args(arguments)
+
+
+def _run(args):
+    device, rank, _ = processes(args.device)
+    amp_dtype(args.amp, device)
+    if bool(args.checkpoint) == bool(args.method):
+        raise Mistake("give --checkpoint FILE, or --method NAME with --cost or --speed")
+    numbers = {}
+    if args.checkpoint:
+        checkpoint = read_checkpoint(args.checkpoint)
+        net, classes = load(checkpoint).to(device), len(checkpoint["classes"])
+    else:
+        if not (args.cost or args.speed):
+            raise Mistake("--method alone has no trained weights: it goes with --cost or --speed; else give --checkpoint")
+        options = parse_options(args.option)
+        net, classes = (
+            network(args.method, args.classes, args.backbone, None, args.output_stride, options).to(device),
+            args.classes,
+        )
+    size = args.crop_size
+    if args.cost:
+        parameters, operations, children = cost(net, size)
+        numbers["cost"] = dict(size=size, parameters=parameters, multiply_adds=operations, children=children)
+        print(f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for {size}x{size}, of which")
+        print("\n".join(f"  {name:<12} {count / 1e9:10.4f} G" for name, count in children.items()))
+    if args.speed:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        print(f"{args.batch_size} images of {size}x{size}, amp {args.amp}, {name}")
+        for what, (seconds, peak) in speed(net, classes, size, args.batch_size, device, args.amp).items():
+            rate = args.batch_size / seconds
+            numbers[what] = dict(seconds=seconds, images_per_second=rate, peak_bytes=peak, device=name)
+            memory = f", peak {peak / 2**20:.0f} MiB" if peak is not None else ""
+            print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms){memory}")
+        net.eval()
+    how = dict(scales=args.scales, flip=args.flip, window=args.window)
+    if args.images:
+        _photographs(net, checkpoint, device, args, how)
+    elif args.checkpoint and not (args.cost or args.speed):
+        numbers |= _split(net, checkpoint, device, rank, args, how)
+    if args.json and rank == 0:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def _split(net, checkpoint, device, rank, args, how):
+    """Metrics, predictions and figures of a whole split."""
+    settings = checkpoint["settings"]
+    name = args.dataset or settings["dataset"]
+    root = args.data_root or (settings["data_root"] if name == settings["dataset"] else f"datasets/{name}")
+    dataset = data.dataset(name, root, args.split)
+    if dataset.classes != checkpoint["classes"]:
+        raise Mistake(f"{name} has other classes ({dataset.num_classes}) than the checkpoint ({len(checkpoint['classes'])})")
+    save = None
+    if args.save_predictions:
+        folder = Path(args.save_predictions)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def save(index, prediction):
+            save_prediction(prediction, dataset.palette, folder / f"{dataset.name(index)}.png")
+
+    result = evaluate(net, dataset, device, args.amp, args.workers, save, **how)
+    if rank == 0:
+        mode = f"scales {' '.join(f'{s:g}' for s in args.scales)}{', flip' if args.flip else ''}"
+        mode += f", windows of {args.window}" if args.window else ""
+        print(f"{args.checkpoint} (step {checkpoint['step']}) on {name} {args.split}, {len(dataset)} images, {mode}")
+        print(table(result, dataset.classes))
+    if args.figures and rank == 0:
+        folder = Path(args.figures)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in sorted({i * len(dataset) // 8 for i in range(8)}):
+            image, truth = dataset[index]
+            prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
+            picture = figure_sheet(net, image, prediction, dataset.palette, dataset.classes, truth, args.pixel)
+            picture.save(folder / f"{dataset.name(index)}.png")
+        print(f"figures: {folder}")
+    named = {name: value for name, value in zip(dataset.classes, result["IoU"])}
+    how = how | dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name, split=args.split)
+    return result | {"IoU": named, "images": len(dataset)} | how
+
+
+def report_mistake(script, error):
+    """One line on stderr. What a DataLoader's worker raised arrives inside its traceback: the last line is the text."""
+    text = str(error).strip().splitlines()[-1].removeprefix("data.Mistake: ") if str(error) else type(error).__name__
+    print(f"{script}: {text}", file=sys.stderr)
+
+
+def main(arguments=None):
+    """Exit status 0, or 2 after a mistake that one line on stderr explains."""
+    args = _arguments(arguments)
+    try:
+        _run(args)
+    except (Mistake, OSError) as error:
+        report_mistake("evaluate.py", error)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,513 @@
+"""Train any method of this repository: plain PyTorch, one process or many, mixed precision on CUDA.
+
+    python train.py                                                    # CAA on drawn shapes: minutes on a laptop
+    python train.py --method caa --dataset camvid --data-root DIR      # any dataset, see data.py
+    torchrun --nproc-per-node 8 train.py --method caa --dataset pascal_context          # eight GPUs, as the paper did
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py …    # two machines
+    python train.py --output runs/caa-shapes --resume                  # go on where a run stopped
+
+Settings are, in this order: the defaults below, the method's RECIPES for the dataset, the flags. Each is printed and kept
+in config.json with where it came from. `--batch-size` is that of all processes together.
+
+A run's folder: config.json; log.jsonl, a line for each logged step (`step`, `lr`, `loss`, its terms, `images_per_second`)
+and each evaluation (`step`, `mIoU`, `pixel_accuracy`, `class_accuracy`, `IoU`); last.pt and best.pt (highest mIoU);
+curves.png; samples.png.
+
+The same seed gives the same run: each sample's augmentation depends on (seed, position in the run), each step's dropout on
+(seed, step, process), so workers, interruptions and --resume change nothing; on the CPU bit for bit. Several processes
+equal one with the joint batch up to batch norm, which is synchronized on CUDA and each process's own on the CPU.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import backbones
+import data
+import evaluate
+from data import Mistake
+
+# name: (default, what it is); the defaults are those of the small world `shapes`, and of every dataset without a recipe
+SETTINGS = {
+    # what
+    "method": ("caa", "the file METHOD.py"),
+    "dataset": ("shapes", "a name of data.py: shapes, shapes+company, camvid, folder, …"),
+    "data_root": (None, "the dataset's folder (datasets/NAME)"),
+    "backbone": ("resnet18", ", ".join(backbones.NAMES)),
+    "weights": (None, "of the backbone: none, imagenet, or the path of a state dict"),
+    "output_stride": (8, "of the backbone: 32, 16, 8"),
+    "option": ({}, "an option of the method's build, may be repeated"),
+    "init": (None, "start from the weights of this checkpoint"),
+    # how long, how fast
+    "iterations": (500, "optimizer steps"),
+    "batch_size": (8, "images a step, of all processes together"),
+    "optimizer": ("sgd", "sgd, adam or adamw"),
+    "lr": (0.02, "learning rate at the start"),
+    "power": (0.9, "of the decay lr · (1 - step/iterations)^power"),
+    "momentum": (0.9, "of sgd"),
+    "weight_decay": (1e-4, "L2 (decoupled with adamw)"),
+    "decay_norms": (True, "false leaves the decay off norms and biases"),
+    "bn_momentum": (0.1, "share of the new batch in the running statistics of batch norm"),
+    # augmentation
+    "crop_size": (96, "side of the square training crop"),
+    "scale": ((0.5, 2.0), "range of the random scale"),
+    "scale_step": (0.0, "grid of that scale, 0: none"),
+    "color": ("none", "none, brightness or photometric"),
+    # the machine, and what is kept
+    "seed": (0, "of everything random"),
+    "deterministic": (False, "only deterministic kernels"),
+    "workers": (2, "loader processes of each training process"),
+    "amp": ("auto", "mixed precision: auto, bf16, fp16, off (auto: on CUDA)"),
+    "compile": (False, "torch.compile"),
+    "device": (None, "cpu, cuda, cuda:1 (a GPU if there is one)"),
+    "eval_every": (None, "steps between evaluations (a tenth of the run, at least 100)"),
+    "save_every": (None, "steps between checkpoints (as eval_every)"),
+}
+# What may differ when a run goes on, for it changes no result
+FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
+LOG_EVERY = 10  # steps
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def arguments(argv=None):
+    """(flags that were given, output folder or None, resume)"""
+    parser = argparse.ArgumentParser(description="Train a segmentation method; see the top of train.py.")
+    for name, (default, what) in SETTINGS.items():
+        flag = "--" + name.replace("_", "-")
+        known = dict(default=argparse.SUPPRESS, help=f"{what} [{default}]" if default not in (None, {}) else what)
+        if name == "option":
+            parser.add_argument(flag, action="append", metavar="KEY=VALUE", **known)
+        elif name == "scale":
+            parser.add_argument(flag, nargs=2, type=float, metavar=("LOW", "HIGH"), **known)
+        elif name == "decay_norms":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **known)
+        elif isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", **known)
+        else:
+            kind = type(default) if default is not None else int if name.endswith("_every") else str
+            choices = {"optimizer": ("sgd", "adam", "adamw"), "amp": ("auto", "bf16", "fp16", "off")}.get(name)
+            parser.add_argument(flag, type=kind, choices=choices, **known)
+    parser.add_argument("--output", metavar="DIR", help="the run's folder (runs/METHOD-DATASET, with a number where taken)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output, with its settings")
+    given = vars(parser.parse_args(argv))
+    output, resume = given.pop("output"), given.pop("resume")
+    if "option" in given:
+        given["option"] = evaluate.parse_options(given["option"])
+    if given.get("weights") == "none":
+        given["weights"] = None
+    return given, output, resume
+
+
+def resolve(given):
+    """(settings, where each came from): defaults, then the method's recipe, then the flags."""
+    settings = {name: default for name, (default, _) in SETTINGS.items()}
+    origin = dict.fromkeys(settings, "default")
+    method = evaluate.method_file(given.get("method", settings["method"]))
+    dataset = given.get("dataset", settings["dataset"])
+    recipe = getattr(method, "RECIPES", {}).get(dataset, {})
+    strange = set(recipe) - set(SETTINGS)
+    if strange:
+        raise Mistake(f"the recipe for {dataset} in {method.__name__}.py has unknown settings: {', '.join(sorted(strange))}")
+    for values, source in ((recipe, f"recipe {method.__name__}/{dataset}"), (given, "command line")):
+        for name, value in values.items():
+            settings[name] = settings[name] | value if name == "option" else value
+            origin[name] = source
+    if settings["data_root"] is None:
+        settings["data_root"] = f"datasets/{dataset}"
+    for name in ("eval_every", "save_every"):
+        if settings[name] is None:
+            settings[name] = max(100, math.ceil(settings["iterations"] / 10))
+    settings["scale"] = list(settings["scale"])
+    for name in ("iterations", "batch_size", "crop_size", "eval_every", "save_every"):
+        if settings[name] < 1:
+            raise Mistake(f"--{name.replace('_', '-')} {settings[name]}: expected a whole number of at least 1")
+    if settings["scale"][0] <= 0 or settings["scale"][0] > settings["scale"][1]:
+        raise Mistake(f"--scale {settings['scale']}: expected two factors above 0, the smaller one first")
+    return settings, origin
+
+
+def resumed(output, given):
+    """(settings, origin, checkpoint) of the run in `output`; a flag that would change its result is a Mistake."""
+    if output is None:
+        raise Mistake("--resume needs the run's folder: --output runs/NAME")
+    path = Path(output) / "config.json"
+    if not path.is_file():
+        raise Mistake(f"nothing to resume: '{path}' is not there; expected the --output folder of an earlier run")
+    try:
+        config = json.loads(path.read_text())["settings"]
+        settings = {name: config[name]["value"] for name in SETTINGS}
+        origin = {name: config[name]["from"] for name in SETTINGS}
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise Mistake(f"'{path}' is damaged or of another version; start a new run with --init {output}/last.pt") from None
+    for name, value in given.items():
+        if name not in FREE and value != settings[name]:
+            raise Mistake(
+                f"--{name.replace('_', '-')} {value} differs from this run's {settings[name]}; leave it out, "
+                f"or start a new run with --init {output}/last.pt"
+            )
+        settings[name], origin[name] = value, origin[name] if value == settings[name] else "command line"
+    last = Path(output) / "last.pt"
+    return settings, origin, evaluate.read_checkpoint(last) if last.exists() else None
+
+
+def new_folder(output, settings):
+    """The folder of a new run; a Mistake where the one asked for holds a run already."""
+    if output is not None:
+        if (Path(output) / "config.json").exists():
+            raise Mistake(f"'{output}' holds a run already; add --resume to go on with it, or take another --output")
+        return Path(output)
+    name = f"runs/{settings['method']}-{settings['dataset']}"
+    number = 1
+    while Path(folder := name if number == 1 else f"{name}-{number}").exists():
+        number += 1
+    return Path(folder)
+
+
+def write_config(folder, settings, origin, device, world):
+    """config.json, and the same to read on the screen."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    config = {
+        "settings": {name: {"value": value, "from": origin[name]} for name, value in settings.items()},
+        "versions": packages | {"python": platform.python_version(), "cuda": torch.version.cuda},
+        "git": git.stdout.strip() or None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": world,
+    }
+    replace(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+    for name, value in settings.items():
+        print(f"  {name:<14} {value!s:<28} {origin[name]}")
+
+
+# -------------------------------------------------------------------------------------------------------- files of a run
+
+
+def replace(path, write):
+    """Write under a temporary name, then rename: whoever reads `path` finds the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def read_log(folder):
+    """The lines of log.jsonl; one that was cut short by a kill is left out."""
+    path, lines = folder / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def rewind_log(folder, step, evaluated):
+    """Drop what a run logged after its last checkpoint: it will be logged again."""
+    kept = [line for line in read_log(folder) if line["step"] <= (evaluated if "mIoU" in line else step)]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    replace(folder / "log.jsonl", lambda path: path.write_text(text))
+
+
+def append_log(folder, **line):
+    """One more line of log.jsonl."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def draw_curves(folder):
+    """curves.png: the loss and its terms, the learning rate, and mIoU, pixel and class accuracy, over the steps."""
+    log = read_log(folder)
+    steps, results = [line for line in log if "loss" in line], [line for line in log if "mIoU" in line]
+    terms = [name for name in (steps[0] if steps else {}) if name not in ("step", "lr", "images_per_second")]
+    panels = [
+        ("loss", {name: [(line["step"], line[name]) for line in steps] for name in terms}),
+        ("learning rate", {"lr": [(line["step"], line["lr"]) for line in steps]}),
+        (
+            "validation",
+            {n: [(line["step"], line[n]) for line in results] for n in ("mIoU", "pixel_accuracy", "class_accuracy")},
+        ),
+    ]
+    picture = Image.new("RGB", (480 * len(panels), 340), "white")
+    for i, (title, series) in enumerate(panels):
+        picture.paste(_panel(title, series), (480 * i, 0))
+    replace(folder / "curves.png", lambda path: picture.save(path, format="png"))
+
+
+def _panel(title, series, width=480, height=340):
+    picture = Image.new("RGB", (2 * width, 2 * height), "white")  # drawn at twice the size, for smooth lines
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
+    left, top, right, bottom = 120, 70, 2 * width - 40, 2 * height - 70
+    draw.text((left, 20), title, "black", font)
+    points = [point for line in series.values() for point in line]
+    last = max((x for x, _ in points), default=1)
+    highest = max((y for _, y in points), default=1) or 1
+    for i in range(5):
+        x, y = left + (right - left) * i / 4, bottom - (bottom - top) * i / 4
+        draw.line((left, y, right, y), "#dddddd", 2)
+        draw.text((left - 12, y), f"{highest * i / 4:.3g}", "black", font, anchor="rm")
+        draw.text((x, bottom + 14), f"{last * i / 4:g}", "black", font, anchor="mt")
+    colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
+    for i, (name, line) in enumerate(series.items()):
+        color = colors[i % len(colors)]
+        place = [(left + (right - left) * x / last, bottom - (bottom - top) * y / highest) for x, y in line]
+        draw.line(place, color, 4, joint="curve")
+        for x, y in place if len(place) < 30 else []:
+            draw.ellipse((x - 6, y - 6, x + 6, y + 6), color)
+        ending = f"  {line[-1][1]:.3g}" if line else ""
+        draw.text((right, top - 40 + 30 * i), f"{name.replace('_', ' ')}{ending}", color, font, anchor="ra")
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def draw_samples(folder, net, dataset, device, amp, count=4):
+    """samples.png: image, truth, prediction of a few validation images, evenly spread."""
+    rows = []
+    for index in sorted({i * len(dataset) // count for i in range(count)}):
+        image, truth = dataset[index]
+        with evaluate.autocast(device, amp):
+            prediction = evaluate.predict(net, image[None].to(device)).argmax(1)[0]
+        colors = [data.colorize(label, dataset.palette) for label in (truth, prediction)]
+        rows.append([data.photograph(image), *colors])
+    picture = data.sheet(rows, ["image", "truth", "prediction"], dataset.classes, dataset.palette)
+    replace(folder / "samples.png", lambda path: picture.save(path, format="png"))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def make_optimizer(net, s):
+    """SGD, Adam or AdamW; with decay_norms=False what has one dimension (norms, biases) is not decayed."""
+    groups = [{"params": [p for p in net.parameters() if p.ndim > 1 or s["decay_norms"]]}]
+    if not s["decay_norms"]:
+        groups.append({"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0})
+    if s["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, s["lr"], momentum=s["momentum"], weight_decay=s["weight_decay"])
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s["optimizer"]]
+    return kind(groups, s["lr"], weight_decay=s["weight_decay"])
+
+
+def initialise(net, path):
+    """--init: every tensor of the checkpoint that fits; a line says which do not (a classifier of other classes, say)."""
+    saved, own = evaluate.read_checkpoint(path)["net"], net.state_dict()
+    fitting = {name: value for name, value in saved.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise Mistake(f"nothing in '{path}' fits this network; expected a checkpoint of the same method and backbone")
+    net.load_state_dict(fitting, strict=False)
+    left = [name for name in own if name not in fitting]
+    return f"{len(fitting)} of {len(own)} tensors from {path}" + (f"; as new: {', '.join(left)}" if left else "")
+
+
+class Stop:
+    """Remembers that SIGINT or SIGTERM came; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def shared(values, device):
+    """The numbers, each the mean over all processes: one exchange, one wait for the device."""
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values.tolist()
+
+
+class State:
+    """All that the next step reads, and so all that a checkpoint holds: the random numbers come from (seed, step)."""
+
+    def __init__(self, net, s, amp, device):
+        self.net, self.settings = net, s
+        self.optimizer = make_optimizer(net, s)
+        self.schedule = PolynomialLR(self.optimizer, s["iterations"], s["power"])
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.step, self.evaluated, self.best = 0, 0, -1.0
+
+    def load(self, checkpoint):
+        for name in ("net", "optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(checkpoint[name])
+        self.step, self.evaluated, self.best = (checkpoint[name] for name in ("step", "evaluated", "best"))
+
+    def save(self, path, dataset):
+        state = {name: getattr(self, name).state_dict() for name in ("net", "optimizer", "schedule", "scaler")}
+        state |= dict(step=self.step, evaluated=self.evaluated, best=self.best, settings=self.settings)
+        state |= dict(classes=dataset.classes, palette=[list(color) for color in dataset.palette])
+        replace(path, lambda temporary: torch.save(state, temporary))
+
+
+def run(given, output, resume):
+    """One run, from its first step or its last checkpoint to its end. Returns the exit status."""
+    if resume:
+        s, origin, checkpoint = resumed(output, given)
+    else:
+        (s, origin), checkpoint = resolve(given), None
+    if s["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    device, rank, world = evaluate.processes(s["device"])
+    amp = evaluate.amp_dtype(s["amp"], device)
+    augmentation = {name: s[name] for name in ("seed", "crop_size", "scale", "scale_step", "color")}
+    train_set = data.dataset(s["dataset"], s["data_root"], "train", train=True, **augmentation)
+    val_set = data.dataset(s["dataset"], s["data_root"], "val")
+
+    torch.manual_seed(s["seed"])
+    weights = None if checkpoint or s["init"] else s["weights"]
+    net = evaluate.network(s["method"], train_set.num_classes, s["backbone"], weights, s["output_stride"], s["option"])
+    note = initialise(net, s["init"]) if s["init"] and not checkpoint else None
+    if world > 1 and device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = s["bn_momentum"]
+    state = State(net.to(device), s, amp, device)
+    if checkpoint:
+        state.load(checkpoint)
+    sampler = data.PositionSampler(len(train_set), s["batch_size"], state.step, s["iterations"], s["seed"], rank, world)
+    loader = DataLoader(train_set, batch_sampler=sampler, num_workers=s["workers"], pin_memory=device.type == "cuda")
+
+    folder = Path(output) if resume else new_folder(output, s)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, s, origin, device, world)
+        parameters = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"{parameters:.2f} M parameters, {len(train_set)} training images, {world} x {device.type}, {folder}")
+        if note:
+            print(note)
+        if resume:
+            rewind_log(folder, state.step, state.evaluated)
+            print(f"goes on after step {state.step} of {s['iterations']}")
+    model = torch.compile(net) if s["compile"] else net
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return loop(model, state, loader, train_set, val_set, folder, device, rank)
+
+
+def loop(model, state, loader, train_set, val_set, folder, device, rank):
+    """The steps that are left, with evaluations, log and checkpoints. Returns the exit status."""
+    s, stop, stopped = state.settings, Stop(), False
+    batches, sums, since = iter(loader), {}, time.perf_counter()
+    bar = tqdm(total=s["iterations"], initial=state.step, desc="training", unit="step", disable=rank > 0 or None)
+    while True:
+        due = state.step == s["iterations"] or (state.step and state.step % s["eval_every"] == 0)
+        if due and state.evaluated < state.step and not stopped:
+            stopped = validate(state, val_set, train_set, folder, device, rank, stop)
+            since = time.perf_counter()
+        if rank == 0 and (stopped or state.step == s["iterations"] or (state.step and state.step % s["save_every"] == 0)):
+            state.save(folder / "last.pt", train_set)
+        if stopped or state.step == s["iterations"]:
+            break
+
+        lr = state.schedule.get_last_lr()[0]
+        losses, stopped = train_step(model, state, *next(batches), device, rank, stop, folder)
+        bar.update()
+        for name, value in losses.items():
+            sums.setdefault(name, []).append(value)
+        if state.step % LOG_EVERY == 0 or state.step == s["iterations"]:
+            means = {name: sum(line) / len(line) for name, line in sums.items()}
+            speed = s["batch_size"] * len(next(iter(sums.values()))) / (time.perf_counter() - since)
+            sums, since = {}, time.perf_counter()
+            loss = sum(means.values())
+            text = f"loss {loss:.4f} lr {lr:.2e} {speed:.1f} img/s"
+            bar.set_postfix_str(text)
+            if rank == 0:
+                append_log(folder, step=state.step, lr=lr, loss=loss, **means, images_per_second=round(speed, 2))
+                if bar.disable:  # no terminal: a plain line instead of the bar
+                    left = (s["iterations"] - state.step) * s["batch_size"] / speed
+                    print(f"step {state.step}/{s['iterations']} {text}, {left / 60:.1f} min left", flush=True)
+    bar.close()
+    if rank == 0 and stopped:
+        again = f"--output {shlex.quote(str(folder))} --resume"
+        print(f"stopped after step {state.step}, checkpoint saved; go on with: python train.py {again}")
+    elif rank == 0:
+        print(evaluate.table(read_log(folder)[-1], val_set.classes))
+        print(f"best mIoU {state.best:.4f}; in {folder}: samples.png, curves.png, log.jsonl, last.pt, best.pt")
+    return 128 + stop.signal if stopped and stop.signal else 0
+
+
+def train_step(model, state, images, labels, device, rank, stop, folder):
+    """One step of the optimizer. Returns (each loss, the mean over the processes; whether any process was told to stop)."""
+    s = state.settings
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    torch.manual_seed(data.seed_of(s["seed"], state.step, rank))
+    model.train()
+    with evaluate.autocast(device, s["amp"]):
+        losses = model(images, labels)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(sum(losses.values())).backward()
+    *values, stopped = shared([*losses.values(), stop.signal or 0], device)
+    losses = dict(zip(losses, values))
+    if not all(map(math.isfinite, values)):
+        terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+        last = folder / "last.pt"
+        kept = f"{last} is from before" if last.exists() else "no checkpoint was written yet"
+        raise Mistake(f"the loss is not finite after step {state.step} ({terms}); {kept}; try a lower --lr, or --amp off")
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.schedule.step()
+    state.step += 1
+    return losses, stopped > 0
+
+
+def validate(state, val_set, train_set, folder, device, rank, stop):
+    """Evaluate, log, draw, keep the best. Returns whether any process was told to stop: then nothing is recorded."""
+    s = state.settings
+    state.net.eval()
+    result = evaluate.evaluate(state.net, val_set, device, s["amp"], s["workers"], stopped=lambda: stop.signal is not None)
+    if shared([stop.signal or 0], device)[0] > 0:
+        return True
+    state.evaluated = state.step
+    better, state.best = result["mIoU"] > state.best, max(result["mIoU"], state.best)
+    if rank == 0:
+        append_log(folder, step=state.step, **result)
+        draw_curves(folder)
+        draw_samples(folder, state.net, val_set, device, s["amp"])
+        tqdm.write(f"step {state.step}: mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}")
+        if better:
+            state.save(folder / "best.pt", train_set)
+    return False
+
+
+def main(argv=None):
+    """Exit status 0; 2 after a mistake that one line explains; 130 or 143 after Ctrl-C or SIGTERM."""
+    try:
+        return run(*arguments(argv))
+    except (Mistake, OSError) as error:
+        evaluate.report_mistake("train.py", error)
+        return 2
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        what = "batch norm needs more than one value per channel: the batch of a process is too small"
+        evaluate.report_mistake("train.py", Mistake(f"{what}; take a --batch-size of at least 2 for each process"))
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
