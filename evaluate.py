@@ -252,7 +252,7 @@ def cost(net, size):
 
     Multiply-adds are half of what torch.utils.flop_counter counts: matrix products and convolutions, nothing else.
     """
-    with FlopCounterMode(net, display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
     children = {name: 0 for name, _ in net.named_children()}
     for name, counts in counter.get_flop_counts().items():

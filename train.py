@@ -19,7 +19,7 @@ equal one with the joint batch up to batch norm, which is synchronized on CUDA a
 """
 
 import argparse
-import importlib.metadata
+import importlib
 import json
 import math
 import os
@@ -52,7 +52,7 @@ SETTINGS = {
     "data_root": (None, "the dataset's folder (datasets/NAME)"),
     "backbone": ("resnet18", ", ".join(backbones.NAMES)),
     "weights": (None, "of the backbone: none, imagenet, or the path of a state dict"),
-    "output_stride": (8, "of the backbone: 32, 16, 8"),
+    "output_stride": (None, "of the backbone: 32, 16, 8 (the method's own)"),
     "option": ({}, "an option of the method's build, may be repeated"),
     "init": (None, "start from the weights of this checkpoint"),
     # how long, how fast
@@ -82,6 +82,7 @@ SETTINGS = {
 }
 # What may differ when a run goes on, for it changes no result
 FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
+WHOLE = {"output_stride", "eval_every", "save_every"}  # whole numbers whose default is None
 LOG_EVERY = 10  # steps
 
 
@@ -103,7 +104,7 @@ def arguments(argv=None):
         elif isinstance(default, bool):
             parser.add_argument(flag, action="store_true", **known)
         else:
-            kind = type(default) if default is not None else int if name.endswith("_every") else str
+            kind = type(default) if default is not None else int if name in WHOLE else str
             choices = {"optimizer": ("sgd", "adam", "adamw"), "amp": ("auto", "bf16", "fp16", "off")}.get(name)
             parser.add_argument(flag, type=kind, choices=choices, **known)
     parser.add_argument("--output", metavar="DIR", help="the run's folder (runs/METHOD-DATASET, with a number where taken)")
@@ -184,7 +185,7 @@ def new_folder(output, settings):
 
 def write_config(folder, settings, origin, device, world):
     """config.json, and the same to read on the screen."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+    packages = {name: importlib.import_module(name).__version__ for name in ("torch", "torchvision", "numpy", "PIL")}
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
     config = {
@@ -316,16 +317,20 @@ def initialise(net, path):
 
 
 class Stop:
-    """Remembers that SIGINT or SIGTERM came; a second one ends the process at once."""
+    """Remembers, while it is entered, that SIGINT or SIGTERM came; a second one ends the process at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __call__(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def shared(values, device):
@@ -383,7 +388,8 @@ def run(given, output, resume):
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = s["bn_momentum"]
-    state = State(net.to(device), s, amp, device)
+    net.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions, on CPU and CUDA alike
+    state = State(net, s, amp, device)
     if checkpoint:
         state.load(checkpoint)
     sampler = data.PositionSampler(len(train_set), s["batch_size"], state.step, s["iterations"], s["seed"], rank, world)
@@ -403,12 +409,13 @@ def run(given, output, resume):
     model = torch.compile(net) if s["compile"] else net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return loop(model, state, loader, train_set, val_set, folder, device, rank)
+    with Stop() as stop:
+        return loop(model, state, loader, train_set, val_set, folder, device, rank, stop)
 
 
-def loop(model, state, loader, train_set, val_set, folder, device, rank):
+def loop(model, state, loader, train_set, val_set, folder, device, rank, stop):
     """The steps that are left, with evaluations, log and checkpoints. Returns the exit status."""
-    s, stop, stopped = state.settings, Stop(), False
+    s, stopped = state.settings, False
     batches, sums, since = iter(loader), {}, time.perf_counter()
     bar = tqdm(total=s["iterations"], initial=state.step, desc="training", unit="step", disable=rank > 0 or None)
     while True:
@@ -451,7 +458,8 @@ def loop(model, state, loader, train_set, val_set, folder, device, rank):
 def train_step(model, state, images, labels, device, rank, stop, folder):
     """One step of the optimizer. Returns (each loss, the mean over the processes; whether any process was told to stop)."""
     s = state.settings
-    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    labels = labels.to(device, non_blocking=True)
     torch.manual_seed(data.seed_of(s["seed"], state.step, rank))
     model.train()
     with evaluate.autocast(device, s["amp"]):

@@ -1,0 +1,378 @@
+from datetime import timedelta
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+
+import backbones
+
+SMALL = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
+
+
+@pytest.fixture(autouse=True)
+def one_seed_and_one_thread():  # several threads are slower on maps this small
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def kernels(module):
+    """(dilation, padding) of the convolutions that are larger than 1x1, in order."""
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1]
+    return [(conv.dilation[0], conv.padding[0]) for conv in convolutions]
+
+
+def meta(*arguments, **options):
+    """The body of a backbone that has shapes, but no numbers."""
+    with torch.device("meta"):
+        return backbones.build(*arguments, **options).body
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("name", backbones.NAMES)
+@pytest.mark.parametrize("stride", [32, 16, 8])
+def test_four_maps_finest_first_at_their_strides(name, stride):
+    with torch.device("meta"):  # shapes only
+        net = backbones.build(name, stride)
+        maps = net(torch.zeros(2, 3, 65, 97))
+    assert net.strides == {32: (4, 8, 16, 32), 16: (4, 8, 16, 16), 8: (4, 8, 8, 8)}[stride]
+    sizes = [(2, c, -(-65 // s), -(-97 // s)) for c, s in zip(net.channels, net.strides)]
+    assert isinstance(maps, list) and [tuple(m.shape) for m in maps] == sizes
+
+
+def test_channels_are_those_of_the_papers():
+    with torch.device("meta"):
+        channels = {name: backbones.build(name).channels for name in SMALL}
+    assert channels["resnet18"] == channels["resnet34"] == (64, 128, 256, 512)
+    assert channels["resnet50"] == (256, 512, 1024, 2048)
+    assert channels["mobilenet_v2"] == (24, 32, 96, 320)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_dilated_network_computes_the_same_samples_only_denser(name):
+    plain = backbones.build(name, 32).eval()
+    images = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        expected = plain(images)
+        for stride in (16, 8):
+            dense = backbones.build(name, stride).eval()
+            dense.load_state_dict(plain.state_dict())
+            for old, new, a, b in zip(expected, dense(images), plain.strides, dense.strides):
+                sampled = new[:, :, :: a // b, :: a // b]
+                assert sampled.shape == old.shape and old.std() > 0
+                torch.testing.assert_close(sampled, old, rtol=1e-4, atol=1e-4 * old.abs().max().item())
+
+
+def test_dilation_rates_by_hand():
+    # The first block still reads the map that its stride used to thin out: it keeps the rate before it.
+    assert set(kernels(meta("resnet50", 32).layer4)) == {(1, 1)}
+    assert kernels(meta("resnet50", 16).layer4) == [(1, 1), (2, 2), (2, 2)]
+    assert kernels(meta("resnet50", 8).layer3) == [(1, 1)] + 5 * [(2, 2)]
+    assert kernels(meta("resnet50", 8).layer4) == [(2, 2), (4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("stride, rates", [(32, (1, 2, 4)), (16, (2, 4, 8)), (8, (4, 8, 16))])
+def test_multi_grid_multiplies_the_rates_of_the_last_blocks(stride, rates):
+    body = meta("resnet50", stride, multi_grid=(1, 2, 4))
+    assert kernels(body.layer4) == [(rate, rate) for rate in rates]
+    assert kernels(body.layer3) == kernels(meta("resnet50", stride).layer3)
+    assert body(torch.zeros(1, 3, 33, 33, device="meta"))["layer4"].shape[-1] == -(-33 // stride)
+
+
+def test_multi_grid_repeats_its_last_factor():
+    assert [rate for rate, _ in kernels(meta("resnet50", 16, multi_grid=(1, 2)).layer4)] == [2, 4, 4]
+    assert [rate for rate, _ in kernels(meta("resnet18", 16, multi_grid=(1, 2, 4)).layer4)] == [2, 2, 4, 4]
+
+
+def test_multi_grid_is_for_resnets():
+    with pytest.raises(ValueError, match="multi_grid.*ResNet"):
+        backbones.build("mobilenet_v2", 16, multi_grid=(1, 2, 4))
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'resnet19'.*resnet18, .*mobilenet_v2"):
+        backbones.build("resnet19")
+
+
+@pytest.mark.parametrize("stride", [4, 12, 64])
+def test_unknown_stride_lists_the_known_ones(stride):
+    with pytest.raises(ValueError, match=f"{stride}: .*32, 16 and 8"):
+        backbones.build("resnet18", stride)
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def changed(model):
+    """The model with its statistics and norms drawn too, as if it had been trained."""
+    for name, value in model.state_dict().items():
+        if value.dtype.is_floating_point and value.ndim == 1:
+            nn.init.uniform_(value, 0.5, 1.5 if "var" in name or "weight" in name else 0.7)
+    return model.eval()
+
+
+def saved(path, change=lambda state: None):
+    state = models.resnet18().state_dict()
+    change(state)
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_torchvision_weights_give_torchvision_features(tmp_path, name, classifier):
+    model = changed(models.get_model(name))
+    state = model.state_dict()
+    if not classifier:
+        state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+        assert len(state) < len(model.state_dict())
+    torch.save(state, tmp_path / "weights.pth")
+    net = backbones.build(name, weights=tmp_path / "weights.pth").eval()
+    x = images = torch.randn(2, 3, 64, 64)
+    expected = []
+    with torch.no_grad():
+        if name == "resnet18":
+            x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+            for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+                expected.append(x := layer(x))
+        else:
+            for i, layer in enumerate(model.features[:18]):
+                x = layer(x)
+                if i in (3, 6, 13, 17):
+                    expected.append(x)
+        for ours, theirs in zip(net(images), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_classifier_of_another_number_of_classes_is_no_obstacle(tmp_path):
+    path = saved(
+        tmp_path / "w.pth", lambda state: state.update({"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)})
+    )
+    backbones.build("resnet18", weights=path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop("layer1.0.conv1.weight"), r"1 missing from the file \(layer1.0.conv1.weight\)"),
+        (lambda state: state.update(extra=torch.zeros(2)), r"1 not in the network \(extra\)"),
+        (
+            lambda state: state.update({"layer2.0.conv1.weight": torch.zeros(128, 64, 1, 1)}),
+            r"1 of another shape \(layer2.0.conv1.weight \[128, 64, 1, 1\] in the file, \[128, 64, 3, 3\] in the network",
+        ),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_that_do_not_fit_name_the_keys(tmp_path, change, message):
+    path = saved(tmp_path / "w.pth", change)
+    with pytest.raises(ValueError, match=message) as caught:
+        backbones.build("resnet18", weights=path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_name_few_keys_of_many(tmp_path):
+    path = saved(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="missing from the file .*…") as caught:
+        backbones.build("resnet34", weights=path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": {"conv1.weight": torch.zeros(2)}}, torch.zeros(2)])
+def test_file_that_holds_something_else_is_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        backbones.build("resnet18", weights=tmp_path / "w.pth")
+
+
+EMPTY = pytest.param(
+    0, marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="EOFError without a text: its first line is none")
+)
+
+
+@pytest.mark.parametrize("kept", [EMPTY, 0.5, 1], ids=["empty", "truncated", "text"])
+def test_unreadable_weights_are_a_value_error_of_one_line(tmp_path, kept):
+    path = saved(tmp_path / "w.pth")
+    content = path.read_bytes() if kept < 1 else b"some text\nof two lines\n"
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        backbones.build("resnet18", weights=path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_a_file_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        backbones.build("resnet18", weights=tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), TimeoutError("no route"), ConnectionResetError("no route")])
+def test_failed_download_is_a_value_error_that_says_what_to_do(monkeypatch, error):
+    def get_model(name, weights):
+        assert (name, weights) == ("resnet18", "IMAGENET1K_V1")
+        raise error
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    with pytest.raises(ValueError, match="resnet18 could not be downloaded .*no route.*path"):
+        backbones.build("resnet18", weights="imagenet")
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+def literal_cross_entropy(logits, labels):
+    total, count = 0, 0
+    for n in range(labels.shape[0]):
+        for y in range(labels.shape[1]):
+            for x in range(labels.shape[2]):
+                if labels[n, y, x] != 255:
+                    scores = logits[n, :, y, x]
+                    total = total - scores[labels[n, y, x]] + scores.exp().sum().log()
+                    count += 1
+    return total / count
+
+
+def scene(n=2, k=5, h=4, w=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(n, k, h, w, generator=generator), torch.randint(k, (n, h, w), generator=generator)
+    labels[torch.rand(n, h, w, generator=generator) < 0.3] = 255
+    return logits.requires_grad_(), labels
+
+
+def test_cross_entropy_by_hand():
+    # Two pixels with the logits (ln 3, 0) and (0, 0), true class 0: probabilities 3/4 and 1/2,
+    # so the loss is (ln 4/3 + ln 2) / 2 = ln(8/3) / 2 = 0.490415.
+    logits = torch.tensor([[1.0986123, 0.0], [0.0, 0.0]]).view(1, 2, 1, 2)
+    assert backbones.pixel_cross_entropy(logits, torch.tensor([[[0, 0]]])).item() == pytest.approx(0.490415, abs=1e-6)
+    # The second one ignored: ln 4/3 = 0.287682.
+    assert backbones.pixel_cross_entropy(logits, torch.tensor([[[0, 255]]])).item() == pytest.approx(0.287682, abs=1e-6)
+
+
+def test_cross_entropy_and_its_gradient_equal_the_literal_loop():
+    logits, labels = scene()
+    assert 0 < (labels == 255).sum() < labels.numel()
+    loss = backbones.pixel_cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    exact = logits.detach().double().requires_grad_()
+    expected = literal_cross_entropy(exact, labels)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
+    ignored = (labels == 255)[:, None].expand_as(gradient)
+    assert (gradient[ignored] == 0).all() and (gradient[~ignored] != 0).all()
+
+
+def test_nothing_labelled_is_0_with_a_zero_gradient():
+    logits, labels = scene()
+    loss = backbones.pixel_cross_entropy(logits, torch.full_like(labels, 255))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0 and (gradient == 0).all()
+
+
+def test_one_labelled_pixel_counts_once():
+    logits, labels = scene()
+    labels[:] = 255
+    labels[1, 2, 0] = 3
+    expected = F.cross_entropy(logits[1, :, 2, 0], torch.tensor(3))
+    torch.testing.assert_close(backbones.pixel_cross_entropy(logits, labels), expected)
+
+
+def test_absent_classes_do_no_harm():
+    logits, labels = scene()
+    labels[labels != 255] = 2
+    loss = backbones.pixel_cross_entropy(logits, labels)
+    assert loss.item() == pytest.approx(literal_cross_entropy(logits.detach().double(), labels).item(), rel=1e-6)
+
+
+def test_another_number_can_be_ignored():
+    logits, labels = scene()
+    expected = backbones.pixel_cross_entropy(logits, labels)
+    torch.testing.assert_close(
+        backbones.pixel_cross_entropy(logits, labels.masked_fill(labels == 255, -1), ignore=-1), expected
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_give_a_float32_loss(dtype):
+    logits, labels = scene()
+    half = logits.detach().to(dtype)
+    loss = backbones.pixel_cross_entropy(half, labels)
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    assert loss.item() == pytest.approx(literal_cross_entropy(half.double(), labels).item(), rel=1e-6)
+
+
+def share_of_the_batch(rank, folder):
+    """The losses and gradients of one of two processes, whose share is image `rank` of each batch."""
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    try:
+        results = []
+        for logits, labels in joint_batches():
+            logits = logits.detach()[rank : rank + 1].requires_grad_()
+            loss = backbones.pixel_cross_entropy(logits, labels[rank : rank + 1])
+            results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of_the_batch_of_1(_, folder):
+    share_of_the_batch(1, folder)
+
+
+def joint_batches():
+    """Two images each: unequally labelled; one not at all; neither."""
+    logits, labels = scene(n=2, h=6, w=6)
+    unequal, one_empty = labels.clone(), labels.clone()
+    unequal[1, 1:] = 255
+    one_empty[0] = 255
+    return [(logits, unequal), (logits, one_empty), (logits, torch.full_like(labels, 255))]
+
+
+def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
+    other = torch.multiprocessing.spawn(share_of_the_batch_of_1, (str(tmp_path),), join=False)
+    share_of_the_batch(0, str(tmp_path))
+    assert other.join(60)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    counts = []
+    for (logits, labels), (loss0, gradient0), (loss1, gradient1) in zip(joint_batches(), first, second, strict=True):
+        loss = backbones.pixel_cross_entropy(logits, labels)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        torch.testing.assert_close((loss0 + loss1) / 2, loss.detach())
+        # DDP averages over processes; image r's part of the gradient comes from process r alone
+        torch.testing.assert_close(torch.cat([gradient0, gradient1]) / 2, gradient)
+        counts.append((labels != 255).sum((1, 2)).tolist())
+    assert counts[0][0] > 3 * counts[0][1] > 0 and counts[1][0] == 0 < counts[1][1] and counts[2] == [0, 0]
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+class Network:
+    def __init__(self, num_classes, backbone="resnet50", *, rates=(1, 6), head="ksac", weights=None):
+        pass
+
+
+def test_known_options_are_given_back():
+    options = {"head": "aspp", "rates": (1,)}
+    assert backbones.check_options(Network, options) == options
+    assert backbones.check_options(Network, {}) == {}
+
+
+def test_unknown_option_lists_the_known_ones_with_their_defaults():
+    with pytest.raises(ValueError) as caught:
+        backbones.check_options(Network, {"rats": 1, "head": "aspp", "depth": 2})
+    text = str(caught.value)
+    assert "Network has no option depth, rats;" in text
+    assert text.endswith("rates=(1, 6), head='ksac', weights=None") and "num_classes" not in text
+
+
+def test_positional_arguments_are_no_options():
+    with pytest.raises(ValueError, match="no option backbone"):
+        backbones.check_options(Network, {"backbone": "resnet18"})

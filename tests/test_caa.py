@@ -1,0 +1,748 @@
+"""caa.py against the equations of the thesis, written here as loops over the printed indices i, j, m, n, in float64."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import caa
+
+R = math.sqrt(math.log(3))  # exp(R * R) = 3
+SIZES = [(3, 4), (4, 2), (1, 3), (3, 1)]
+OPTIONS = [
+    dict(),
+    dict(channelization=False),
+    dict(channelization=False, se=True),
+    dict(attention="self"),
+    dict(attention="self", channelization=False),
+    dict(decoder=True, auxiliary=False),
+    dict(dual="parallel"),
+    dict(dual="parallel", attention="self", auxiliary=False),
+    dict(dual="sequential", decoder=True),
+]
+
+
+# ------------------------------------------------------------------------------------------------- the printed equations
+
+
+def loop_map(query, axis):
+    """Eqs. (3.3), (3.4): A[b, i, j] is the softmax of query (i, j) over m of its column or n of its row."""
+    N, _, H, W = query.shape
+    A = {}
+    for b, i, j in product(range(N), range(H), range(W)):
+        keys = [(m, j) for m in range(H)] if axis == "column" else [(i, n) for n in range(W)]
+        e = [torch.exp((query[b, :, i, j] * query[b, :, m, n]).sum()) for m, n in keys]
+        A[b, i, j] = [x / sum(e) for x in e]
+    return A
+
+
+def loop_column(A, g, gate):
+    """Eqs. (3.6), (3.9) and the sum over m of Eqs. (3.8), (3.11); the column is n, see caa's docstring."""
+    N, C, H, W = g.shape
+    alpha = {(b, i, n, m): A[b, i, n][m] * g[b, :, m, n] for b, i, n, m in product(range(N), range(H), range(W), range(H))}
+    y = [[[None] * W for _ in range(H)] for _ in range(N)]
+    for b, i in product(range(N), range(H)):
+        pooled = sum(alpha[b, i, j, m] for m in range(H) for j in range(W)) / (H * W)
+        weight = 1 if gate is None else gate(pooled)
+        for j in range(W):
+            y[b][i][j] = sum(weight * alpha[b, i, j, m] for m in range(H))
+    return torch.stack([torch.stack([torch.stack(row, 1) for row in image], 1) for image in y])
+
+
+def loop_row(A, z, gate):
+    """Eqs. (3.7), (3.10) and the sum over n of Eqs. (3.8), (3.11); z is the sum over m."""
+    N, C, H, W = z.shape
+    beta = {(b, i, j, n): A[b, i, j][n] * z[b, :, i, n] for b, i, j, n in product(range(N), range(H), range(W), range(W))}
+    y = [[[None] * W for _ in range(H)] for _ in range(N)]
+    for b, j in product(range(N), range(W)):
+        pooled = sum(beta[b, i, j, n] for i in range(H) for n in range(W)) / (H * W)
+        weight = 1 if gate is None else gate(pooled)
+        for i in range(H):
+            y[b][i][j] = sum(weight * beta[b, i, j, n] for n in range(W))
+    return torch.stack([torch.stack([torch.stack(row, 1) for row in image], 1) for image in y])
+
+
+def loop_gate(gate):
+    """One vector through the gate, from its weights; None stays None."""
+
+    def of_vector(p):
+        for layer in gate.fc[:-1]:
+            p = (layer.weight * p).sum(1)
+            p = torch.where(p > 0, p, 0.2 * p)
+        return 1 / (1 + torch.exp(-(gate.fc[-1].weight * p).sum(1)))
+
+    return gate and of_vector
+
+
+def loop_axis(query, value, gate, axis):
+    step = loop_column if axis == "column" else loop_row
+    return step(loop_map(query, axis), value, loop_gate(gate))
+
+
+def inputs(H, W, C=3, c=2, N=2):
+    query = torch.randn(N, c, H, W, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(N, C, H, W, dtype=torch.float64, requires_grad=True)
+    return query, value
+
+
+def strong_gate(C, width=4, layers=2):
+    """A gate far from a constant 1/2."""
+    gate = caa.ChannelAttention(C, width, layers).double()
+    for p in gate.parameters():
+        torch.nn.init.normal_(p)
+    return gate
+
+
+def assert_same(fast, literal, wanted):
+    """Equal values, and equal gradients of a random weighted sum with respect to `wanted`."""
+    assert fast.shape == literal.shape
+    torch.testing.assert_close(fast, literal, rtol=0, atol=1e-10)
+    weight = torch.randn_like(fast)
+    for a, b in zip(torch.autograd.grad(fast, wanted, weight), torch.autograd.grad(literal, wanted, weight)):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def seed_and_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more cost time on maps this small
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------------------ by hand
+
+
+def test_eq_3_3_column_map_by_hand():
+    # column 0 is (0, R): products 0, 0 | 0, ln 3 -> 1/2 1/2 | 1/4 3/4; column 1 is 0; column 2 is (R, 0)
+    query = torch.tensor([[0, 0, R], [R, 0, 0]])[None, None]
+    expected = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]])
+    torch.testing.assert_close(caa.axial_attention(query, "column"), expected[None])
+
+
+def test_eq_3_4_row_map_by_hand():
+    query = torch.tensor([[0, R], [0, 0], [R, 0]])[None, None]  # rows as the columns above
+    expected = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]])
+    torch.testing.assert_close(caa.axial_attention(query, "row"), expected[None])
+
+
+def test_eq_3_9_by_hand():
+    # Σ_m α:  column 0: 8/2, 8·3/4;  column 1: 2/2, 2/2;  column 2: 4/4, 4/2  -> rows 4 1 1 and 6 1 2
+    # Σ_{m,j} α / HW: 6/6 and 9/6;  ω_c1 = 1, ω_c2 = 2 ln 2:  sigmoid(2 ln 2) = 4/5, sigmoid(3 ln 2) = 8/9
+    query, value = torch.tensor([[0, 0, R], [R, 0, 0]])[None, None], torch.tensor([[0.0, 0, 0], [8, 2, 4]])[None, None]
+    gate = caa.ChannelAttention(1, 1, 1, negative_slope=0)
+    gate.load_state_dict({"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))})
+    A = caa.axial_attention(query, "column")
+    plain = torch.tensor([[4.0, 1, 1], [6, 1, 2]])[None, None]
+    gated = torch.tensor([[16 / 5, 4 / 5, 4 / 5], [48 / 9, 8 / 9, 16 / 9]])[None, None]
+    torch.testing.assert_close(caa.channelized(A, value, None, "column"), plain)
+    torch.testing.assert_close(caa.channelized(A, value, gate, "column"), gated)
+    torch.testing.assert_close(caa.channelized_grouped(A, value, gate, "column", 2), gated)
+
+
+def test_eq_3_10_by_hand():
+    # the example above with the axes exchanged: Σ_n β has the columns 4 1 1 and 6 1 2
+    query, value = torch.tensor([[0, R], [0, 0], [R, 0]])[None, None], torch.tensor([[0.0, 8], [0, 2], [0, 4]])[None, None]
+    gate = caa.ChannelAttention(1, 1, 1, negative_slope=0)
+    gate.load_state_dict({"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))})
+    A = caa.axial_attention(query, "row")
+    plain = torch.tensor([[4.0, 6], [1, 1], [1, 2]])[None, None]
+    gated = torch.tensor([[16 / 5, 48 / 9], [4 / 5, 8 / 9], [4 / 5, 16 / 9]])[None, None]
+    torch.testing.assert_close(caa.channelized(A, value, None, "row"), plain)
+    torch.testing.assert_close(caa.channelized(A, value, gate, "row"), gated)
+    torch.testing.assert_close(caa.channelized_grouped(A, value, gate, "row", 2), gated)
+
+
+def test_gate_by_hand_printed_and_leaky():
+    # one channel: ω1 = 1, ω2 = ln 3;  x = 1: sigmoid(ln 3) = 3/4;  x = -5: ReLU 0 -> 1/2, leaky -1 -> sigmoid(-ln 3) = 1/4
+    x = torch.tensor([[[1.0], [-5.0]]])
+    for gate, low in ((caa.ChannelAttention(1, 1, 1, negative_slope=0), 0.5), (caa.ChannelAttention(1, 1, 1), 0.25)):
+        gate.load_state_dict({"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), math.log(3))})
+        torch.testing.assert_close(gate(x), torch.tensor([[[0.75], [low]]]))
+
+
+def test_gate_printed_form_is_two_matrices():
+    gate, x = caa.ChannelAttention(5, 3, 1, negative_slope=0), torch.randn(2, 4, 5)
+    w1, w2 = (fc.weight.T for fc in gate.fc)
+    torch.testing.assert_close(gate(x), 1 / (1 + torch.exp(-(x @ w1).clamp(min=0) @ w2)))
+
+
+def test_channel_map_by_hand():
+    # channels 0 and R at one position, as in Eq. (3.3); DANet's released code would give 3/4 1/4 in the second row
+    x = torch.tensor([0, R]).view(1, 2, 1, 1)
+    torch.testing.assert_close(caa.channel_map(x), torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]))
+
+
+# ------------------------------------------------------------------------------------------------------ against loops
+
+
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_eq_3_3_and_3_4_maps_equal_loops(axis):
+    query, _ = inputs(3, 4)
+    A, literal = caa.axial_attention(query, axis), loop_map(query, axis)
+    assert A.shape == ((2, 4, 3, 3) if axis == "column" else (2, 3, 4, 4))
+    torch.testing.assert_close(A.sum(-1), torch.ones_like(A[..., 0]))
+    for (b, i, j), expected in literal.items():
+        actual = A[b, j, i] if axis == "column" else A[b, i, j]
+        torch.testing.assert_close(actual, torch.stack(expected), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_eq_3_6_and_3_7_without_gate_equal_loops(axis, size):
+    query, value = inputs(*size)
+    fast = caa.channelized(caa.axial_attention(query, axis), value, None, axis)
+    literal = loop_axis(query, value, None, axis)
+    if (axis, 1) in (("column", size[0]), ("row", size[1])):  # nothing to choose from: the query has no gradient
+        torch.testing.assert_close(fast, value)
+        torch.testing.assert_close(literal, value)
+    else:
+        assert_same(fast, literal, (query, value))
+
+
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_eq_3_9_and_3_10_gated_equal_loops(axis):
+    for size in ((3, 4), (4, 2)):
+        (query, value), gate = inputs(*size), strong_gate(3)
+        fast = caa.channelized(caa.axial_attention(query, axis), value, gate, axis)
+        assert_same(fast, loop_axis(query, value, gate, axis), (query, value, *gate.parameters()))
+
+
+def test_eq_3_9_gate_pools_over_keys_and_width():
+    query, value = inputs(3, 4)
+    seen = []
+    caa.channelized(caa.axial_attention(query, "column"), value, lambda p: seen.append(p) or p, "column")
+    A = loop_map(query, "column")
+    for b, i in product(range(2), range(3)):
+        alpha = [A[b, i, j][m] * value[b, :, m, j] for m in range(3) for j in range(4)]
+        torch.testing.assert_close(seen[0][b, i], sum(alpha) / 12)
+    assert len(seen) == 1 and seen[0].shape == (2, 3, 3)  # [N, H, C]
+
+
+def test_eq_3_10_gate_pools_over_keys_and_height():
+    query, value = inputs(3, 4)
+    seen = []
+    caa.channelized(caa.axial_attention(query, "row"), value, lambda p: seen.append(p) or p, "row")
+    A = loop_map(query, "row")
+    for b, j in product(range(2), range(4)):
+        beta = [A[b, i, j][n] * value[b, :, i, n] for i in range(3) for n in range(4)]
+        torch.testing.assert_close(seen[0][b, j], sum(beta) / 12)
+    assert len(seen) == 1 and seen[0].shape == (2, 4, 3)  # [N, W, C]
+
+
+def test_eq_3_9_each_row_has_its_own_gate_for_each_channel():
+    _, value = inputs(3, 4)
+    A = caa.axial_attention(torch.zeros(2, 1, 3, 4, dtype=torch.float64), "column")
+    weight = torch.rand(2, 3, 3, dtype=torch.float64)  # [N, H, C]
+    ratio = caa.channelized(A, value, lambda p: weight, "column") / caa.channelized(A, value, None, "column")
+    torch.testing.assert_close(ratio, weight.transpose(1, 2)[..., None].expand(2, 3, 3, 4))
+
+
+@pytest.mark.parametrize("channelization", [True, False])
+def test_eq_3_11_and_3_5_spatial_attention_equals_loops(channelization):
+    for H, W in ((3, 4), (4, 2)):
+        net = caa.SpatialAttention(3, "axial", channelization, layers=2, width=4, query_channels=2).double().eval()
+        for p in net.parameters():
+            torch.nn.init.normal_(p)
+        x = torch.randn(2, 3, H, W, dtype=torch.float64, requires_grad=True)
+        theta, phi, g = net.theta(x), net.phi(x), net.g(x)
+        inner = loop_column(loop_map(theta, "column"), g, loop_gate(net.gate_col))
+        literal = loop_row(loop_map(phi, "row"), inner, loop_gate(net.gate_row))
+        assert_same(net(x), literal, (x, *net.parameters()))
+
+
+@pytest.mark.parametrize("channelization", [True, False])
+def test_eq_3_1_and_3_2_self_attention_equals_loops(channelization):
+    net = caa.SpatialAttention(3, "self", channelization, layers=2, width=4, query_channels=2).double().eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    theta, g = net.theta(x), net.g(x)
+    gate, rows = loop_gate(net.gate_col), []
+    for b, i, j in product(range(2), range(3), range(4)):
+        keys = list(product(range(3), range(4)))
+        e = [torch.exp((theta[b, :, i, j] * theta[b, :, m, n]).sum()) for m, n in keys]
+        alpha = [a / sum(e) * g[b, :, m, n] for a, (m, n) in zip(e, keys)]
+        weight = gate(sum(alpha) / (3 * 4)) if channelization else 1
+        rows.append(sum(weight * a for a in alpha))
+    literal = torch.stack(rows).view(2, 3, 4, 3).permute(0, 3, 1, 2)
+    assert_same(net(x), literal, (x, *net.parameters()))
+
+
+def test_eq_3_5_as_printed_is_another_sum_unless_there_is_one_column():
+    for H, W in ((3, 1), (3, 4)):
+        theta, g = inputs(H, W)
+        phi = torch.randn(2, 2, H, W, dtype=torch.float64)
+        col, row = loop_map(theta, "column"), loop_map(phi, "row")
+        printed = torch.zeros_like(g)
+        for b, i, j in product(range(2), range(H), range(W)):
+            printed[b, :, i, j] = sum(
+                row[b, i, j][n] * sum(col[b, i, j][m] * g[b, :, m, n] for m in range(H)) for n in range(W)
+            )
+        y = caa.channelized(caa.axial_attention(theta, "column"), g, None, "column")
+        y = caa.channelized(caa.axial_attention(phi, "row"), y, None, "row")
+        torch.testing.assert_close(y, loop_row(row, loop_column(col, g, None), None))
+        assert torch.allclose(y, printed) == (W == 1)
+
+
+@pytest.mark.parametrize("axis", ["column", "row"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 6, 9])  # of 6 or 4: groups that divide, do not, and are too many
+def test_algorithm_2_equals_channelized(groups, gated, axis):
+    (query, value), gate = inputs(6, 4), strong_gate(3) if gated else None
+    fast = caa.channelized(caa.axial_attention(query, axis), value, gate, axis)
+    grouped = caa.channelized_grouped(caa.axial_attention(query, axis), value, gate, axis, groups)
+    assert_same(fast, grouped, (query, value, *gate.parameters()) if gated else (query, value))
+
+
+def test_channel_map_and_channel_step_equal_loops():
+    x = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    net = caa.DualAttention(4, 2).double()
+    torch.nn.init.constant_(net.gamma_channel, 0.7)
+    A, y = torch.zeros(2, 3, 3, dtype=torch.float64), torch.zeros_like(x)
+    for b, c in product(range(2), range(3)):
+        e = [torch.exp(sum(x[b, c, i, j] * x[b, d, i, j] for i in range(2) for j in range(4))) for d in range(3)]
+        A[b, c] = torch.stack(e) / sum(e)
+        y[b, c] = x[b, c] + 0.7 * sum(A[b, c, d] * x[b, d] for d in range(3))
+    torch.testing.assert_close(caa.channel_map(x), A)
+    torch.testing.assert_close(net.channel(x), y)
+
+
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_gradients_pass_gradcheck(axis):
+    (query, value), gate = inputs(2, 3, C=2, N=1), strong_gate(2)
+    step = lambda q, v, *_: caa.channelized(caa.axial_attention(q, axis), v, gate, axis)  # noqa: E731
+    assert torch.autograd.gradcheck(step, (query, value, *gate.parameters()))
+    assert torch.autograd.gradcheck(caa.channel_map, (value,))
+
+
+# -------------------------------------------------------------------------------------------------------- the gate's size
+
+
+@pytest.mark.parametrize(
+    "layers, width, expected",  # the last two rows print 0.00027 and 0.00030, see caa's docstring
+    [
+        (1, 128, "0.00024"),
+        (7, 128, "0.00043"),
+        (5, 64, "0.00015"),
+        (5, 256, "0.00098"),
+        (3, 128, "0.00031"),
+        (5, 128, "0.00037"),
+    ],
+)
+def test_table_3_1_counts_the_weights_of_two_gates(layers, width, expected):
+    one = sum(p.numel() for p in caa.ChannelAttention(512, width, layers).parameters())
+    assert f"{2 * one / 2**30:.5f}" == expected
+
+
+def test_options_reach_the_gates_and_no_more():
+    def count(**options):
+        return sum(p.numel() for p in caa.build(3, "resnet18", **options).parameters())
+
+    plain = count(channelization=False)
+    assert count() - plain == 2 * (512 * 128 + 4 * 128 * 128 + 128 * 512)
+    assert count(channel_layers=3, channel_width=64) - plain == 2 * (512 * 64 + 2 * 64 * 64 + 64 * 512)
+    assert count(channelization=False, se=True) - plain == 512 * 32 + 32 + 32 * 512 + 512  # reduction 16
+    assert count(attention="self") - count(attention="self", channelization=False) == 512 * 128 + 4 * 128 * 128 + 128 * 512
+    assert plain - count(attention="self", channelization=False) == 512 * 64 + 2 * 64  # φ and its batch norm
+    assert plain - count(channelization=False, auxiliary=False) == 512 * 256 + 2 * 256 + 256 * 3 + 3
+
+
+# ----------------------------------------------------------------------------------------------------------- precision
+
+
+def test_maps_are_exact_under_autocast():
+    query = torch.randn(1, 16, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        for axis in ("column", "row"):
+            A = caa.axial_attention(query.bfloat16(), axis)
+            assert A.dtype == torch.float32
+            torch.testing.assert_close(A, caa.axial_attention(query.bfloat16().double(), axis).float(), rtol=1e-4, atol=1e-6)
+        A = caa.channel_map(query.bfloat16())
+        assert A.dtype == torch.float32
+    torch.testing.assert_close(A, caa.channel_map(query.bfloat16().double()).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_gate_is_exact_under_autocast():
+    gate, x = caa.ChannelAttention(8, 4, 3), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = gate(x)
+    assert under.dtype == torch.float32 and torch.equal(under, gate(x))
+
+
+@pytest.mark.parametrize("attention", ["axial", "self"])
+def test_spatial_attention_under_autocast_is_close_to_float32(attention):
+    net, x = caa.SpatialAttention(32, attention, query_channels=8).eval(), torch.randn(2, 32, 7, 9)
+    with torch.no_grad():
+        expected = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = net(x)
+    assert actual.isfinite().all()
+    assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
+def test_float16_queries_beyond_65504_give_a_finite_map():
+    query = (300 + 30 * torch.randn(1, 64, 5, 6)).half()
+    product_of_two = query[0, :, 0, 0].float() @ query[0, :, 1, 0].float()
+    assert product_of_two > 65504 and product_of_two.half().isinf()
+    for axis in ("column", "row"):
+        A = caa.axial_attention(query, axis)
+        assert A.dtype == torch.float32 and A.isfinite().all()
+        assert torch.equal(A.argmax(-1), caa.axial_attention(query.double(), axis).argmax(-1))
+    assert caa.channel_map(10 * query).isfinite().all()
+
+
+def test_float16_features_are_pooled_in_float32():
+    # Σα/HW of values 1e-3 at 32 x 32 is 3e-5, below 6.1e-5, float16's smallest normal number
+    value = (1e-3 * torch.rand(1, 4, 32, 32)).half()
+    for axis in ("column", "row"):
+        A, seen = caa.axial_attention(torch.randn(1, 2, 32, 32), axis), []
+        y = caa.channelized(A, value, lambda p, seen=seen: seen.append(p) or torch.ones_like(p), axis)
+        z = caa.channelized(A, value, None, axis).double()
+        assert y.dtype == torch.float16 and seen[0].dtype == torch.float32
+        pooled = z.mean(3 if axis == "column" else 2).transpose(1, 2) / 32
+        torch.testing.assert_close(seen[0].double(), pooled, rtol=1e-4, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the network
+
+
+def small(num_classes=5, output_stride=16, **options):
+    return caa.build(num_classes, "resnet18", output_stride=output_stride, **options)
+
+
+def batch(N=2, H=64, W=48, num_classes=5):
+    return torch.randn(N, 3, H, W), torch.randint(num_classes, (N, H, W))
+
+
+def open_gammas(net):
+    """The dual designs start without attention; here it counts."""
+    for name, p in net.named_parameters():
+        if "gamma" in name:
+            torch.nn.init.ones_(p)
+    return net
+
+
+def recorded(module, of="output"):
+    """What goes in or comes out of `module`, a list that grows."""
+    seen = []
+    module.register_forward_hook(lambda _, given, out: seen.append(given[0] if of == "input" else out))
+    return seen
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_trains_every_parameter(options):
+    net, (images, labels) = open_gammas(small(**options)), batch()
+    losses = net(images, labels)
+    names = {"cross_entropy"} | ({"auxiliary"} if options.get("auxiliary", True) else set())
+    names |= {"parallel": {"spatial", "channel"}, "sequential": {"channel"}}.get(options.get("dual"), set())
+    assert set(losses) == names
+    assert all(loss.shape == () and loss.dtype == torch.float32 and loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits_have_the_size_of_any_image_alone_or_in_a_batch(options):
+    net = open_gammas(small(**options)).eval()
+    for size in ((65, 97), (48, 33)):
+        images, _ = batch(2, *size)
+        with torch.no_grad():
+            logits, alone = net(images), net(images[1:])
+        assert logits.shape == (2, 5, *size) and logits.dtype == torch.float32
+        assert logits.std() > 0
+        torch.testing.assert_close(alone, logits[1:], rtol=1e-3, atol=1e-4)
+
+
+def test_logits_and_losses_are_float32_under_autocast():
+    net, (images, labels) = small().eval(), batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, losses = net(images), net(images, labels)
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    with torch.no_grad():
+        torch.testing.assert_close(losses["cross_entropy"], net(images, labels)["cross_entropy"], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    "stride, decoder, size", [(8, False, (9, 7)), (16, False, (5, 4)), (32, False, (3, 2)), (16, True, (17, 13))]
+)
+def test_classifier_is_a_1x1_convolution_on_the_feature_map(stride, decoder, size):
+    net = small(7, stride, decoder=decoder).eval()
+    seen = recorded(net.classifier)
+    with torch.no_grad():
+        logits = net(torch.randn(1, 3, 65, 50))
+    assert isinstance(net.classifier, torch.nn.Conv2d)
+    assert net.classifier.kernel_size == (1, 1) and net.classifier.out_channels == 7
+    assert seen[0].shape == (1, 7, *size)
+    expected = F.interpolate(seen[0], size=(65, 50), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, expected)
+
+
+def test_resnet_has_multi_grid_1_2_4_and_others_build_without():
+    layer4 = caa.build(3, "resnet50", output_stride=16).backbone.body.layer4
+    assert [layer4.get_submodule(str(i)).conv2.dilation for i in range(3)] == [(2, 2), (4, 4), (8, 8)]
+    net = caa.build(3, "mobilenet_v2", output_stride=16).eval()
+    with torch.no_grad():
+        assert net(torch.randn(1, 3, 40, 33)).shape == (1, 3, 40, 33)
+
+
+def test_image_level_branch_adds_the_same_to_every_position():
+    head, x = caa.CAA(8).eval(), torch.randn(2, 8, 5, 6)
+    with torch.no_grad():
+        assert head(x).std(dim=(2, 3)).max() > 1e-3
+        head.project[0].weight[:, :512] = 0  # what comes from the attention
+        y = head(x)
+        level = head.image_level[1](head.reduce(x).mean((2, 3), keepdim=True))
+        expected = F.relu(head.project[1](F.conv2d(level, head.project[0].weight[:, 512:])))
+    assert y.shape == (2, 256, 5, 6) and y.max() > 0
+    torch.testing.assert_close(y, expected.expand_as(y), rtol=1e-4, atol=1e-5)
+
+
+def test_squeeze_and_excitation_scales_what_the_attention_gives():
+    head, x = caa.CAA(8, channelization=False, se=True).eval(), torch.randn(1, 8, 5, 6)
+    attended, excited = recorded(head.attention), recorded(head.after, "input")
+    with torch.no_grad():
+        head(x)
+        scale = torch.sigmoid(head.se.fc2(F.relu(head.se.fc1(attended[0].mean((2, 3), keepdim=True)))))
+    torch.testing.assert_close(excited[0], scale * attended[0])
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("dual", [None, "parallel", "sequential"])
+def test_losses_are_the_means_over_labelled_pixels_with_the_auxiliary_at_0_4(dual):
+    net, (images, labels) = open_gammas(small(dual=dual)).eval(), batch()
+    labels[:, 20:40] = 255
+    labels[1] = 2  # so that the images have different numbers of labelled pixels
+    seen = {"cross_entropy": recorded(net.classifier), "auxiliary": recorded(net.auxiliary)}
+    if dual == "parallel":
+        seen["spatial"] = recorded(net.head.spatial_logits)
+    if dual:
+        seen["channel"] = recorded(net.head.channel_logits)
+    with torch.no_grad():
+        losses = net(images, labels)
+    assert set(losses) == set(seen)
+    for name, loss in losses.items():
+        log_p = F.interpolate(seen[name][0], size=(64, 48), mode="bilinear", align_corners=False).log_softmax(1)
+        n, i, j = (labels != 255).nonzero(as_tuple=True)
+        weight = 0.4 if name == "auxiliary" else 1
+        torch.testing.assert_close(loss, -weight * log_p[n, labels[n, i, j], i, j].mean())
+
+
+@pytest.mark.parametrize("dual", [None, "parallel"])
+def test_ignored_pixels_pull_on_no_logits(dual, monkeypatch):
+    net, (images, labels) = small(dual=dual), batch()
+    labels[0, :30] = labels[1, :, 10:] = 255
+    upsampled, plain = [], caa._upsample
+
+    def upsample(logits, size):
+        upsampled.append(plain(logits, size))
+        upsampled[-1].retain_grad()
+        return upsampled[-1]
+
+    monkeypatch.setattr(caa, "_upsample", upsample)
+    losses = net(images, labels)
+    sum(losses.values()).backward()
+    assert len(upsampled) == len(losses) == (4 if dual else 2)
+    for logits in upsampled:
+        pull = logits.grad.abs().sum(1)
+        assert (pull[labels == 255] == 0).all() and (pull[labels != 255] > 0).all()
+
+
+@pytest.mark.parametrize("dual", [None, "parallel", "sequential"])
+def test_no_labelled_pixel_gives_zero_losses_and_zero_gradients(dual):
+    net, (images, labels) = open_gammas(small(dual=dual)), batch()
+    losses = net(images, torch.full_like(labels, 255))
+    assert all(loss == 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all((p.grad == 0).all() for p in net.parameters())  # False also for NaN
+
+
+def test_absent_classes_are_fine():
+    net, (images, labels) = small(), batch()
+    losses = net(images, torch.zeros_like(labels))
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- dual attention
+
+
+def test_sequential_branch_trains_only_its_own_logits():
+    net, (images, labels) = open_gammas(small(dual="sequential")), batch()
+    net(images, labels)["channel"].backward()
+    trained = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert trained == {"head.channel_logits.1.weight", "head.channel_logits.1.bias"}
+
+
+def test_parallel_branches_train_their_own_side():
+    net, (images, labels) = open_gammas(small(dual="parallel")), batch()
+    net(images, labels)["channel"].backward()
+    trained = {name for name, p in net.head.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert {name.split(".")[0] for name in trained} == {
+        "reduce_channel", "gamma_channel", "after_channel", "channel_logits",
+    }  # fmt: skip
+    assert net.backbone.body.conv1.weight.grad.abs().max() > 0
+
+
+def test_parallel_features_are_the_sum_of_the_branches():
+    net = open_gammas(small(dual="parallel")).eval()
+    branches = [recorded(layer, "input") for layer in (net.head.spatial_logits, net.head.channel_logits)]
+    features = recorded(net.classifier, "input")
+    with torch.no_grad():
+        net(torch.randn(1, 3, 64, 48))
+    assert not torch.allclose(branches[0][0], branches[1][0])
+    torch.testing.assert_close(features[0], branches[0][0] + branches[1][0])
+
+
+def test_sequential_spatial_attention_reads_what_channel_attention_gives():
+    net = open_gammas(small(dual="sequential")).eval()
+    reduced, channel = recorded(net.head.reduce), recorded(net.head.channel_logits, "input")
+    attended, features = recorded(net.head.attention), recorded(net.classifier, "input")
+    with torch.no_grad():
+        net(torch.randn(1, 3, 64, 48))
+        torch.testing.assert_close(channel[0], net.head.channel(reduced[0]))
+        torch.testing.assert_close(attended[0], net.head.attention(channel[0]))
+        torch.testing.assert_close(features[0], net.head.after(channel[0] + attended[0]))
+    assert not torch.allclose(channel[0], reduced[0])
+
+
+@pytest.mark.parametrize("design", ["parallel", "sequential"])
+def test_dual_attention_is_absent_at_first_and_can_be_learned(design):
+    net, x = caa.DualAttention(8, 3, design), torch.randn(2, 512, 3, 4)
+    assert torch.equal(net.spatial(x), x) and torch.equal(net.channel(x), x)
+    (net.spatial(x) * x + net.channel(x) * x).sum().backward()
+    assert net.gamma_spatial.grad != 0 and net.gamma_channel.grad != 0
+    open_gammas(net)
+    torch.testing.assert_close(net.spatial(x), x + net.attention(x))
+
+
+def test_dual_attention_has_no_gates():
+    names = [name for name, _ in small(dual="parallel").named_parameters()]
+    assert not [name for name in names if "gate" in name]
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize(
+    "pixel, cell", [((0, 0), (0, 0)), ((64, 0), (4, 0)), ((13, 96), (1, 6)), ((12, 14), (0, 1)), (None, (2, 3))]
+)
+def test_figures_show_the_pixels_own_column_and_row(pixel, cell):
+    net = small().eval()
+    figures = net.figures(torch.randn(3, 65, 97), pixel)  # 5 x 7 cells: 65 rows / 5 = 13, 97 columns / 7 = 13.9
+    assert set(figures) == {"column attention", "row attention", "column, then row"}
+    for figure in figures.values():
+        assert figure.shape == (5, 7) and figure.dtype == torch.float32 and not figure.requires_grad
+        assert figure.min() >= 0 and figure.max() == 1
+    column, row = torch.zeros(5, 7, dtype=torch.bool), torch.zeros(5, 7, dtype=torch.bool)
+    column[:, cell[1]], row[cell[0]] = True, True
+    assert torch.equal(figures["column attention"] > 0, column)
+    assert torch.equal(figures["row attention"] > 0, row)
+    assert (figures["column, then row"] > 0).all()
+
+
+def test_figures_are_the_weights_of_every_position():
+    net = caa.SpatialAttention(4, channelization=False, query_channels=3).double().eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(1, 4, 3, 5, dtype=torch.float64)
+    col, row = net.maps(x)
+    for i, j in product(range(3), range(5)):
+        A_col, A_row = loop_map(net.theta(x), "column"), loop_map(net.phi(x), "row")
+        maps = {name: torch.zeros(3, 5) for name in ("column attention", "row attention", "column, then row")}
+        for m, n in product(range(3), range(5)):
+            maps["column attention"][m, j] = A_col[0, i, j][m]
+            maps["row attention"][i, n] = A_row[0, i, j][n]
+            maps["column, then row"][m, n] = A_row[0, i, j][n] * A_col[0, i, n][m]
+        value = torch.zeros(1, 1, 3, 5, dtype=torch.float64, requires_grad=True)
+        y = caa.channelized(row, caa.channelized(col, value, None, "column"), None, "row")
+        (influence,) = torch.autograd.grad(y[0, 0, i, j], value)
+        torch.testing.assert_close(influence[0, 0].float(), maps["column, then row"])
+        figures = net.attended(x, i, j)
+        assert set(figures) == set(maps)
+        for name, m in maps.items():
+            torch.testing.assert_close(figures[name], m / m.max())
+
+
+def test_figures_of_self_attention_are_its_weights():
+    net = caa.SpatialAttention(4, "self", channelization=False, query_channels=3).double().eval()
+    x = torch.randn(1, 4, 3, 5, dtype=torch.float64)
+    theta = net.theta(x)
+    for i, j in product(range(3), range(5)):
+        e = torch.exp((theta * theta[:, :, i : i + 1, j : j + 1]).sum(1))[0]
+        figures = net.attended(x, i, j)
+        assert set(figures) == {"self-attention"}
+        torch.testing.assert_close(figures["self-attention"], (e / e.max()).float())
+
+
+@pytest.mark.parametrize("design, branches", [("parallel", ("spatial", "channel")), ("sequential", ("channel",))])
+def test_figures_of_dual_attention_are_label_maps_of_its_branches(design, branches):
+    net, image = open_gammas(small(dual=design)).eval(), torch.randn(3, 65, 50)
+    seen = {name: recorded(getattr(net.head, f"{name}_logits")) for name in branches}
+    figures = net.figures(image)
+    assert set(figures) == {"prediction", *(f"{name} attention" for name in branches)}
+    assert all(m.shape == (65, 50) and m.dtype == torch.int64 for m in figures.values())
+    with torch.no_grad():
+        assert torch.equal(figures["prediction"], net(image[None]).argmax(1)[0])
+    for name in branches:
+        logits = F.interpolate(seen[name][0], size=(65, 50), mode="bilinear", align_corners=False)
+        assert torch.equal(figures[f"{name} attention"], logits.argmax(1)[0])
+    assert all(torch.equal(m, figures[name]) for name, m in net.figures(image[None]).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------- build
+
+
+def test_unknown_option_lists_the_known_ones_with_their_defaults():
+    with pytest.raises(ValueError) as error:
+        caa.build(3, "resnet18", heads=8)
+    for part in (
+        "heads", "attention='axial'", "channelization=True", "channel_layers=5", "channel_width=128", "se=False",
+        "dual=None", "auxiliary=True", "decoder=False", "output_stride=8",
+    ):  # fmt: skip
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(attention="rows"), ("'rows'", "'axial'", "'self'")),
+        (dict(dual="both"), ("'both'", "'parallel'", "'sequential'")),
+    ],
+)
+def test_wrong_value_is_named_with_the_right_ones(options, named):
+    with pytest.raises(ValueError) as error:
+        caa.build(3, "resnet18", **options)
+    assert all(part in str(error.value) for part in named)
+
+
+@pytest.mark.parametrize("options", [dict(decoder=True), dict(dual="parallel"), dict(attention="self", se=True)], ids=str)
+def test_saved_weights_reproduce_the_outputs(options, tmp_path):
+    first, second, (images, labels) = small(**options), small(**options).eval(), batch()
+    first(images, labels)  # moves the running means of the batch norms
+    first.eval()
+    torch.save(first.state_dict(), tmp_path / "net.pt")
+    with torch.no_grad():
+        assert not torch.equal(first(images), second(images))
+        second.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
+        assert torch.equal(first(images), second(images))
+
+
+def test_recipes_are_those_of_sect_3_4():
+    keys = ("iterations", "batch_size", "lr", "power", "optimizer", "output_stride", "backbone")
+    assert {name: tuple(recipe[key] for key in keys) for name, recipe in caa.RECIPES.items()} == {
+        "pascal_context": (40_000, 16, 0.01, 0.9, "sgd", 8, "resnet101"),
+        "coco_stuff10k": (40_000, 16, 0.01, 0.9, "sgd", 8, "resnet101"),
+        "cityscapes": (80_000, 8, 0.01, 0.9, "sgd", 8, "resnet101"),
+        "coco_stuff164k": (80_000, 16, 0.01, 0.9, "sgd", 8, "efficientnet_b5"),
+    }
+    assert caa.RECIPES["cityscapes"]["crop_size"] == 769

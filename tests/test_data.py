@@ -1,0 +1,835 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
+
+import data
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    image.save(path)
+    return path
+
+
+def photo(height=4, width=6, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def camvid(root, label, image=None):
+    label = np.asarray(label, np.uint8)
+    save(root / "train/a.png", photo(*label.shape) if image is None else image)
+    save(root / "trainannot/a.png", label)
+    return data.dataset("camvid", root, "train")
+
+
+def folder(root, label, image=None, classes="one\ntwo\nthree\n", split="train"):
+    if not isinstance(label, Image.Image):
+        label = Image.fromarray(np.asarray(label, np.uint8))
+    save(root / "images" / split / "a.png", photo(label.height, label.width) if image is None else image)
+    save(root / "labels" / split / "a.png", label)
+    (root / "classes.txt").write_text(classes)
+    return data.dataset("folder", root, split)
+
+
+def mistake(call, *parts):
+    """`call` is a Mistake of one line that holds all `parts`."""
+    with pytest.raises(data.Mistake) as caught:
+        call()
+    text = str(caught.value)
+    assert text and "\n" not in text
+    for part in parts:
+        assert str(part) in text
+
+
+def tensors(image, label):
+    return tv_tensors.Image(torch.as_tensor(image)), tv_tensors.Mask(torch.as_tensor(label))
+
+
+def ramp(height, width):
+    """An image whose first channel is the column and whose second is the row of each pixel."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([columns, rows, torch.zeros_like(rows)]).to(torch.uint8)
+
+
+def blocks(height=96, width=96, side=24):
+    return torch.arange(16).view(4, 4).repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width].to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_camvid_keeps_0_to_10_and_ignores_11_and_255(tmp_path):
+    raw = [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 255, 0]]
+    image, label = camvid(tmp_path, raw)[0]
+    assert label.tolist() == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 255, 255, 0]]
+    assert label.dtype == torch.int64 and image.dtype == torch.float32 and image.shape == (3, 2, 7)
+    assert type(image) is type(label) is torch.Tensor
+
+
+@pytest.mark.parametrize("wrong", [12, 13, 100, 254])
+def test_camvid_rejects_12_to_254_naming_file_and_id(tmp_path, wrong):
+    dataset = camvid(tmp_path, [[0, wrong], [3, 11]])
+    mistake(lambda: dataset[0], tmp_path / "trainannot/a.png", f"[{wrong}]", "0-11, 255")
+
+
+def test_camvid_has_eleven_classes_in_its_order_with_its_colors(tmp_path):
+    dataset = camvid(tmp_path, [[0]])
+    names = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
+    assert dataset.classes == names.split()
+    assert dataset.num_classes == len(dataset.palette) == 11
+    assert dataset.palette[0] == (128, 128, 128) and dataset.palette[3] == (128, 64, 128)
+    assert dataset.palette[10] == (0, 128, 192)
+
+
+def test_folder_keeps_its_ids_and_255(tmp_path):
+    dataset = folder(tmp_path, [[0, 1, 2, 255]])
+    assert dataset[0][1].tolist() == [[0, 1, 2, 255]]
+    assert dataset.classes == ["one", "two", "three"] and dataset.num_classes == 3
+
+
+@pytest.mark.parametrize("wrong", [3, 4, 254])
+def test_folder_rejects_ids_from_the_number_of_classes_naming_the_file(tmp_path, wrong):
+    dataset = folder(tmp_path, [[0, wrong, 255]])
+    mistake(lambda: dataset[0], tmp_path / "labels/train/a.png", f"[{wrong}]", "0-2, 255")
+
+
+def test_folder_palette_has_another_color_for_each_class(tmp_path):
+    dataset = folder(tmp_path, [[0]], classes="".join(f"c{i}\n" for i in range(60)))
+    assert len(set(dataset.palette)) == 60 and (0, 0, 0) not in dataset.palette
+    assert all(isinstance(c, int) and 0 <= c <= 255 for color in dataset.palette for c in color)
+
+
+def test_palette_label_keeps_its_ids_whatever_its_colors(tmp_path):
+    label = Image.fromarray(np.array([[0, 2, 1, 255]], np.uint8)).convert("P")
+    label.putdata([0, 2, 1, 255])
+    label.putpalette([200, 100, 50] * 256)
+    assert label.mode == "P"
+    assert folder(tmp_path, label)[0][1].tolist() == [[0, 2, 1, 255]]
+
+
+def test_one_bit_label_is_0_and_1(tmp_path):
+    label = Image.new("1", (3, 1))
+    label.putpixel((1, 0), 1)
+    dataset = folder(tmp_path, label)
+    assert Image.open(tmp_path / "labels/train/a.png").mode == "1"
+    assert dataset[0][1].tolist() == [[0, 1, 0]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "LA", "I;16"])
+def test_label_that_is_not_one_8_bit_channel_is_a_mistake(tmp_path, mode):
+    dataset = folder(tmp_path, Image.new(mode, (3, 2)))
+    mistake(lambda: dataset[0], tmp_path / "labels/train/a.png", "no label map", "mode P or L")
+
+
+def test_label_of_another_size_is_a_mistake_giving_both(tmp_path):
+    dataset = camvid(tmp_path, np.zeros((4, 6)), photo(4, 7))
+    mistake(lambda: dataset[0], tmp_path / "trainannot/a.png", "6x4", tmp_path / "train/a.png", "7x4")
+
+
+def test_label_of_the_transposed_size_is_a_mistake(tmp_path):
+    dataset = camvid(tmp_path, np.zeros((4, 6)), photo(6, 4))
+    mistake(lambda: dataset[0], "6x4", "4x6")
+
+
+@pytest.mark.parametrize("side", ["train", "trainannot"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_broken_file_is_a_mistake_naming_it(tmp_path, side, damage):
+    noise = np.random.default_rng(0).integers(0, 11, (40, 40), np.uint8)
+    dataset = camvid(tmp_path, noise)
+    path = tmp_path / side / "a.png"
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "text": b"not an\nimage\n", "empty": b""}[damage])
+    mistake(lambda: dataset[0], path, "cannot be read as an image")
+
+
+def test_file_that_vanished_is_a_mistake_naming_it(tmp_path):
+    dataset = camvid(tmp_path, [[0]])
+    (tmp_path / "train/a.png").unlink()
+    mistake(lambda: dataset[0], "no file", tmp_path / "train/a.png")
+
+
+def test_missing_folder_is_a_mistake_naming_it(tmp_path):
+    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "no such folder")
+    save(tmp_path / "train/a.png", photo())
+    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "trainannot", "no such folder")
+
+
+def test_empty_folder_is_a_mistake_naming_it(tmp_path):
+    save(tmp_path / "trainannot/a.png", np.zeros((2, 2), np.uint8))
+    (tmp_path / "train").mkdir()
+    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "empty")
+
+
+@pytest.mark.parametrize("alone", ["train", "trainannot"])
+def test_file_without_partner_is_a_mistake_naming_it(tmp_path, alone):
+    camvid(tmp_path, [[0]])
+    save(tmp_path / alone / "lonely.png", np.zeros((2, 2), np.uint8))
+    mistake(lambda: data.dataset("camvid", tmp_path, "train"), "'lonely'", "partner")
+
+
+def test_pairs_are_matched_by_name_and_sorted(tmp_path):
+    for i, stem in enumerate(["b", "c", "a"]):
+        save(tmp_path / f"images/val/{stem}.jpg", np.full((8, 8, 3), 60 * i, np.uint8))
+        save(tmp_path / f"labels/val/{stem}.png", np.full((8, 8), i, np.uint8))
+    (tmp_path / "images/val/notes.txt").write_text("no image")
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
+    dataset = data.dataset("folder", tmp_path, "val")
+    assert [dataset.name(i) for i in range(len(dataset))] == ["a", "b", "c"]
+    for i in range(3):
+        image, label = dataset.raw(i)
+        assert abs(int(image[0, 0, 0]) - 60 * int(label[0, 0])) <= 2
+
+
+def test_unknown_names_are_mistakes_that_list_the_known(tmp_path):
+    mistake(lambda: data.dataset("imagenet", tmp_path), "'imagenet'", "shapes", "camvid", "folder")
+    mistake(lambda: data.dataset("camvid+scale", tmp_path), "'camvid+scale'", "camvid")
+    mistake(lambda: data.dataset("camvid", tmp_path, "val2"), "'val2'", "train, val, test")
+    mistake(lambda: data.dataset("shapes", split="test"), "'test'", ", ".join(data.Shapes.SPLITS))
+    mistake(lambda: data.dataset("shapes+thick"), "'thick'", "scale, company, unity, thin")
+    mistake(lambda: data.augment(color="sepia"), "'sepia'", "none, brightness, photometric")
+
+
+def test_unknown_folder_split_is_a_mistake_naming_where_it_looked(tmp_path):
+    folder(tmp_path, [[0]])
+    mistake(lambda: data.dataset("folder", tmp_path, "test"), tmp_path / "images" / "test", "no such folder")
+
+
+@pytest.mark.parametrize("name", ["camvid", "folder"])
+def test_no_root_is_a_mistake(name):
+    mistake(lambda: data.dataset(name), name, "--data-root")
+
+
+def test_missing_or_empty_or_overfull_classes_txt_is_a_mistake(tmp_path):
+    mistake(lambda: data.dataset("folder", tmp_path), tmp_path / "classes.txt")
+    mistake(lambda: folder(tmp_path, [[0]], classes="\n \n"), tmp_path / "classes.txt", "0 classes")
+    mistake(lambda: folder(tmp_path, [[0]], classes="c\n" * 255), tmp_path / "classes.txt", "255 classes")
+    assert folder(tmp_path, [[0]], classes="c\n" * 254).num_classes == 254
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def test_gray_image_becomes_three_equal_channels(tmp_path):
+    gray = photo()[..., 0]
+    image, _ = camvid(tmp_path, np.zeros(gray.shape), gray).raw(0)
+    assert image.shape == (3, 4, 6) and image.dtype == torch.uint8
+    for channel in image:
+        assert np.array_equal(channel, gray)
+
+
+def test_images_keep_the_order_of_rows_and_channels(tmp_path):
+    array = photo()
+    image, _ = camvid(tmp_path, np.zeros((4, 6)), array).raw(0)
+    assert np.array_equal(image.permute(1, 2, 0), array)
+
+
+def test_normalisation_takes_off_imagenets_mean_and_deviation(tmp_path):
+    image, _ = camvid(tmp_path, [[0]], np.array([[[255, 0, 51]]], np.uint8))[0]
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    assert image.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_photograph_restores_every_value_of_uint8(tmp_path):
+    array = np.arange(256, dtype=np.uint8).reshape(16, 16, 1) + np.array([0, 85, 170], np.uint8)
+    image, _ = camvid(tmp_path, np.zeros((16, 16)), array)[0]
+    restored = data.photograph(image)
+    assert restored.dtype == torch.uint8 and np.array_equal(restored.permute(1, 2, 0), array)
+
+
+# --------------------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("size", [(40, 50), (120, 90), (33, 47), (1, 60), (60, 1), (1, 1), (32, 32)])
+@pytest.mark.parametrize("crop", [32, 33])
+def test_every_crop_is_full_and_padded_right_and_below_with_zeros_and_255(size, crop):
+    transform = data.augment(crop)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        image, label = transform(*tensors(torch.full((3, *size), 200).to(torch.uint8), torch.ones(size, dtype=torch.uint8)))
+        assert image.shape == (3, crop, crop) and image.dtype == torch.float32
+        assert label.shape == (crop, crop)
+        height, width = (label[:, 0] != 255).sum(), (label[0] != 255).sum()
+        assert height > 0 and width > 0
+        assert (label[:height, :width] == 1).all() and (label[height:] == 255).all() and (label[:, width:] == 255).all()
+        padding = label == 255
+        assert (image[:, padding] == 0).all() and (image[:, ~padding] > 1).all()
+        assert padding.any() or 2 * min(size) >= crop
+
+
+def test_image_at_least_as_large_as_the_largest_window_is_never_padded():
+    transform = data.augment(32, scale=(0.5, 2.0))
+    for seed in range(50):
+        torch.manual_seed(seed)
+        _, label = transform(*tensors(torch.zeros(3, 64, 65, dtype=torch.uint8), torch.zeros(64, 65, dtype=torch.uint8)))
+        assert (label == 0).all()
+
+
+def test_a_padded_side_has_the_scaled_length():
+    torch.manual_seed(0)
+    transform = data.augment(64, scale=(1.5, 1.5))
+    _, label = transform(*tensors(torch.zeros(3, 20, 30, dtype=torch.uint8), torch.zeros(20, 30, dtype=torch.uint8)))
+    assert ((label[:, 0] == 0).sum(), (label[0] == 0).sum()) == (30, 45)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
+@pytest.mark.parametrize("size", [(200, 240), (70, 90)], ids=["cut", "padded"])
+def test_image_and_label_stay_aligned_through_scale_crop_and_flip(axis, size):
+    # Image and label both hold the pixel's own coordinate, so wherever a pixel goes, they agree to half a pixel.
+    image = ramp(*size)
+    transform = data.augment(96)
+    flips, total = 0, 40
+    for seed in range(total):
+        torch.manual_seed(seed)
+        new_image, new_label = transform(*tensors(image, image[axis]))
+        seen = new_label != 255
+        height, width = seen[:, 0].sum(), seen[0].sum()
+        inner = (slice(4, height - 4), slice(4, width - 4))  # at its rim, resizing repeats the outermost pixels
+        gap = data.photograph(new_image)[axis][inner].double() - new_label[inner].double()
+        assert gap.abs().max() <= 1
+        assert gap.mean().abs() < 0.3
+        coordinate = data.photograph(new_image)[0]
+        flips += bool(coordinate[5, 5] > coordinate[5, width - 5])
+    assert 0.25 * total < flips < 0.75 * total
+
+
+def test_blocks_of_color_and_of_label_agree_away_from_borders():
+    label = blocks()
+    colors = torch.randint(0, 256, (16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = colors[label.long()].permute(2, 0, 1)
+    transform = data.augment(64)
+    compared = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        new_image, new_label = transform(*tensors(image, label))
+        distance = (data.photograph(new_image)[:, None].int() - colors.int().T[:, :, None, None]).abs().sum(0)
+        windows = new_label.as_subclass(torch.Tensor).unfold(0, 5, 1).unfold(1, 5, 1).flatten(2).int()
+        inner = (windows.amax(-1) == windows.amin(-1)) & (windows[..., 0] != 255)
+        nearest = distance.argmin(0)[2:-2, 2:-2]
+        assert torch.equal(nearest[inner], new_label[2:-2, 2:-2][inner].long())
+        compared += inner.sum()
+    assert compared > 12 * 500
+
+
+@pytest.mark.parametrize("color", ["none", "brightness", "photometric"])
+def test_ids_after_augmentation_are_original_ids_and_255(color):
+    generator = torch.Generator().manual_seed(0)
+    label = torch.tensor([0, 3, 9, 200], dtype=torch.uint8)[torch.randint(4, (50, 60), generator=generator)]
+    image = torch.randint(256, (3, 50, 60), generator=generator).to(torch.uint8)
+    transform = data.augment(48, color=color)
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        seen |= set(transform(*tensors(image, label))[1].unique().tolist())
+    assert seen == {0, 3, 9, 200, 255}
+
+
+def test_scale_step_gives_only_the_factors_of_the_grid_and_all_of_them():
+    torch.manual_seed(0)
+    crop = data.RandomScaledCrop(1000, (0.5, 2.0), 0.25)
+    image = torch.zeros(1, 1, 5000).expand(3, 5000, 5000)
+    factors = set()
+    for _ in range(200):
+        params = crop.make_params([image])
+        for _, source, size in params.values():
+            factors.add(round(size / source, 2))
+        assert params["rows"][1] == params["columns"][1]  # one factor for both sides
+    assert sorted(factors) == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+
+
+def test_factors_without_a_grid_fill_the_range_evenly():
+    torch.manual_seed(0)
+    crop = data.RandomScaledCrop(10000, (0.5, 2.0))
+    image = torch.zeros(1, 1, 1).expand(3, 50000, 50000)
+    factors = sorted(size / source for _ in range(600) for _, source, size in [crop.make_params([image])["rows"]])
+    assert 0.499 < factors[0] < 0.53 and 1.97 < factors[-1] < 2.001
+    assert factors[300] == pytest.approx(1.25, abs=0.12)
+    assert len({round(f, 3) for f in factors}) > 300
+
+
+def test_factors_of_a_small_image_are_in_the_range_too():
+    torch.manual_seed(0)
+    crop = data.RandomScaledCrop(10000, (0.5, 2.0))
+    factors = [crop.make_params([torch.zeros(3, 1000, 1)])["rows"][2] / 1000 for _ in range(200)]
+    assert 0.5 <= min(factors) < 0.55 and 1.95 < max(factors) <= 2
+
+
+def test_windows_lie_inside_and_reach_both_ends():
+    torch.manual_seed(0)
+    crop = data.RandomScaledCrop(8, (1.0, 1.0))
+    image = torch.zeros(3, 12, 10)
+    params = [crop.make_params([image]) for _ in range(200)]
+    assert {p["rows"] for p in params} == {(top, 8, 8) for top in range(5)}
+    assert {p["columns"] for p in params} == {(left, 8, 8) for left in range(3)}
+
+
+def test_at_factor_1_the_crop_is_a_cut_of_the_image():
+    generator = torch.Generator().manual_seed(0)
+    image, label = tensors(torch.randint(256, (3, 30, 40), generator=generator).to(torch.uint8), ramp(30, 40)[0])
+    crop = data.RandomScaledCrop(16, (1.0, 1.0))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        (top, *_), (left, *_) = crop.make_params([image]).values()
+        torch.manual_seed(seed)
+        new_image, new_label = crop(image, label)
+        assert torch.equal(new_image, image[:, top : top + 16, left : left + 16])
+        assert torch.equal(new_label, label[top : top + 16, left : left + 16])
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_cutting_first_equals_resizing_the_whole_image_first(factor):
+    generator = torch.Generator().manual_seed(0)
+    smooth = TF.resize(torch.randint(256, (3, 8, 8), generator=generator).to(torch.uint8), [100, 120])
+    image, label = tensors(smooth, blocks(100, 120, 30))
+    crop = data.RandomScaledCrop(32, (factor, factor))
+    whole = TF.resize(image, [int(100 * factor), int(120 * factor)], antialias=True)
+    label_of = torch.arange(int(100 * factor)), torch.arange(int(120 * factor))
+    rows, columns = (((i + 0.5) / factor).floor().long() for i in label_of)
+    whole_label = label[rows][:, columns]
+    compared = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        (top, *_), (left, *_) = crop.make_params([image]).values()
+        if (top * factor) % 1 or (left * factor) % 1:
+            continue  # such a window begins between two pixels of the resized image
+        torch.manual_seed(seed)
+        new_image, new_label = crop(image, label)
+        y, x = int(top * factor), int(left * factor)
+        expected = whole[:, y : y + 32, x : x + 32].int()
+        assert (new_image.int() - expected)[:, 2:-2, 2:-2].abs().max() <= 1
+        assert torch.equal(new_label, whole_label[y : y + 32, x : x + 32])
+        compared += 1
+    assert compared >= 2
+
+
+@pytest.mark.parametrize("color", ["none", "brightness", "photometric"])
+def test_color_changes_the_image_only(color):
+    generator = torch.Generator().manual_seed(0)
+    image, label = tensors(torch.randint(20, 230, (3, 24, 24), generator=generator).to(torch.uint8), ramp(24, 24)[0])
+    transform = data.augment(24, scale=(1.0, 1.0), color=color)
+    changed = 0
+    for seed in range(24):
+        torch.manual_seed(seed)
+        new_image, new_label = transform(image, label)
+        flipped = not torch.equal(new_label, label)
+        assert torch.equal(new_label, label.flip(-1) if flipped else label)
+        difference = data.photograph(new_image).int() - (image.flip(-1) if flipped else image).int()
+        changed += bool(difference.any())
+        if color == "brightness":
+            assert difference.unique().numel() == 1
+    assert changed == 0 if color == "none" else changed > 5
+
+
+def test_brightness_adds_one_whole_number_to_half_of_the_images():
+    torch.manual_seed(0)
+    shift = data.RandomBrightness()
+    image, label = tensors(torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.full((2, 2), 7, dtype=torch.uint8))
+    shifts = []
+    for _ in range(600):
+        new_image, new_label = shift(image, label)
+        difference = (new_image.int() - 100).unique().tolist()
+        assert len(difference) == 1 and (new_label == 7).all() and new_image.dtype == torch.uint8
+        shifts += difference
+    assert set(shifts) == set(range(-10, 11))
+    assert 0.45 < shifts.count(0) / 600 < 0.6  # 1/2 + 1/2 · 1/21 = 0.524
+
+
+def test_brightness_ends_at_black_and_white():
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2).expand(3, 1, 2))
+    seen = {tuple(data.RandomBrightness()(image)[0, 0].tolist()) for _ in range(200)}
+    assert min(dark for dark, _ in seen) == 0 and max(dark for dark, _ in seen) == 10
+    assert min(light for _, light in seen) == 245 and max(light for _, light in seen) == 255
+
+
+# ---------------------------------------------------------------------------------------------------------- determinism
+
+
+def test_sample_depends_on_seed_and_position_alone():
+    def sample(key, seed=3):
+        return data.dataset("shapes", train=True, crop_size=48, seed=seed)[key]
+
+    torch.manual_seed(1)
+    image, label = sample((5, 70))
+    torch.manual_seed(2)
+    torch.rand(7)
+    again = sample((5, 70))
+    assert torch.equal(image, again[0]) and torch.equal(label, again[1])
+    assert label.dtype == torch.int64 and type(image) is type(label) is torch.Tensor
+    assert not torch.equal(image, sample((5, 71))[0])
+    assert not torch.equal(image, sample((5, 70), seed=4)[0])
+    assert not torch.equal(image, sample((6, 70))[0])
+
+
+def test_files_are_augmented_by_position_too(tmp_path):
+    camvid(tmp_path, ramp(60, 60)[1].numpy() % 11)
+    dataset = data.dataset("camvid", tmp_path, "train", train=True, crop_size=32, seed=1)
+    assert torch.equal(dataset[0, 4][0], dataset[0, 4][0])
+    assert not torch.equal(dataset[0, 4][0], dataset[0, 5][0])
+
+
+def test_plain_index_means_the_position_of_the_same_number():
+    dataset = data.dataset("shapes", train=True, crop_size=48)
+    assert torch.equal(dataset[6][0], dataset[6, 6][0])
+
+
+def test_without_train_nothing_is_random():
+    dataset = data.dataset("shapes", split="val", crop_size=48)
+    image, label = dataset[0, 1]
+    assert image.shape == (3, 96, 96) and torch.equal(image, dataset[0, 2][0])
+    raw_image, raw_label = dataset.raw(0)
+    assert torch.equal(data.photograph(image), raw_image) and torch.equal(label, raw_label.long())
+
+
+def test_global_randomness_is_left_alone():
+    dataset = data.dataset("shapes", train=True, crop_size=48, color="photometric")
+    torch.manual_seed(11)
+    np.random.seed(11)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    dataset[3]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="torch.manual_seed reseeds the GPUs too, and fork_rng(devices=[]) restores the CPU's only"
+)
+def test_gpu_randomness_is_left_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    data.dataset("shapes", train=True, crop_size=48)[3]
+    assert seeds == []
+
+
+def test_seed_of_gives_63_bits_that_differ_by_every_number_and_their_order():
+    seeds = [data.seed_of(a, b) for a in range(30) for b in range(30)]
+    assert len(set(seeds)) == 900
+    assert all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**61
+    assert data.seed_of(1, 2) == data.seed_of(1, 2)
+
+
+def test_batches_are_the_same_with_0_and_2_workers():
+    dataset = data.dataset("shapes", train=True, crop_size=32)
+
+    def batches(workers):
+        sampler = data.PositionSampler(len(dataset), 4, 2, 5)
+        return list(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+
+    alone, shared = batches(0), batches(2)
+    assert len(alone) == len(shared) == 3 and alone[0][0].shape == (4, 3, 32, 32)
+    for (image, label), (other_image, other_label) in zip(alone, shared):
+        assert torch.equal(image, other_image) and torch.equal(label, other_label)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_each_batch_in_order(world):
+    alone = list(data.PositionSampler(10, 8, 0, 6, seed=5))
+    shares = [list(data.PositionSampler(10, 8, 0, 6, seed=5, rank=rank, world=world)) for rank in range(world)]
+    assert all(len(batch) == 8 // world for share in shares for batch in share)
+    assert [[pair for share in step for pair in share] for step in zip(*shares)] == alone
+
+
+def test_positions_count_on_without_a_gap():
+    batches = list(data.PositionSampler(7, 3, 0, 5))
+    assert [position for batch in batches for _, position in batch] == list(range(15))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 9])
+def test_interrupted_run_goes_on_with_the_tail_of_a_full_one(start):
+    full = list(data.PositionSampler(7, 3, 0, 9, seed=2))
+    tail = data.PositionSampler(7, 3, start, 9, seed=2)
+    assert list(tail) == full[start:] and len(tail) == 9 - start
+    assert list(tail) == full[start:]  # a second time too
+
+
+def test_every_epoch_is_another_permutation_of_all():
+    pairs = [pair for batch in data.PositionSampler(10, 5, 0, 8, seed=1) for pair in batch]
+    epochs = [[index for index, _ in pairs[start : start + 10]] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_another_seed_gives_another_order():
+    assert list(data.PositionSampler(50, 50, 0, 1, seed=1)) != list(data.PositionSampler(50, 50, 0, 1, seed=2))
+
+
+def test_batch_across_the_border_of_two_epochs_takes_from_both():
+    in_tens = [i for batch in data.PositionSampler(5, 5, 0, 3) for i, _ in batch]
+    in_threes = [i for batch in data.PositionSampler(5, 3, 0, 5) for i, _ in batch]
+    assert in_threes == in_tens
+    assert sorted(in_threes[:5]) == sorted(in_threes[5:10]) == list(range(5))
+
+
+def test_batch_larger_than_the_dataset_is_filled_from_several_epochs():
+    (batch,) = data.PositionSampler(3, 9, 0, 1)
+    assert sorted(index for index, _ in batch) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_batch_that_cannot_be_shared_is_a_mistake():
+    mistake(lambda: data.PositionSampler(10, 6, 0, 1, world=4), "6", "4 processes")
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+def labels(name, split, count=40):
+    dataset = data.dataset(name, split=split)
+    return [dataset.raw(i)[1].numpy().astype(int) for i in range(count)]
+
+
+def extents(name, split):
+    """The longer side of each thing class's bounding box, as a share of the image."""
+    found = []
+    for label in labels(name, split):
+        for id in np.unique(label[label >= 5]):
+            found.append(max(np.ptp(axis) + 1 for axis in np.nonzero(label == id)) / 96)
+    return found
+
+
+def own_company(name, split):
+    """Of all borders between a thing and stuff: the share where the stuff is the thing's own."""
+    classes = data.Shapes("val").classes
+    own = {classes.index(thing): classes.index(stuff) for stuff, things in data.Shapes.COMPANY.items() for thing in things}
+    hits = []
+    for label in labels(name, split):
+        for turned in (label, label[:, ::-1], label.T, label.T[:, ::-1]):
+            a, b = turned[:, 1:], turned[:, :-1]
+            border = (a >= 5) & (b < 5)
+            hits += [own[thing] == stuff for thing, stuff in zip(a[border].tolist(), b[border].tolist())]
+    return np.mean(hits)
+
+
+def uniform_cells(name):
+    cells = np.stack(labels(name, "train")).reshape(-1, 6, 16, 6, 16)
+    return (cells.max((2, 4)) == cells.min((2, 4))).mean()
+
+
+def strokes(name):
+    """(share of the pixels of rings, crosses and lines amid 5x5 of their own, share of the three among the things)."""
+    all_labels = np.stack(labels(name, "train"))
+    classes = data.Shapes("val").classes
+    kinds = [classes.index(kind) for kind in ("ring", "cross", "line")]
+    windows = np.lib.stride_tricks.sliding_window_view(all_labels, (5, 5), (1, 2))
+    inner = windows.max((-2, -1)) == windows.min((-2, -1))
+    center = all_labels[:, 2:-2, 2:-2]
+    present = [(all_labels == id).any((1, 2)).sum() for id in range(5, 12)]
+    broad = (inner & np.isin(center, kinds)).sum() / np.isin(center, kinds).sum()
+    return broad, sum(present[kind - 5] for kind in kinds) / sum(present)
+
+
+def test_same_index_is_the_same_image_whatever_the_seed():
+    one, two = data.Shapes("train", seed=1), data.Shapes("train", seed=2)
+    for index in (0, 7):
+        assert torch.equal(one.raw(index)[0], two.raw(index)[0]) and torch.equal(one.raw(index)[1], two.raw(index)[1])
+    assert not torch.equal(one.raw(0)[1], one.raw(7)[1])
+
+
+def test_splits_show_different_images():
+    first = [data.Shapes(split).raw(0)[0] for split in data.Shapes.SPLITS]
+    for i, image in enumerate(first):
+        assert all(not torch.equal(image, other) for other in first[:i])
+
+
+def test_shapes_have_image_label_and_names_that_fit():
+    dataset = data.Shapes("val")
+    image, label = dataset.raw(3)
+    assert image.shape == (3, 96, 96) and label.shape == (96, 96) and image.dtype == label.dtype == torch.uint8
+    assert dataset.num_classes == len(dataset.classes) == len(set(dataset.palette)) == 12
+    assert (len(dataset), len(data.Shapes("train"))) == (100, 2000) and dataset.name(3) == "val_000003"
+    assert data.Shapes("val", size=50).raw(0)[1].shape == (50, 50)
+    assert len(data.Shapes("val", length=7)) == 7
+
+
+def test_all_classes_and_nothing_else_appear():
+    seen = np.unique(np.stack(labels("shapes", "train", 30)))
+    assert seen.tolist() == list(range(12))
+
+
+def test_things_are_not_told_apart_by_color():
+    # The mean color of a class over many images is about the same gray for all things.
+    dataset = data.Shapes("train")
+    means = {id: [] for id in range(5, 12)}
+    for i in range(60):
+        image, label = dataset.raw(i)
+        for id in set(label.unique().tolist()) & set(means):
+            means[id].append(image[:, label == id].float().mean(1))
+    centers = torch.stack([torch.stack(means[id]).mean(0) for id in means])
+    spread = torch.stack([torch.stack(means[id]).std(0) for id in means])
+    assert (centers - centers.mean(0)).abs().max() < 40 < spread.min()
+
+
+def test_without_a_switch_things_range_from_small_to_half_the_image():
+    sizes = extents("shapes+unity", "train")
+    assert np.percentile(sizes, 10) < 0.12 and np.percentile(sizes, 90) > 0.4
+
+
+def test_scale_separates_the_sizes_of_the_splits():
+    small, train, val, large = (extents("shapes+scale+unity", s) for s in ("val_small", "train", "val", "val_large"))
+    assert 0.05 < np.median(small) < 0.13
+    assert 0.17 < np.median(train) < 0.32 and 0.17 < np.median(val) < 0.32
+    assert 0.38 < np.median(large) < 0.65
+    assert np.percentile(train, 5) > 0.12 > np.percentile(small, 60)  # boxes of two of a kind are larger
+    assert np.percentile(large, 10) > np.percentile(train, 60)
+
+
+def test_company_is_kept_in_train_and_val_and_shuffled_in_val_shuffled():
+    assert own_company("shapes+company", "train") > 0.7
+    assert own_company("shapes+company", "val") > 0.7
+    assert own_company("shapes+company", "val_shuffled") < 0.35
+    assert own_company("shapes", "train") < 0.35
+
+
+def test_unity_makes_most_cells_uniform():
+    assert uniform_cells("shapes") < 0.45
+    assert uniform_cells("shapes+unity") > 0.65
+
+
+def test_thin_makes_strokes_of_two_to_three_pixels_and_more_of_them():
+    (broad, share), (thin, thin_share) = strokes("shapes"), strokes("shapes+thin")
+    assert broad > 0.15 and thin < broad / 2
+    assert share < 0.55 and thin_share > 0.6
+
+
+def inside(kind, *points, width=None):
+    u, v = np.array(points, float).T
+    return data._inside(kind, u, v, width).tolist()
+
+
+def test_forms_by_hand():
+    assert inside("disk", (0, 0), (0.7, 0.7), (0.99, 0), (1.01, 0), (0.8, 0.8)) == [True, True, True, False, False]
+    assert inside("ring", (0, 0), (0.5, 0), (0.7, 0), (0, -0.95), (1.1, 0)) == [False, False, True, True, False]
+    assert inside("square", (0, 0), (0.79, 0.79), (-0.79, 0.79), (0.81, 0)) == [True, True, True, False]
+    # corners at distance 1, straight sides at distance 1/2
+    assert inside("triangle", (0, 0), (-0.98, 0), (0.49, 0), (0.51, 0), (0.48, 0.8), (0.48, -0.8)) == [1, 1, 1, 0, 1, 1]
+    assert inside("cross", (0, 0), (0.9, 0), (0, -0.9), (0.2, 0.9), (0.5, 0.5), (0.3, 0.3), (1.1, 0)) == [
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
+    assert inside("line", (0, 0), (0.9, 0.1), (-0.9, -0.1), (0, 0.2), (1.1, 0)) == [True, True, True, False, False]
+
+
+def test_star_has_five_tips():
+    turns = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+    far = data._inside("star", 0.8 * np.cos(turns), 0.8 * np.sin(turns))
+    assert (far & ~np.roll(far, 1)).sum() == 5
+    assert data._inside("star", 0.39 * np.cos(turns), 0.39 * np.sin(turns)).all()
+    assert not data._inside("star", 1.01 * np.cos(turns), 1.01 * np.sin(turns)).any()
+
+
+def test_strokes_have_the_width_asked_for():
+    assert inside("ring", (0.95, 0), (0.85, 0), width=0.1) == [True, False]
+    assert inside("cross", (0.04, 0.9), (0.06, 0.9), width=0.1) == [True, False]
+    assert inside("line", (0.9, 0.04), (0.9, 0.06), width=0.1) == [True, False]
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_colorize_takes_the_palette_and_black_for_255():
+    label = torch.tensor([[0, 1], [2, 255]])
+    picture = data.colorize(label, [(1, 2, 3), (40, 50, 60), (250, 251, 252)])
+    assert picture.dtype == torch.uint8
+    assert picture.permute(1, 2, 0).tolist() == [[[1, 2, 3], [40, 50, 60]], [[250, 251, 252], [0, 0, 0]]]
+
+
+def test_overlay_leaves_ignored_pixels_and_tints_the_others():
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1)
+    label = torch.full((16, 16), 255)
+    label[0] = 0
+    label[1] = 1
+    picture = data.overlay(image, label, [(255, 0, 0), (0, 0, 255)])
+    assert torch.equal(picture[:, 2:], image[:, 2:])
+    assert (picture[0, 0] > 100).all() and (picture[2, 0] < 100).all()
+    assert (picture[2, 1] > 100).all() and (picture[0, 1] < 100).all()
+
+
+def test_overlay_of_an_all_ignored_image_is_the_image():
+    image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    assert torch.equal(data.overlay(image, torch.full((4, 4), 255), [(255, 0, 0)]), image)
+
+
+def test_sheet_is_wide_enough_for_its_columns_and_high_enough_for_its_rows():
+    red, blue = (
+        torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).expand(3, 10, 20) for color in ((255, 0, 0), (0, 0, 255))
+    )
+    picture = data.sheet([[red, blue, red], [blue]], ["a", "b", "c"], width=80)
+    assert isinstance(picture, Image.Image)
+    assert picture.width == 3 * 84 + 4 and picture.height >= 20 + 2 * 40
+    array = np.asarray(picture)
+    assert (array == (255, 0, 0)).all(-1).sum() == (array == (0, 0, 255)).all(-1).sum() == 2 * 80 * 40
+
+
+def test_sheet_shows_more_tiles_than_titles():
+    tile = torch.full((3, 8, 8), 9, dtype=torch.uint8)
+    picture = data.sheet([[tile], [tile, tile, tile]], ["one"], width=40)
+    assert (np.asarray(picture) == 9).all(-1).sum() == 4 * 40 * 40
+
+
+def test_legend_shows_each_class_color_and_ignored():
+    tile = torch.full((3, 8, 8), 9, dtype=torch.uint8)
+    colors = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]
+    picture = np.asarray(data.sheet([[tile]], ["t"], ["x", "y", "z"], colors, width=60))
+    plain = data.sheet([[tile]], ["t"], width=60)
+    assert picture.shape[0] > plain.height
+    for color in [*colors, (0, 0, 0)]:
+        assert (picture == color).all(-1).sum() >= 100
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def test_main_prints_counts_that_add_up_and_draws_a_sheet(tmp_path, capsys):
+    assert data.main(["shapes", "--split", "val", "--output", str(tmp_path / "new/s.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "shapes val: 100 images, 96x96, 12 classes"
+    assert lines[1].endswith(": 0-11")
+    rows = [line.split() for line in lines[3:16]]
+    assert [row[1] for row in rows] == [*data.Shapes("val").classes, "(ignored)"]
+    assert sum(int(row[2]) for row in rows) == 100 * 96 * 96
+    assert sum(float(row[3].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.1)
+    assert rows[-1] == ["255", "(ignored)", "0", "0.00%", "0"]
+    with Image.open(tmp_path / "new/s.png") as picture:
+        assert picture.width == 6 * 244 + 4
+
+
+def test_report_counts_by_hand(tmp_path, capsys):
+    folder(tmp_path, [[0, 0, 1], [255, 0, 1]])
+    save(tmp_path / "images/train/b.png", photo(1, 4))
+    save(tmp_path / "labels/train/b.png", np.array([[0, 0, 0, 255]], np.uint8))
+    data.report(data.dataset("folder", tmp_path, "train"), "mine")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mine: 2 images, 4x1 to 3x2, 3 classes"
+    assert lines[1].endswith(": 0-1, 255")
+    assert [line.split() for line in lines[3:7]] == [
+        ["0", "one", "6", "60.00%", "2"],
+        ["1", "two", "2", "20.00%", "1"],
+        ["2", "three", "0", "0.00%", "0"],
+        ["255", "(ignored)", "2", "20.00%", "2"],
+    ]
+    assert lines[7] == "never seen: three"
+
+
+def test_main_ends_with_2_and_one_line_for_a_wrong_id(tmp_path, capsys):
+    folder(tmp_path, [[0, 7]])
+    output = tmp_path / "s.png"
+    assert data.main(["folder", "--data-root", str(tmp_path), "--output", str(output)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "labels/train/a.png") in line and "[7]" in line
+    assert not output.exists()
+
+
+def test_main_ends_with_2_and_one_line_for_an_unknown_split(tmp_path, capsys):
+    assert data.main(["shapes", "--split", "dawn", "--output", str(tmp_path / "s.png")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'dawn'" in line

@@ -1,0 +1,287 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+import evaluate
+import train
+from data import Mistake
+
+
+class Constant(nn.Module):
+    """Logits that are a fixed linear map of each pixel: exactly the same whole, in windows, or mirrored."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.classifier = nn.Conv2d(3, classes, 1)
+
+    def forward(self, images):
+        return self.classifier(images)
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_confusion_matrix_by_hand():
+    matrix = evaluate.ConfusionMatrix(4)
+    labels = torch.tensor([[0, 0, 0, 1], [1, 255, 0, 1]])
+    matrix.update(torch.tensor([[0, 0, 1, 1], [1, 2, 0, 0]]), labels)
+    # class 0: 3 right of 4 labelled, 1 predicted elsewhere: 3 / 5. class 1: 2 right of 3, 1 elsewhere: 2 / 4. The 2 was
+    # predicted where nothing is labelled. Classes 2 and 3 are in neither.
+    result = matrix.result()
+    assert result["IoU"] == [3 / 5, 2 / 4, None, None]
+    assert result["mIoU"] == pytest.approx((3 / 5 + 2 / 4) / 2)
+    assert result["pixel_accuracy"] == pytest.approx(5 / 7)
+    assert result["class_accuracy"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+
+
+def test_class_predicted_but_never_labelled_has_iou_zero_and_no_class_accuracy():
+    matrix = evaluate.ConfusionMatrix(3)
+    matrix.update(torch.tensor([0, 2]), torch.tensor([0, 0]))
+    result = matrix.result()
+    assert result["IoU"] == [1 / 2, None, 0.0]
+    assert result["mIoU"] == pytest.approx(1 / 4)
+    assert result["class_accuracy"] == pytest.approx(1 / 2)
+
+
+def test_confusion_matrix_adds_up_over_updates():
+    torch.manual_seed(0)
+    prediction, labels = torch.randint(5, (4, 7, 9)), torch.randint(5, (4, 7, 9))
+    labels[torch.rand(labels.shape) < 0.2] = 255
+    whole, parts = evaluate.ConfusionMatrix(5), evaluate.ConfusionMatrix(5)
+    whole.update(prediction, labels)
+    for p, t in zip(prediction, labels):
+        parts.update(p, t)
+    expected = [[((labels == t) & (prediction == p)).sum().item() for p in range(5)] for t in range(5)]
+    assert whole.matrix.tolist() == parts.matrix.tolist() == expected
+
+
+def test_nothing_labelled_gives_nan_and_no_error():
+    matrix = evaluate.ConfusionMatrix(2)
+    matrix.update(torch.zeros(3, dtype=torch.int64), torch.full((3,), 255))
+    assert np.isnan(matrix.result()["mIoU"])
+
+
+def test_table_names_the_classes_that_are_left_out():
+    text = evaluate.table({"mIoU": 0.5, "pixel_accuracy": 0.6, "class_accuracy": 0.7, "IoU": [0.5, None]}, ["cat", "dog"])
+    assert "cat                   0.500" in text
+    assert text.endswith("not in the mean (neither labelled nor predicted): dog")
+
+
+# -------------------------------------------------------------------------------------------------------------- predict
+
+
+def test_predict_gives_probabilities_at_the_size_of_the_image():
+    images = torch.randn(2, 3, 33, 47)
+    probabilities = evaluate.predict(Constant(), images, scales=(0.5, 1.0, 1.7), flip=True, window=20)
+    assert probabilities.shape == (2, 3, 33, 47)
+    assert torch.allclose(probabilities.sum(1), torch.ones(2, 33, 47), atol=1e-5)
+
+
+def test_predict_at_scale_one_is_the_softmax_of_the_logits():
+    net, images = Constant(), torch.randn(1, 3, 9, 11)
+    assert torch.equal(evaluate.predict(net, images), net(images).softmax(1))
+
+
+def test_scales_and_flip_equal_the_plain_average():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))  # not symmetric: mirroring matters
+    images, views = torch.randn(1, 3, 16, 24), []
+    for size in ((8, 12), (16, 24), (24, 36)):
+        scaled = images
+        if size != (16, 24):
+            scaled = nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+        for mirror in (False, True):
+            p = net(scaled.flip(3) if mirror else scaled).softmax(1)
+            p = p.flip(3) if mirror else p
+            views.append(nn.functional.interpolate(p, size=(16, 24), mode="bilinear") if size != (16, 24) else p)
+    expected = sum(views) / 6
+    assert torch.allclose(evaluate.predict(net, images, scales=(0.5, 1, 1.5), flip=True), expected, atol=1e-6)
+    assert not torch.allclose(evaluate.predict(net, images), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(9, 11), (10, 40), (41, 10), (37, 53), (1, 25)])
+def test_windows_of_a_network_without_context_equal_the_whole_image(size):
+    net, images = Constant(), torch.randn(2, 3, *size)
+    assert torch.allclose(evaluate.predict(net, images, window=10), evaluate.predict(net, images), atol=1e-6)
+
+
+def test_windows_cover_every_pixel_once_or_more_and_stay_inside():
+    for side in (5, 10, 11, 16, 17, 23, 100):
+        starts = evaluate._starts(side, 10)
+        assert starts[0] == 0 and max(starts) == max(0, side - 10)
+        assert all(b - a <= 6 for a, b in zip(starts, starts[1:]))
+
+
+def test_windows_overlap_is_averaged():
+    class Shifted(nn.Module):  # answers with the column inside the window: neighbours disagree where they overlap
+        def forward(self, x):
+            ramp = torch.arange(x.shape[3], dtype=torch.float32).expand(len(x), 1, x.shape[2], -1)
+            return torch.cat([ramp, torch.zeros_like(ramp)], 1)
+
+    p = evaluate.predict(Shifted(), torch.zeros(1, 3, 1, 8), window=6)[0, 0, 0]  # windows at 0 and 2
+    sigmoid = torch.arange(6.0).sigmoid()
+    expected = torch.cat([sigmoid[:2], (sigmoid[2:] + sigmoid[:4]) / 2, sigmoid[4:]])
+    assert torch.allclose(p, expected)
+
+
+# ------------------------------------------------------------------------------------------------------- cost and speed
+
+
+def test_cost_by_hand():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    parameters, operations, children = evaluate.cost(net, 10)
+    assert parameters == 3 * 8 * 9 + 8 * 2 + 2
+    assert children == {"0": 10 * 10 * 3 * 8 * 9, "1": 0, "2": 10 * 10 * 8 * 2}
+    assert operations == sum(children.values())
+
+
+def test_cost_command_prices_an_untrained_network(capsys):
+    arguments = "--method caa --backbone resnet18 --output-stride 32 --cost --crop-size 65 --classes 7 --device cpu".split()
+    assert evaluate.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "M parameters" in out and "backbone" in out and "classifier" in out
+
+
+# ------------------------------------------------------------------------------------------------------ a trained network
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """A run of two steps: (its folder, the path of its checkpoint, the dataset's root)."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    flags = "--dataset folder --iterations 2 --batch-size 2 --crop-size 32 --output-stride 32 --workers 0 --device cpu"
+    assert train.main([*flags.split(), "--data-root", str(photos), "--output", str(folder)]) == 0
+    return folder, str(folder / "last.pt"), photos
+
+
+def test_evaluate_command_agrees_with_a_plain_loop(trained, tmp_path, capsys):
+    _, checkpoint, root = trained
+    predictions, numbers = tmp_path / "predictions", tmp_path / "n.json"
+    flags = ["--save-predictions", str(predictions), "--json", str(numbers), "--device", "cpu", "--workers", "0"]
+    assert evaluate.main(["--checkpoint", checkpoint, *flags]) == 0
+    result = json.loads(numbers.read_text())
+    assert f"{result['mIoU']:.3f}" in capsys.readouterr().out
+    hits = pixels = 0
+    for file in sorted((root / "labels" / "val").glob("*.png")):
+        truth, saved = np.asarray(Image.open(file)), Image.open(predictions / file.name)
+        assert saved.mode == "P" and saved.size == truth.shape[::-1]
+        hits += ((np.asarray(saved) == truth) & (truth != 255)).sum()
+        pixels += (truth != 255).sum()
+    assert result["pixel_accuracy"] == pytest.approx(hits / pixels)
+    assert result["images"] == 5 and result["IoU"].keys() == {"left", "right", "never"}
+
+
+def test_two_processes_give_the_numbers_of_one_with_unequal_shares(trained, tmp_path):
+    _, checkpoint, _ = trained  # five images: three and two
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", "0", "--flip"]
+    assert evaluate.main([*flags, "--json", str(one)]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", evaluate.__file__]
+    done = subprocess.run([*command, *flags, "--json", str(two)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mIoU") == 1  # printed by one process
+    a, b = json.loads(one.read_text()), json.loads(two.read_text())
+    assert a == b
+
+
+def test_photographs_get_an_overlay_a_palette_png_and_words(trained, tmp_path, capsys):
+    _, checkpoint, root = trained
+    photo = tmp_path / "gray.jpg"
+    Image.fromarray(np.full((45, 61), 90, np.uint8)).save(photo)
+    flags = ["--images", str(photo), "--save-predictions", str(tmp_path / "p"), "--figures", str(tmp_path / "f")]
+    assert evaluate.main(["--checkpoint", checkpoint, *flags, "--pixel", "10", "20", "--device", "cpu"]) == 0
+    assert "%" in capsys.readouterr().out
+    assert Image.open(tmp_path / "p" / "gray.png").size == (61, 45)
+    assert (tmp_path / "p" / "gray_overlay.png").exists()
+    assert Image.open(tmp_path / "f" / "gray.png").width > 4 * 240  # image, prediction and three maps of attention
+
+
+def test_figures_of_a_split(trained, tmp_path):
+    _, checkpoint, _ = trained
+    assert evaluate.main(["--checkpoint", checkpoint, "--figures", str(tmp_path), "--device", "cpu", "--workers", "0"]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{i}.png" for i in range(5)]
+
+
+def test_heat_is_dark_at_zero_and_bright_at_one_and_keeps_the_size():
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    picture = evaluate.heat(torch.tensor([[0.0, 1.0]]), image)
+    assert picture.shape == (3, 20, 30) and picture.dtype == torch.uint8
+    assert picture[:, 5, 5].sum() < 80 < 380 < picture[:, 5, 25].sum()
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def mistake(capsys, *flags):
+    """The one line that evaluate.py prints for wrong flags."""
+    assert evaluate.main([*flags, "--device", "cpu"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
+    _, checkpoint, root = trained
+    assert "give --checkpoint FILE, or --method NAME" in mistake(capsys)
+    assert "no checkpoint 'nowhere.pt'" in mistake(capsys, "--checkpoint", "nowhere.pt")
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(Path(checkpoint).read_bytes()[:5000])
+    assert "cannot be read" in mistake(capsys, "--checkpoint", str(broken))
+    other = tmp_path / "other.pt"
+    torch.save({"a": torch.zeros(1)}, other)
+    assert "is no checkpoint of train.py" in mistake(capsys, "--checkpoint", str(other))
+    assert "unknown method 'cca'" in mistake(capsys, "--method", "cca", "--cost")
+    assert "has no function build" in mistake(capsys, "--method", "json", "--cost")
+    line = mistake(capsys, "--method", "caa", "--option", "layers=3", "--cost")
+    assert "no option layers" in line and "channel_layers=5" in line
+    assert "expected KEY=VALUE" in mistake(capsys, "--method", "caa", "--option", "layers", "--cost")
+    assert "goes with --cost or --speed" in mistake(capsys, "--method", "caa")
+    assert "camvid val not found" in mistake(capsys, "--checkpoint", checkpoint, "--dataset", "camvid")
+    assert "has other classes (12)" in mistake(capsys, "--checkpoint", checkpoint, "--dataset", "shapes")
+    assert "no file 'no.jpg'" in mistake(capsys, "--checkpoint", checkpoint, "--images", "no.jpg")
+    assert "fp16 needs a CUDA GPU" in mistake(capsys, "--checkpoint", checkpoint, "--amp", "fp16")
+
+
+def test_wrong_label_in_a_loader_process_is_one_line_too(trained, tmp_path, capsys):
+    _, checkpoint, root = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    file = copy / "labels" / "val" / "3.png"
+    label = np.array(Image.open(file))
+    label[0, 0] = 77
+    Image.fromarray(label).save(file)
+    line = mistake(capsys, "--checkpoint", checkpoint, "--data-root", str(copy), "--workers", "2")
+    assert line.startswith("evaluate.py: '") and "3.png' holds the label ids [77]" in line
+
+
+def test_unknown_device_is_a_mistake():
+    with pytest.raises(Mistake, match="unknown device 'gpu'"):
+        evaluate.processes("gpu")
+
+
+def test_parse_options_reads_literals_and_keeps_text():
+    assert evaluate.parse_options(["a=3", "b=None", "c=axial", "d=(1, 2)", "e=False"]) == {
+        "a": 3,
+        "b": None,
+        "c": "axial",
+        "d": (1, 2),
+        "e": False,
+    }
+
+
+def test_palette_png_keeps_ids_and_colours(tmp_path):
+    label = torch.tensor([[0, 1], [2, 1]])
+    evaluate.save_prediction(label, [(1, 2, 3), (4, 5, 6), (7, 8, 9)], tmp_path / "p.png")
+    saved = Image.open(tmp_path / "p.png")
+    assert np.asarray(saved).tolist() == label.tolist()
+    assert np.asarray(saved.convert("RGB"))[1, 0].tolist() == [7, 8, 9]
+    assert data.IGNORE == 255

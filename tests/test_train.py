@@ -1,0 +1,332 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import train
+from data import Mistake
+
+METHOD = """
+import torch
+from torch import nn
+import backbones
+
+RECIPES = {"folder": dict(iterations=6, lr=0.3, batch_size=4, crop_size=24, option={"width": 3})}
+
+
+class Net(nn.Module):
+    # no batch norm: two processes must equal one
+    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None):
+        super().__init__()
+        self.conv, self.drop, self.fail_at, self.calls = nn.Conv2d(3, width, 3, padding=1), nn.Dropout(drop), fail_at, 0
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, images, labels=None):
+        logits = self.classifier(self.drop(self.conv(images).relu()))
+        if labels is None:
+            return logits
+        self.calls += 1
+        loss = backbones.pixel_cross_entropy(logits, labels)
+        return {"pixels": loss, "extra": loss * (float("nan") if self.calls == self.fail_at else 0.5)}
+
+
+def build(num_classes, backbone="resnet18", *, weights=None, **options):
+    return Net(num_classes, **backbones.check_options(Net, options))
+"""
+
+
+@pytest.fixture(scope="module")
+def method(tmp_path_factory):
+    """A student's method: one file, nothing registered."""
+    folder = tmp_path_factory.mktemp("method")
+    (folder / "my_method.py").write_text(METHOD)
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def flags(method, photos):
+    return f"--method my_method --dataset folder --data-root {photos} --device cpu --workers 0".split()
+
+
+def weights(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)["net"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start(arguments, method, processes=1):
+    """train.py as a user starts it, its output going to pipes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = os.environ | {"PYTHONPATH": str(method), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, *launcher, train.__file__, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_settings_are_defaults_then_recipe_then_flags(flags):
+    given, output, resume = train.arguments([*flags, "--lr", "0.5", "--option", "drop=0.1"])
+    settings, origin = train.resolve(given)
+    assert (output, resume) == (None, False)
+    assert (settings["momentum"], origin["momentum"]) == (0.9, "default")
+    assert (settings["iterations"], origin["iterations"]) == (6, "recipe my_method/folder")
+    assert (settings["lr"], origin["lr"]) == (0.5, "command line")
+    assert settings["option"] == {"width": 3, "drop": 0.1}  # the recipe's options and the command line's
+
+
+def test_the_papers_recipe_is_taken():
+    settings, origin = train.resolve({"method": "caa", "dataset": "cityscapes"})
+    assert (settings["crop_size"], settings["batch_size"], settings["iterations"], settings["lr"]) == (769, 8, 80_000, 0.01)
+    assert origin["crop_size"] == "recipe caa/cityscapes" and settings["data_root"] == "datasets/cityscapes"
+
+
+def test_every_recipe_names_known_settings_only():
+    import caa
+
+    for recipe in caa.RECIPES.values():
+        assert set(recipe) <= set(train.SETTINGS)
+
+
+def test_norms_and_biases_are_left_out_of_the_decay_only_where_asked(flags):
+    settings, _ = train.resolve(train.arguments(flags)[0])
+    net = evaluate.network("my_method", 3, "none")
+    (whole,) = train.make_optimizer(net, settings).param_groups
+    assert len(whole["params"]) == 4
+    decayed, free = train.make_optimizer(net, settings | {"decay_norms": False}).param_groups
+    assert [p.ndim for p in decayed["params"]] == [4, 4] and decayed["weight_decay"] == 1e-4
+    assert [p.ndim for p in free["params"]] == [1, 1] and free["weight_decay"] == 0
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        assert type(train.make_optimizer(net, settings | {"optimizer": name})) is kind
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_leaves_what_the_docstring_says(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*flags, "--iterations", "25", "--eval-every", "10", "--output", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "recipe my_method/folder" in out and "command line" in out and "best mIoU" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["iterations"] == {"value": 25, "from": "command line"}
+    assert config["settings"]["lr"] == {"value": 0.3, "from": "recipe my_method/folder"}
+    assert config["versions"]["torch"] == torch.__version__
+    log = train.read_log(folder)
+    assert [line["step"] for line in log if "loss" in line] == [10, 20, 25]
+    assert [line["step"] for line in log if "mIoU" in line] == [10, 20, 25]
+    for line in log:
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(line["pixels"] + line["extra"])
+            assert line["extra"] == pytest.approx(line["pixels"] / 2)
+            assert line["lr"] == pytest.approx(0.3 * (1 - (line["step"] - 1) / 25) ** 0.9)
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert best["best"] == max(line["mIoU"] for line in log if "mIoU" in line)
+    assert best["best"] > 0.7  # dark or bright: this network can tell
+    assert Image.open(folder / "curves.png").size == (1440, 340)
+    assert Image.open(folder / "samples.png").width > 3 * 240
+    assert not list(folder.glob("*.part"))
+
+
+def test_workers_and_evaluations_change_nothing(flags, tmp_path):
+    assert train.main([*flags, "--output", str(tmp_path / "a")]) == 0
+    assert train.main([*flags, "--output", str(tmp_path / "b"), "--workers", "2", "--eval-every", "2"]) == 0
+    assert train.main([*flags, "--output", str(tmp_path / "c"), "--seed", "1"]) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(flags, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*flags, "--eval-every", "2"]
+    assert train.main([*flags, "--output", str(whole)]) == 0
+    step = train.train_step
+
+    def terminated(model, state, *rest):
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(model, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", terminated)
+        assert train.main([*flags, "--output", str(parts)]) == 128 + signal.SIGTERM
+    assert (
+        f"stopped after step 4, checkpoint saved; go on with: python train.py --output {parts} --resume"
+        in capsys.readouterr().out
+    )
+    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 4
+    assert train.main(["--output", str(parts), "--resume"]) == 0
+    assert same(weights(whole), weights(parts)) and same(weights(whole, "best.pt"), weights(parts, "best.pt"))
+    speedless = [[{**line, "images_per_second": 0} for line in train.read_log(folder)] for folder in (whole, parts)]
+    assert [line for line in speedless[0] if "mIoU" in line] == [line for line in speedless[1] if "mIoU" in line]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before the run
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*flags, "--iterations", "400", "--save-every", "20", "--eval-every", "100", "--workers", "1"]
+    assert start([*flags, "--output", str(whole)], method).wait(timeout=120) == 0
+    process = start([*flags, "--output", str(parts)], method)
+    while not (parts / "last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < torch.load(parts / "last.pt", weights_only=True)["step"] < 400
+    (parts / "log.jsonl").open("a").write('{"step": 9')  # a line that the kill cut short
+    again = start(["--output", str(parts), "--resume"], method)
+    assert again.wait(timeout=120) == 0, again.stderr.read()
+    assert same(weights(whole), weights(parts))
+    logs = [
+        [(line["step"], line.get("loss"), line.get("mIoU")) for line in train.read_log(folder)] for folder in (whole, parts)
+    ]
+    assert logs[0][-1] == logs[1][-1]
+    assert len(logs[0]) == len(logs[1])
+
+
+def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [*flags, "--option", "drop=0.0", "--eval-every", "3"]  # each process has its own dropout
+    assert train.main([*flags, "--output", str(one)]) == 0
+    process = start([*flags, "--output", str(two)], method, processes=2)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("best mIoU") == 1
+    a, b = weights(one), weights(two)
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+    results = [[line["mIoU"] for line in train.read_log(folder) if "mIoU" in line] for folder in (one, two)]
+    assert results[0] == pytest.approx(results[1], abs=0.01)
+
+
+def test_init_carries_the_weights_over_and_names_what_is_new(flags, tmp_path, capsys):
+    assert train.main([*flags, "--output", str(tmp_path / "a")]) == 0
+    net = evaluate.network("my_method", 7, "none", options={"width": 3})
+    before = net.classifier.weight.clone()
+    note = train.initialise(net, tmp_path / "a" / "last.pt")
+    assert note.startswith("2 of 4 tensors") and note.endswith("as new: classifier.weight, classifier.bias")
+    assert torch.equal(net.conv.weight, weights(tmp_path / "a")["conv.weight"])
+    assert torch.equal(net.classifier.weight, before)
+    last = str(tmp_path / "a" / "last.pt")
+    assert train.main([*flags, "--init", last, "--iterations", "1", "--output", str(tmp_path / "b")]) == 0
+    assert "4 of 4 tensors" in capsys.readouterr().out
+
+
+def test_bf16_on_the_cpu_trains(flags, tmp_path):
+    assert train.main([*flags, "--amp", "bf16", "--output", str(tmp_path / "a")]) == 0
+    assert weights(tmp_path / "a")["conv.weight"].dtype == torch.float32
+
+
+def test_caa_learns_to_tell_dark_from_bright(photos, tmp_path):
+    flags = (
+        "--method caa --dataset folder --iterations 12 --batch-size 4 --crop-size 32 --output-stride 32 --bn-momentum 0.5"
+    )
+    root = ["--data-root", str(photos), "--device", "cpu", "--workers", "0", "--output", str(tmp_path / "a")]
+    assert train.main([*flags.split(), *root]) == 0
+    steps = [line["cross_entropy"] for line in train.read_log(tmp_path / "a") if "loss" in line]
+    assert steps[-1] < 0.8 * steps[0] or steps[-1] < 0.3
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def mistake(capsys, *flags):
+    assert train.main(list(flags)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train.py: ")
+    return lines[0]
+
+
+def test_a_loss_that_is_not_finite_prints_every_term_and_keeps_the_last_checkpoint(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = mistake(capsys, *flags, "--option", "fail_at=5", "--save-every", "3", "--output", str(folder))
+    assert "not finite after step 4 (pixels " in line and "extra nan" in line and str(folder / "last.pt") in line
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 3 and all(value.isfinite().all() for value in checkpoint["net"].values())
+
+
+def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
+    assert "unknown method 'nothing'" in mistake(capsys, "--method", "nothing")
+    assert "unknown dataset 'nothing'" in mistake(capsys, "--dataset", "nothing")
+    assert "shapes has no switch 'tiny'" in mistake(capsys, "--dataset", "shapes+tiny")
+    assert "camvid train not found" in mistake(capsys, "--dataset", "camvid", "--data-root", str(tmp_path))
+    assert "unknown backbone 'resnet'" in mistake(capsys, "--backbone", "resnet")
+    assert "no weights at 'w.pth'" in mistake(capsys, "--weights", "w.pth")
+    assert "Net has no option depth; its options and defaults are width=4" in mistake(capsys, *flags, "--option", "depth=3")
+    assert "at least 1" in mistake(capsys, *flags, "--iterations", "0")
+    assert "expected two factors" in mistake(capsys, *flags, "--scale", "2", "1")
+    assert "needs the run's folder" in mistake(capsys, "--resume")
+    assert "nothing to resume" in mistake(capsys, "--resume", "--output", str(tmp_path))
+    assert "fp16 needs a CUDA GPU" in mistake(capsys, *flags, "--amp", "fp16")
+    assert "no checkpoint 'x.pt'" in mistake(capsys, *flags, "--init", "x.pt")
+    small = ["--dataset", "folder", "--data-root", str(photos), "--batch-size", "1", "--workers", "0", "--device", "cpu"]
+    small += ["--crop-size", "32", "--output", str(tmp_path / "small")]
+    assert "take a --batch-size of at least 2" in mistake(capsys, *small)
+
+
+def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert train.main([*flags, "--output", folder]) == 0
+    assert "holds a run already; add --resume" in mistake(capsys, *flags, "--output", folder)
+    line = mistake(capsys, "--lr", "0.1", "--output", folder, "--resume")
+    assert "--lr 0.1 differs from this run's 0.3" in line
+    assert train.main(["--output", folder, "--resume", "--workers", "1"]) == 0  # nothing left to do
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert "is damaged" in mistake(capsys, "--output", folder, "--resume")
+
+
+def test_default_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"method": "caa", "dataset": "shapes"}
+    assert str(train.new_folder(None, settings)) == os.path.join("runs", "caa-shapes")
+    (tmp_path / "runs" / "caa-shapes").mkdir(parents=True)
+    assert str(train.new_folder(None, settings)) == os.path.join("runs", "caa-shapes-2")
+
+
+def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsys):
+    import shutil
+
+    import numpy as np
+
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    Image.fromarray(np.full((43, 51), 9, np.uint8)).save(copy / "labels" / "train" / "1.png")
+    flags = [*flags, "--data-root", str(copy), "--workers", "2", "--output", str(tmp_path / "run")]
+    line = mistake(capsys, *flags)
+    assert line.endswith("1.png' holds the label ids [9]; this dataset has 0-2, 255; correct the file")
+
+
+def test_rewinding_the_log_drops_what_came_after_the_checkpoint(tmp_path):
+    for line in ({"step": 10, "loss": 1}, {"step": 10, "mIoU": 0.1}, {"step": 20, "loss": 1}, {"step": 20, "mIoU": 0.2}):
+        train.append_log(tmp_path, **line)
+    train.rewind_log(tmp_path, step=20, evaluated=10)
+    assert [list(line) for line in train.read_log(tmp_path)] == [["step", "loss"], ["step", "mIoU"], ["step", "loss"]]
+
+
+def test_replace_leaves_the_old_file_where_writing_fails(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        train.replace(path, fail)
+    assert path.read_text() == "old"
+
+
+def test_mistake_is_a_value_error():
+    assert issubclass(Mistake, ValueError) and Mistake is data.Mistake
