@@ -32,8 +32,7 @@ _LEVELS = {
     "resnet50": (_RESNET, (256, 512, 1024, 2048)),
     "resnet101": (_RESNET, (256, 512, 1024, 2048)),
     "resnet152": (_RESNET, (256, 512, 1024, 2048)),
-    # Without the last 1x1 convolution (320 -> 1280), which serves the classifier.
-    "mobilenet_v2": (("features.3", "features.6", "features.13", "features.17"), (24, 32, 96, 320)),
+    "mobilenet_v2": (("features.3", "features.6", "features.13", "features.18"), (24, 32, 96, 1280)),
 }
 NAMES = tuple(_LEVELS)
 
@@ -55,12 +54,12 @@ class Backbone(nn.Module):
         return list(self.body(x).values())
 
 
-def build(name, output_stride=32, weights=None, multi_grid=(1,)):
+def build(name, output_stride=32, weights=None, multi_grid=None):
     """The backbone `name` at `output_stride` 32, 16 or 8.
 
     weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights, as in its own
     segmentation models), or the path of a state dict with torchvision's names.
-    multi_grid: factors of the dilation rates of the last stage's blocks, ResNets only; the last one repeats.
+    multi_grid: factors of the dilation rates of the last stage's blocks, ResNets only; the last factor repeats.
 
     Raises ValueError for an unknown name or stride, and for a state dict that does not fit: with the keys that differ.
     """
@@ -72,7 +71,7 @@ def build(name, output_stride=32, weights=None, multi_grid=(1,)):
     if weights == "imagenet":
         try:
             model = models.get_model(name, weights="IMAGENET1K_V1")
-        except (URLError, TimeoutError, ConnectionError) as error:
+        except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: cut short
             raise ValueError(
                 f"the ImageNet weights of {name} could not be downloaded ({error}); "
                 "give the path of a state dict instead, or leave the weights out"
@@ -103,7 +102,7 @@ def _dilate(model, nodes, output_stride, multi_grid):
                 conv.stride = (1, 1)
             if conv.kernel_size[0] > 1:
                 conv.dilation = conv.padding = (applied, applied)
-    if tuple(multi_grid) != (1,):
+    if multi_grid:
         if nodes is not _RESNET:
             raise ValueError("multi_grid multiplies the rates of a ResNet's last blocks; this backbone is none")
         for i, block in enumerate(levels[-1]):
@@ -123,8 +122,9 @@ def load_weights(model, path):
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at '{path}'; give 'imagenet' or the path of a state dict") from None
     except Exception as error:
-        raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items()):
         raise ValueError(f"'{path}' holds no state dict (names to tensors)")
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(("fc.", "classifier."))}
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
@@ -160,6 +160,23 @@ def pixel_cross_entropy(logits, labels, ignore=255):
         dist.all_reduce(count)
         count = count / dist.get_world_size()
     return F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum") / count.clamp(min=1e-6)
+
+
+def on_grid(images, stride):
+    """Images `[N, 3, H, W]`, filled up with 0 at the right and the bottom to the next k·stride + 1 pixels.
+
+    A convolution of stride s and padding k//2 has its i-th output at pixel i·s, so a map of k + 1 positions spans k·s + 1
+    pixels: the 513 and 769 of the papers' crops. At other sizes map and image would drift apart by up to a stride.
+    """
+    H, W = images.shape[2:]
+    return F.pad(images, (0, (1 - W) % stride, 0, (1 - H) % stride))
+
+
+def upsample(logits, stride, size):
+    """Logits `[N, K, h, w]` of images `on_grid`, at `stride` -> float32 `[N, K, *size]`: position i is at pixel i·stride."""
+    h, w = logits.shape[2:]
+    full = ((h - 1) * stride + 1, (w - 1) * stride + 1)
+    return F.interpolate(logits.float(), size=full, mode="bilinear", align_corners=True)[:, :, : size[0], : size[1]]
 
 
 def check_options(network, options):

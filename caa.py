@@ -41,7 +41,9 @@ What the paper leaves open, or prints otherwise:
 - "Axial attention + SE" (Table 3.2) has SENet's reduction, 16.
 - The dual designs of Sect. 3.2 are DANet's (Fu et al., CVPR 2019) with Eq. (3.2)'s shared query and key: x + γ·attention
   with γ learned from 0, three cross entropies of weight 1. The channel map is DANet's equation, softmax(X Xᵀ); its released
-  code takes softmax(max - X Xᵀ).
+  code takes softmax(max - X Xᵀ). The spatial side is this file's attention, values with batch norm and ReLU, so that the
+  three designs of Fig. 3.1 differ in nothing but where channel attention stands; DANet's is attention="self".
+- Image and feature map are aligned as at the papers' 513 and 769 pixels: backbones.on_grid and backbones.upsample.
 - The attention maps and the gates are computed in float32 under mixed precision: an unscaled product of 64 channels can
   exceed float16's 65504, and Σα/HW falls below its smallest normal number.
 
@@ -60,6 +62,10 @@ import backbones
 
 # ------------------------------------------------------------------------------------------------------------ equations
 
+# `[N, C, H, W]` -> the other axis, the axis of the attention, channels; and back
+_LAID_OUT = {"column": (0, 3, 2, 1), "row": (0, 2, 3, 1)}
+_BACK = {"column": (0, 3, 2, 1), "row": (0, 3, 1, 2)}
+
 
 def axial_attention(query, axis):
     """Eq. (3.3) for axis="column", Eq. (3.4) for axis="row": who attends to whom within one column, one row.
@@ -70,7 +76,7 @@ def axial_attention(query, axis):
     """
     with torch.autocast(query.device.type, enabled=False):
         query = query.to(torch.promote_types(query.dtype, torch.float32))
-        query = query.permute(0, 3, 2, 1) if axis == "column" else query.permute(0, 2, 3, 1)  # [N, W, H, c] or [N, H, W, c]
+        query = query.permute(_LAID_OUT[axis])  # [N, W, H, c] or [N, H, W, c]
         return torch.softmax(query @ query.transpose(2, 3), dim=-1)  # Eqs. (3.3), (3.4)
 
 
@@ -81,14 +87,13 @@ def channelized(attention, value, gate, axis):
     L = H for axis="column" and W for axis="row"; None leaves the gate out: plain axial attention, Eq. (3.5).
     Returns `[N, C, H, W]`. Equal to `channelized_grouped`; the module's docstring has the algebra.
     """
-    order = (0, 3, 2, 1) if axis == "column" else (0, 2, 3, 1)
-    value = value.permute(order)  # [N, W, H, C] or [N, H, W, C]: the other axis, the axis of the attention, channels
+    value = value.permute(_LAID_OUT[axis])  # [N, W, H, C] or [N, H, W, C]
     z = attention.to(value.dtype) @ value  # Σ_m α or Σ_n β of Eqs. (3.6), (3.7)
     if gate is not None:
         length = z.shape[2]
         pooled = z.mean(dim=1, dtype=torch.promote_types(z.dtype, torch.float32)) / length  # [N, L, C]  Σα / HW
         z = z * gate(pooled).unsqueeze(1).to(z.dtype)  # Eqs. (3.9), (3.10)
-    return z.permute(0, 3, 2, 1) if axis == "column" else z.permute(0, 3, 1, 2)
+    return z.permute(_BACK[axis])
 
 
 def channelized_grouped(attention, value, gate, axis, groups):
@@ -134,6 +139,8 @@ class ChannelAttention(nn.Module):
         sizes = [channels] + [width] * layers + [channels]
         self.fc = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
         self.negative_slope = negative_slope
+        for fc in self.fc:  # PyTorch's default would shrink the signal in every layer, and leave the gate at 1/2
+            nn.init.kaiming_normal_(fc.weight, a=negative_slope)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -251,7 +258,7 @@ class SimpleDecoder(nn.Module):
         self.channels = 256
 
     def forward(self, x, low):
-        x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=False)
+        x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=True)
         return self.fuse(torch.cat([x, self.low(low)], dim=1))
 
 
@@ -293,9 +300,10 @@ class CAANet(nn.Module):
             raise ValueError(f"attention={attention!r}: it is 'axial' or 'self'")
         if dual not in (None, "parallel", "sequential"):
             raise ValueError(f"dual={dual!r}: it is None, 'parallel' or 'sequential'")
-        grid = (1, 2, 4) if backbone.startswith("resnet") else (1,)
+        grid = (1, 2, 4) if backbone.startswith("resnet") else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, *_, high = self.backbone.channels
+        self.stride = self.backbone.strides[-1]
         if dual:
             self.head = DualAttention(high, num_classes, dual, attention)
         else:
@@ -308,42 +316,44 @@ class CAANet(nn.Module):
         self.auxiliary = nn.Sequential(*layers) if auxiliary else None
 
     def forward(self, images, labels=None):
-        maps = self.backbone(images)
+        maps = self.backbone(backbones.on_grid(images, self.stride))
         features, branches = self.head(maps[-1]) if isinstance(self.head, DualAttention) else (self.head(maps[-1]), {})
         if self.decoder is not None:
             features = self.decoder(features, maps[0])
-        logits = self.classifier(self.dropout(features))
-        size = images.shape[2:]
+        stride, size = 4 if self.decoder else self.stride, images.shape[2:]
+        logits = backbones.upsample(self.classifier(self.dropout(features)), stride, size)
         if labels is None:
-            return _upsample(logits, size)
-        losses = {"cross_entropy": backbones.pixel_cross_entropy(_upsample(logits, size), labels)}
+            return logits
+        losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
         for name, branch in branches.items():
-            losses[name] = backbones.pixel_cross_entropy(_upsample(branch, size), labels)
+            losses[name] = backbones.pixel_cross_entropy(backbones.upsample(branch, self.stride, size), labels)
         if self.auxiliary is not None:
-            auxiliary = _upsample(self.auxiliary(maps[-1]), size)
+            auxiliary = backbones.upsample(self.auxiliary(maps[-1]), self.stride, size)
             losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(auxiliary, labels)
         return losses
 
     @torch.no_grad()
     def figures(self, image, pixel=None):
-        """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`, in evaluation mode.
+        """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`. ValueError in training mode, and outside the image.
 
-        CAA: what the position of `pixel` (row, column in the image; its centre if None) attends to, `[h, w]` in 0…1.
+        CAA: what the position of `pixel` (row, column in the image; its centre if None) attends to, `[H, W]` in 0…1.
         Dual attention: the label maps `[H, W]` of its branches and of the whole (Figs. 3.3, 3.4).
         """
+        if self.training:
+            raise ValueError("figures are drawn in evaluation mode: call net.eval() first")
         image = image.reshape(1, *image.shape[-3:])
-        x = self.backbone(image)[-1]
+        H, W = image.shape[2:]
+        row, column = pixel or (H // 2, W // 2)
+        if not (0 <= row < H and 0 <= column < W):
+            raise ValueError(f"pixel ({row}, {column}) lies outside the image: it has {H} rows and {W} columns")
+        x = self.backbone(backbones.on_grid(image, self.stride))[-1]
         if isinstance(self.head, DualAttention):
-            size = image.shape[2:]
-            labels = {f"{name} attention": _upsample(y, size).argmax(1)[0] for name, y in self.head(x)[1].items()}
+            branches = {name: backbones.upsample(y, self.stride, (H, W)) for name, y in self.head(x)[1].items()}
+            labels = {f"{name} attention": y.argmax(1)[0] for name, y in branches.items()}
             return labels | {"prediction": self(image).argmax(1)[0]}
-        row, column = pixel or (image.shape[2] // 2, image.shape[3] // 2)
-        i, j = row * x.shape[2] // image.shape[2], column * x.shape[3] // image.shape[3]
-        return self.head.attention.attended(self.head.reduce(x), i, j)
-
-
-def _upsample(logits, size):
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        rows, columns = (((torch.arange(side) + self.stride // 2) // self.stride) for side in (H, W))  # the nearest
+        maps = self.head.attention.attended(self.head.reduce(x), rows[row], columns[column])
+        return {name: m[rows[:, None], columns] for name, m in maps.items()}
 
 
 # Sect. 3.4.1.3 for all: SGD at 0.01, (1 - iter/max_iter)^0.9, random flip, scale and crop, synchronized batch norm.

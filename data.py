@@ -52,8 +52,8 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
 
     Raises Mistake for an unknown name, missing files (it names what it looked for), a broken image, a wrong label id.
     """
-    seed = augmentation.pop("seed", 0)
-    transform = augment(**augmentation) if train else v2.Compose(NORMALISE)
+    seed, transform = augmentation.pop("seed", 0), augment(**augmentation)
+    transform = transform if train else v2.Compose(NORMALISE)
     kind, *switches = name.split("+")
     if kind == "shapes":
         return Shapes(split, switches, transform, seed)
@@ -92,8 +92,8 @@ class Pairs(Dataset):
 
 
 def _transformed(self, image, label, position):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(self.seed, position))
+    with torch.random.fork_rng(devices=[]):  # the CPU's generator alone: torch.manual_seed would reseed the GPUs as well
+        torch.default_generator.manual_seed(seed_of(self.seed, position))
         image, label = self.transform(image, label)
     return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor).long()
 
@@ -110,10 +110,11 @@ def read_image(path):
 
 def read_label(path, lut):
     """The label map at `path` through `lut`, uint8 `[H, W]`. Mistake for an id that `lut` gives as -1."""
-    raw = np.asarray(_open(path))  # mode P or L: the ids themselves
+    raw = np.asarray(_open(path, label=True))  # mode P or L: the ids themselves
     if raw.ndim != 2 or raw.dtype not in (np.uint8, np.bool_):
         raise Mistake(f"'{path}' is no label map: expected one 8-bit channel of class ids (PNG mode P or L)")
-    label = lut[raw.astype(np.uint8)]
+    raw = raw.astype(np.uint8)
+    label = lut[raw]
     if label.min(initial=0) < 0:
         wrong = sorted(set(raw[label < 0].tolist()))
         known = sorted(np.flatnonzero(lut >= 0).tolist())
@@ -121,15 +122,18 @@ def read_label(path, lut):
     return tv_tensors.Mask(torch.from_numpy(label.astype(np.uint8)))
 
 
-def _open(path):
+def _open(path, label=False):
     try:
         image = Image.open(path)
+        stored = image.tile[0][3] if image.tile else ""
         image.load()
     except FileNotFoundError:
         raise Mistake(f"no file '{path}'") from None
     except Exception as error:  # Pillow raises many kinds for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Mistake(f"'{path}' cannot be read as an image ({reason}); replace or remove it") from None
+    if label and stored in ("L;2", "L;4"):  # Pillow stretches these to 0…255
+        raise Mistake(f"'{path}' holds {stored[-1]}-bit gray values, not class ids; save it with 8 bits a pixel")
     return image
 
 
@@ -150,8 +154,12 @@ def _lut(known, rest):
 def _pairs(images, labels, what):
     """The files of two folders, paired by their stems."""
     kinds = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-    found = {path.stem: path for path in sorted(images.glob("*")) if path.suffix.lower() in kinds}
-    truth = {path.stem: path for path in labels.glob("*.png")}
+    files = [path for path in sorted(images.glob("*")) if path.suffix.lower() in kinds]
+    found = {path.stem: path for path in files}
+    truth = {path.stem: path for path in labels.glob("*") if path.suffix.lower() == ".png"}
+    if len(found) < len(files):
+        twice = next(path for path in files if found[path.stem] != path)
+        raise Mistake(f"'{twice}' and '{found[twice.stem]}' share the label of one name; rename one of them")
     if not found or not truth:
         side = images if not found else labels
         raise Mistake(
@@ -192,9 +200,12 @@ def _folder(root, split):
     names = root / "classes.txt"
     if not names.is_file():
         raise Mistake(f"folder: looked for '{names}' (one class name a line); expected beside it images/, labels/")
-    classes = [line.strip() for line in names.read_text().splitlines() if line.strip()]
-    if not 0 < len(classes) < IGNORE:
-        raise Mistake(f"'{names}' names {len(classes)} classes; expected 1 to {IGNORE - 1}, one name a line")
+    try:
+        classes = [line.strip() for line in names.read_text(encoding="utf-8").strip().splitlines()]
+    except UnicodeDecodeError:
+        raise Mistake(f"'{names}' is no UTF-8 text; save it as such, one class name a line") from None
+    if not 0 < len(classes) < IGNORE or "" in classes:
+        raise Mistake(f"'{names}' names {len(classes)} classes; expected 1 to {IGNORE - 1}, one a line, no line empty")
     files = _pairs(root / "images" / split, root / "labels" / split, f"folder {split}")
     hues = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3)) for i in range(len(classes))]
     palette = [tuple(int(255 * c) for c in hue) for hue in hues]
@@ -221,7 +232,7 @@ class RandomScaledCrop(v2.Transform):
     def make_params(self, inputs):
         low, high = self.scale
         if self.step:
-            factor = low + self.step * torch.randint(round((high - low) / self.step) + 1, ()).item()
+            factor = low + self.step * torch.randint(int((high - low) / self.step + 1e-6) + 1, ()).item()
         else:
             factor = low + (high - low) * torch.rand(()).item()
         window = []
@@ -319,7 +330,7 @@ class Shapes(Dataset):
 
     scale    the things of train and val are 18 to 30 % of the image's side, those of val_small 6 to 12, of val_large 40
              to 60. Without it train and val range from 6 to 50.
-    company  in train and val 95 % of the things stand on "their" stuff (`COMPANY`); in val_shuffled on any.
+    company  in train and val 95 % of the things whose centre lies on stuff are of its `COMPANY`; in val_shuffled any.
     unity    one or two regions and one to three things: most of the image is large and uniform.
     thin     two of three things are rings, crosses and lines, 2 to 3 pixels wide.
     """
@@ -375,6 +386,8 @@ class Shapes(Dataset):
 
     def raw(self, index):
         """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for the same index, ever."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} of {self.length} images")
         rng = np.random.default_rng([self.SPLITS.index(self.split), index])  # the world does not change with the run's seed
         image, label = self._stuff(rng)
         low, high = {"val_small": (0.06, 0.12), "val_large": (0.4, 0.6)}.get(

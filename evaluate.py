@@ -342,7 +342,10 @@ def inside(net, image, palette, pixel=None):
     if not hasattr(net, "figures"):
         return [], []
     arguments = {"pixel": pixel} if "pixel" in inspect.signature(net.figures).parameters else {}
-    figures = net.figures(image[None].to(next(net.parameters()).device), **arguments)
+    try:
+        figures = net.figures(image.to(next(net.parameters()).device), **arguments)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
     photo = data.photograph(image)
     if arguments:  # the place that the figures are about
         row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)

@@ -256,26 +256,37 @@ def draw_curves(folder):
 def _panel(title, series, width=480, height=340):
     picture = Image.new("RGB", (2 * width, 2 * height), "white")  # drawn at twice the size, for smooth lines
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
-    left, top, right, bottom = 120, 70, 2 * width - 40, 2 * height - 70
-    draw.text((left, 20), title, "black", font)
+    left, top, right, bottom = 120, 30 * len(series) + 40, 2 * width - 40, 2 * height - 60
+    draw.text((left, 16), title, "black", font)
     points = [point for line in series.values() for point in line]
-    last = max((x for x, _ in points), default=1)
-    highest = max((y for _, y in points), default=1) or 1
-    for i in range(5):
-        x, y = left + (right - left) * i / 4, bottom - (bottom - top) * i / 4
-        draw.line((left, y, right, y), "#dddddd", 2)
-        draw.text((left - 12, y), f"{highest * i / 4:.3g}", "black", font, anchor="rm")
-        draw.text((x, bottom + 14), f"{last * i / 4:g}", "black", font, anchor="mt")
+    (x_step, x_end), (y_step, y_end) = (_ticks(max((point[i] for point in points), default=0)) for i in (0, 1))
+
+    def place(x, y):
+        return left + (right - left) * x / x_end, bottom - (bottom - top) * y / y_end
+
+    for i in range(round(y_end / y_step) + 1):
+        x, y = place(0, i * y_step)
+        draw.line((x, y, right, y), "#dddddd", 2)
+        draw.text((x - 12, y), f"{i * y_step:.4g}", "black", font, anchor="rm")
+    for i in range(round(x_end / x_step) + 1):
+        x, y = place(i * x_step, 0)
+        draw.text((x, y + 14), f"{i * x_step:g}", "black", font, anchor="mt")
     colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
     for i, (name, line) in enumerate(series.items()):
-        color = colors[i % len(colors)]
-        place = [(left + (right - left) * x / last, bottom - (bottom - top) * y / highest) for x, y in line]
-        draw.line(place, color, 4, joint="curve")
-        for x, y in place if len(place) < 30 else []:
+        color, corners = colors[i % len(colors)], [place(*point) for point in line]
+        draw.line(corners, color, 4, joint="curve")
+        for x, y in corners if len(corners) < 30 else []:
             draw.ellipse((x - 6, y - 6, x + 6, y + 6), color)
-        ending = f"  {line[-1][1]:.3g}" if line else ""
-        draw.text((right, top - 40 + 30 * i), f"{name.replace('_', ' ')}{ending}", color, font, anchor="ra")
+        last = f"  {line[-1][1]:.3g}" if line else ""
+        draw.text((right, 16 + 30 * i), f"{name.replace('_', ' ')}{last}", color, font, anchor="ra")
     return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _ticks(highest):
+    """(distance, end) of round ticks from 0 to at least `highest`, at most six of them."""
+    power = 10.0 ** math.floor(math.log10(highest or 1))
+    distance = next(d * power for d in (0.2, 0.5, 1, 2) if highest <= 5 * d * power)
+    return distance, distance * max(1, math.ceil(highest / distance - 1e-9))
 
 
 def draw_samples(folder, net, dataset, device, amp, count=4):

@@ -299,6 +299,13 @@ def test_algorithm_2_equals_channelized(groups, gated, axis):
     assert_same(fast, grouped, (query, value, *gate.parameters()) if gated else (query, value))
 
 
+def test_algorithm_2_gives_the_gate_one_group_at_a_time():
+    (query, value), seen = inputs(7, 4), []
+    A = caa.axial_attention(query, "column")
+    caa.channelized_grouped(A, value, lambda p: seen.append(p.shape) or p, "column", 2)
+    assert seen == [(2, 4, 3)] * 2  # [N, H+ / G, C], H+ = 8
+
+
 def test_channel_map_and_channel_step_equal_loops():
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     net = caa.DualAttention(4, 2).double()
@@ -337,6 +344,13 @@ def test_gradients_pass_gradcheck(axis):
 def test_table_3_1_counts_the_weights_of_two_gates(layers, width, expected):
     one = sum(p.numel() for p in caa.ChannelAttention(512, width, layers).parameters())
     assert f"{2 * one / 2**30:.5f}" == expected
+
+
+def test_default_gate_has_five_hidden_layers_of_128():
+    shapes = [(128, 512)] + [(128, 128)] * 4 + [(512, 128)]
+    spatial = caa.SpatialAttention()
+    for gate in (caa.ChannelAttention(512), spatial.gate_col, spatial.gate_row, caa.CAA(8).attention.gate_col):
+        assert [tuple(p.shape) for p in gate.parameters()] == shapes
 
 
 def test_options_reach_the_gates_and_no_more():
@@ -565,6 +579,15 @@ def test_no_labelled_pixel_gives_zero_losses_and_zero_gradients(dual):
     assert all((p.grad == 0).all() for p in net.parameters())  # False also for NaN
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "auxiliary"])
+def test_each_loss_trains_the_backbone(name):
+    net, (images, labels) = small(decoder=True), batch()
+    net(images, labels)[name].backward()
+    assert all(p.grad.abs().max() > 0 for p in net.backbone.parameters())
+    reached = {key for key, p in net.named_parameters() if p.grad is not None}
+    assert any(key.startswith("head") for key in reached) == (name == "cross_entropy")
+
+
 def test_absent_classes_are_fine():
     net, (images, labels) = small(), batch()
     losses = net(images, torch.zeros_like(labels))
@@ -625,9 +648,12 @@ def test_dual_attention_is_absent_at_first_and_can_be_learned(design):
     torch.testing.assert_close(net.spatial(x), x + net.attention(x))
 
 
-def test_dual_attention_has_no_gates():
-    names = [name for name, _ in small(dual="parallel").named_parameters()]
-    assert not [name for name in names if "gate" in name]
+@pytest.mark.parametrize("attention", ["axial", "self"])
+def test_dual_attention_has_no_gates_and_either_attention(attention):
+    net = small(dual="parallel", attention=attention)
+    assert not [name for name, _ in net.named_parameters() if "gate" in name]
+    figures = net.head.attention.eval().attended(torch.randn(1, 512, 3, 4), 0, 0)
+    assert ("self-attention" in figures) == (attention == "self")
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -637,8 +663,9 @@ def test_dual_attention_has_no_gates():
     "pixel, cell", [((0, 0), (0, 0)), ((64, 0), (4, 0)), ((13, 96), (1, 6)), ((12, 14), (0, 1)), (None, (2, 3))]
 )
 def test_figures_show_the_pixels_own_column_and_row(pixel, cell):
-    net = small().eval()
-    figures = net.figures(torch.randn(3, 65, 97), pixel)  # 5 x 7 cells: 65 rows / 5 = 13, 97 columns / 7 = 13.9
+    net, image = small().eval(), torch.randn(3, 65, 97)
+    attended = recorded(net.head.attention, "input")
+    figures = net.figures(image, pixel)  # 5 x 7 cells: 65 rows / 5 = 13, 97 columns / 7 = 13.9
     assert set(figures) == {"column attention", "row attention", "column, then row"}
     for figure in figures.values():
         assert figure.shape == (5, 7) and figure.dtype == torch.float32 and not figure.requires_grad
@@ -648,6 +675,10 @@ def test_figures_show_the_pixels_own_column_and_row(pixel, cell):
     assert torch.equal(figures["column attention"] > 0, column)
     assert torch.equal(figures["row attention"] > 0, row)
     assert (figures["column, then row"] > 0).all()
+    with torch.no_grad():
+        net(image[None])
+        expected = net.head.attention.attended(attended[-1], *cell)
+    assert all(torch.equal(figures[name], m) for name, m in expected.items())
 
 
 def test_figures_are_the_weights_of_every_position():
@@ -735,6 +766,13 @@ def test_saved_weights_reproduce_the_outputs(options, tmp_path):
         assert not torch.equal(first(images), second(images))
         second.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
         assert torch.equal(first(images), second(images))
+
+
+def test_build_loads_the_backbones_weights(tmp_path):
+    state = small().backbone.body.state_dict()
+    torch.save(state, tmp_path / "resnet18.pt")
+    loaded = small(weights=tmp_path / "resnet18.pt").backbone.body.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_recipes_are_those_of_sect_3_4():
