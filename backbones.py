@@ -7,8 +7,8 @@ A backbone is torchvision's ImageNet model, cut into its four levels and, on req
     net.channels, net.strides # (256, 512, 1024, 2048), (4, 8, 8, 8)
 
 Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is removed, what follows is
-dilated by the same factor, so each kernel still sees the samples it was trained on. `multi_grid` multiplies the rates of
-the blocks of the last stage (there, Sect. 3.2.1: rates 2, 4, 8 at output stride 16 for the grid 1, 2, 4).
+dilated by the same factor, so each kernel still sees the samples it was trained on. `multi_grid` departs from that: it sets
+the rates of all blocks of the last stage to its factors (there, Sect. 3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
 
 To copy: this file stands alone.
 """
@@ -100,7 +100,7 @@ def _dilate(model, nodes, output_stride, multi_grid):
             applied = before if conv.stride[0] > 1 else rate
             if stride > output_stride:
                 conv.stride = (1, 1)
-            if conv.kernel_size[0] > 1:
+            if conv.kernel_size[0] > 1:  # 3x3
                 conv.dilation = conv.padding = (applied, applied)
     if multi_grid:
         if nodes is not _RESNET:
@@ -153,23 +153,28 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 
     logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1 or `ignore` -> scalar, float32. DistributedDataParallel
     averages gradients over its processes, so each divides by its share of the common count: two processes give the
-    loss and the gradient of one with the joint batch. Where nothing is labelled: 0, with a zero gradient.
+    loss and the gradient of one with the joint batch; all of them must call it. Where nothing is labelled: 0, with a zero
+    gradient.
     """
     count = (labels != ignore).sum()
     if dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    return F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum") / count.clamp(min=1e-6)
+    loss = F.cross_entropy(
+        logits.float(), labels, ignore_index=ignore, reduction="none"
+    )  # CUDA's own sum is not deterministic
+    return loss.sum() / count.clamp(min=1e-6)
 
 
 def on_grid(images, stride):
-    """Images `[N, 3, H, W]`, filled up with 0 at the right and the bottom to the next k·stride + 1 pixels.
+    """Images `[N, 3, H, W]`, continued at the right and the bottom (the border repeated) to the next k·stride + 1 pixels.
 
     A convolution of stride s and padding k//2 has its i-th output at pixel i·s, so a map of k + 1 positions spans k·s + 1
-    pixels: the 513 and 769 of the papers' crops. At other sizes map and image would drift apart by up to a stride.
+    pixels: the 513 and 769 of the papers' crops. At other sizes map and image would drift apart by up to a stride. The
+    price is a row and a column of positions where a side is a multiple of the stride.
     """
     H, W = images.shape[2:]
-    return F.pad(images, (0, (1 - W) % stride, 0, (1 - H) % stride))
+    return F.pad(images, (0, (1 - W) % stride, 0, (1 - H) % stride), mode="replicate")
 
 
 def upsample(logits, stride, size):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -44,7 +44,7 @@ class Mistake(ValueError):
 
 
 def dataset(name, root=None, split="train", train=False, **augmentation):
-    """The dataset `name` under the folder `root`.
+    """The dataset `name` in the folder `root` (datasets/NAME).
 
     Items are (image float32 `[3, H, W]` with ImageNet's mean and deviation taken off, label int64 `[H, W]`, 255 = ignored).
     train: augment, by `augment(**augmentation)` (crop_size, scale, scale_step, color), else the whole image; `seed` sets
@@ -59,9 +59,7 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
         return Shapes(split, switches, transform, seed)
     if kind not in _LAYOUTS or switches:
         raise Mistake(f"unknown dataset '{name}'; there are shapes, {', '.join(_LAYOUTS)}")
-    if root is None:
-        raise Mistake(f"{name} is read from files; give its folder with --data-root")
-    return Pairs(*_LAYOUTS[kind](Path(root), split), transform, seed)
+    return Pairs(*_LAYOUTS[kind](Path(root or f"datasets/{name}"), split), transform, seed)
 
 
 class Pairs(Dataset):
@@ -103,9 +101,13 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def read_image(path):
-    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB. Mistake where it cannot be read."""
-    return TF.to_image(_open(path).convert("RGB"))
+def read_image(path, upright=False):
+    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB. Mistake where it cannot be read.
+
+    upright: turn it as its camera noted (EXIF). Not for images with labels, which follow the pixels as they are stored.
+    """
+    image = _open(path)
+    return TF.to_image((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
 
 
 def read_label(path, lut):
@@ -544,11 +546,14 @@ def main(arguments=None):
     """`python data.py NAME --data-root DIR --split train`"""
     parser = argparse.ArgumentParser(description="Check a dataset: every label is read; a report and a contact sheet.")
     parser.add_argument("name", metavar="NAME", help=f"shapes (also shapes+scale+company+unity+thin), {', '.join(_LAYOUTS)}")
-    parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder")
+    parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder (datasets/NAME)")
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", metavar="FILE", help="the contact sheet (NAME-SPLIT.png)")
     args = parser.parse_args(arguments)
+    output = Path(args.output or f"{args.name}-{args.split}.png")
     try:
+        if output.suffix not in (".png", ".jpg"):
+            raise Mistake(f"--output {output}: expected a file that ends in .png or .jpg")
         data = dataset(args.name, args.data_root, args.split)
         report(data, f"{args.name} {args.split}")
         chosen = sorted(random.Random(0).sample(range(len(data)), min(8, len(data))))
@@ -557,7 +562,6 @@ def main(arguments=None):
             image, label = data.raw(index)
             rows.append([image, colorize(label, data.palette), overlay(image, label, data.palette)])
         pairs = [a + b for a, b in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
-        output = Path(args.output or f"{args.name}-{args.split}.png")
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet(pairs, ["image", "label", "overlay"] * 2, data.classes, data.palette).save(output)
         print(f"contact sheet: {output}")

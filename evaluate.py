@@ -15,10 +15,11 @@ predictions has no IoU: it is left out of the mean, and named.
 import argparse
 import ast
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -139,7 +140,7 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers)
+    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=ignore_signals)
     bar = tqdm(
         zip(indices, loader), total=len(indices), desc="evaluating", unit="img", leave=False, disable=rank > 0 or None
     )
@@ -155,6 +156,12 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     return matrix.result()
 
 
+def ignore_signals(worker):
+    """For a DataLoader's workers: Ctrl-C and SIGTERM reach all processes of a group, and the main one decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 # ---------------------------------------------------------------------------------------- networks, processes, precision
 
 
@@ -164,15 +171,23 @@ def network(method, num_classes, backbone, weights=None, output_stride=None, opt
     options = dict(options or {})
     if output_stride is not None:
         options["output_stride"] = output_stride
+    reserved = {"num_classes", "backbone", "weights"} & set(options)
+    if reserved:
+        raise Mistake(f"{', '.join(reserved)} is no --option; it has a flag of its own, or follows from the dataset")
     try:
         return module.build(num_classes, backbone, weights=weights, **options)
     except (ValueError, FileNotFoundError) as error:
-        raise Mistake(str(error)) from error
+        raise Mistake(" ".join(str(error).split())) from error
+    except (TypeError, RuntimeError) as error:
+        if not options:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise Mistake(f"{method} cannot be built with the options {given} ({' '.join(str(error).split())})") from error
 
 
 def method_file(name):
     """The module NAME.py, with its `build`."""
-    if not name.isidentifier() or importlib.util.find_spec(name) is None:
+    if not name.isidentifier() or name.startswith("__") or importlib.util.find_spec(name) is None:
         raise Mistake(f"unknown method '{name}': there is no file {name}.py with a function build")
     module = importlib.import_module(name)
     if not hasattr(module, "build"):
@@ -198,12 +213,17 @@ def load(checkpoint):
     """The trained network in a checkpoint, in evaluation mode."""
     s = checkpoint["settings"]
     net = network(s["method"], len(checkpoint["classes"]), s["backbone"], None, s["output_stride"], s["option"])
+    restore(net, checkpoint)
+    return net.eval()
+
+
+def restore(net, checkpoint):
+    """The checkpoint's weights into `net`; Mistake where they do not fit, as after a change of the method's file."""
     try:
         net.load_state_dict(checkpoint["net"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise Mistake(f"the checkpoint does not fit {s['method']}.py as it is now ({reason})") from None
-    return net.eval()
+        raise Mistake(f"the checkpoint does not fit {checkpoint['settings']['method']}.py as it is now ({reason})") from None
 
 
 def processes(device=None):
@@ -213,8 +233,12 @@ def processes(device=None):
         kind = torch.device(device).type
     except RuntimeError:
         raise Mistake(f"unknown device '{device}'; expected cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise Mistake(f"device '{device}': torch sees no CUDA GPU here; take --device cpu")
+    if kind not in ("cpu", "cuda"):
+        raise Mistake(f"device '{device}': expected cpu, cuda or cuda:N")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise Mistake(
+            f"device '{device}': torch sees {torch.cuda.device_count()} CUDA GPUs here; take another, or --device cpu"
+        )
     if "WORLD_SIZE" not in os.environ:
         return torch.device(device), 0, 1
     if kind == "cuda":
@@ -263,9 +287,12 @@ def cost(net, size):
 
 
 def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
-    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size` random images."""
-    net.to(device)
-    images = torch.randn(batch_size, 3, size, size, device=device)
+    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size` random images.
+
+    It trains `net`: on noise, so use it no more.
+    """
+    net.to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (batch_size, size, size), device=device)
     optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(amp, device) is torch.float16)
@@ -279,7 +306,7 @@ def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
         net.train()
         with autocast(device, amp):
             loss = sum(net(images, labels).values())
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -337,7 +364,7 @@ def heat(values, image):
     return torch.from_numpy((0.65 * colors + 0.35 * gray).astype(np.uint8))
 
 
-def inside(net, image, palette, pixel=None):
+def method_figures(net, image, palette, pixel=None):
     """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where it has none."""
     if not hasattr(net, "figures"):
         return [], []
@@ -347,11 +374,13 @@ def inside(net, image, palette, pixel=None):
     except ValueError as error:
         raise Mistake(str(error)) from error
     photo = data.photograph(image)
-    if arguments:  # the place that the figures are about
-        row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
-        photo = photo.clone()
-        photo[:, max(0, row - 3) : row + 4, max(0, column - 3) : column + 4] = torch.tensor([255, 0, 0]).view(3, 1, 1)
-    tiles = [heat(m, photo) if m.is_floating_point() else data.colorize(m, palette) for m in figures.values()]
+    row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
+    tiles = []
+    for m in figures.values():
+        tiles.append(heat(m, photo) if m.is_floating_point() else data.colorize(m, palette))
+        if arguments and m.is_floating_point():  # a red square where the pixel is that the figure is about
+            place = (slice(None), slice(max(0, row - 2), row + 3), slice(max(0, column - 2), column + 3))
+            tiles[-1][place] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
     return list(figures), tiles
 
 
@@ -364,7 +393,7 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     if truth is not None:
         wrong = (prediction.cpu() != truth) & (truth != data.IGNORE)
         titles, tiles = titles + ["errors (white)"], tiles + [(255 * wrong).to(torch.uint8).expand(3, -1, -1)]
-    names, pictures = inside(net, image, palette, pixel)
+    names, pictures = method_figures(net, image, palette, pixel)
     return data.sheet([tiles + pictures], titles + names, classes, palette)
 
 
@@ -376,25 +405,31 @@ def save_prediction(prediction, palette, file):
 
 
 def _photographs(net, checkpoint, device, args, how):
-    """`--images`: the prediction over each photograph, its palette PNG, and the classes' shares in words."""
-    classes, palette = checkpoint["classes"], checkpoint["palette"]
+    """`--images`: the prediction over each photograph, its palette PNG, and the classes' shares, printed and returned."""
+    classes, palette, numbers = checkpoint["classes"], checkpoint["palette"], {}
     folder = Path(args.save_predictions or "predictions")
+    stems = [Path(file).stem for file in args.images]
+    if len(set(stems)) < len(stems):
+        raise Mistake("--images: two photographs of one name would share an output file; give them one call each")
     folder.mkdir(parents=True, exist_ok=True)
     for file in map(Path, args.images):
-        raw = data.read_image(file)
+        raw = data.read_image(file, upright=True)
         image = v2.Compose(data.NORMALISE)(raw).as_subclass(torch.Tensor)
         with autocast(device, args.amp):
             prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
-        save_prediction(prediction, palette, folder / f"{file.stem}.png")
+        save_prediction(prediction, palette, folder / f"{file.stem}_classes.png")
+        overlay = folder / f"{file.stem}_overlay.png"
         rows = [[raw, data.overlay(raw, prediction, palette)]]
-        data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(folder / f"{file.stem}_overlay.png")
+        data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(overlay)
         if args.figures:
             Path(args.figures).mkdir(parents=True, exist_ok=True)
             picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
-            picture.save(Path(args.figures) / f"{file.stem}.png")
+            picture.save(Path(args.figures) / f"{file.stem}_figures.png")
         shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes)) / prediction.numel()
+        numbers[str(file)] = dict(zip(classes, shares.tolist()))
         found = [f"{classes[i]} {shares[i]:.0%}" for i in shares.argsort(descending=True).tolist() if shares[i] >= 0.005]
-        print(f"{file}: {', '.join(found)} -> {folder / f'{file.stem}_overlay.png'}")
+        print(f"{file}: {', '.join(found)} -> {overlay}")
+    return numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -408,7 +443,7 @@ def parse_options(pairs):
         if not equals or not key:
             raise Mistake(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
         try:
-            options[key] = ast.literal_eval(value)
+            options[key] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
         except (ValueError, SyntaxError):
             options[key] = value
     return options
@@ -447,45 +482,57 @@ def _arguments(arguments):
 
 
 def _run(args):
-    device, rank, _ = processes(args.device)
+    device, rank, world = processes(args.device)
     amp_dtype(args.amp, device)
     if bool(args.checkpoint) == bool(args.method):
         raise Mistake("give --checkpoint FILE, or --method NAME with --cost or --speed")
-    numbers = {}
-    if args.checkpoint:
-        checkpoint = read_checkpoint(args.checkpoint)
-        net, classes = load(checkpoint).to(device), len(checkpoint["classes"])
+    if args.method and (args.images or not (args.cost or args.speed)):
+        raise Mistake("--method alone has no trained weights: it goes with --cost or --speed; else give --checkpoint")
+    for flag, value in (("window", args.window), ("classes", args.classes), ("crop-size", args.crop_size)):
+        at_least(1, flag, value)
+    at_least(1, "batch-size", args.batch_size)
+    at_least(0, "workers", args.workers)
+    if not all(scale > 0 for scale in args.scales):
+        raise Mistake(f"--scales {' '.join(map(str, args.scales))}: expected factors above 0")
+    if world > 1 and (args.cost or args.speed or args.images):
+        raise Mistake("--cost, --speed and --images are for one process: start them without torchrun")
+    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
+    if checkpoint:
+        net, classes = load(checkpoint), len(checkpoint["classes"])
     else:
-        if not (args.cost or args.speed):
-            raise Mistake("--method alone has no trained weights: it goes with --cost or --speed; else give --checkpoint")
-        options = parse_options(args.option)
-        net, classes = (
-            network(args.method, args.classes, args.backbone, None, args.output_stride, options).to(device),
-            args.classes,
-        )
-    size = args.crop_size
-    if args.cost:
-        parameters, operations, children = cost(net, size)
-        numbers["cost"] = dict(size=size, parameters=parameters, multiply_adds=operations, children=children)
-        print(f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for {size}x{size}, of which")
-        print("\n".join(f"  {name:<12} {count / 1e9:10.4f} G" for name, count in children.items()))
-    if args.speed:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(f"{args.batch_size} images of {size}x{size}, amp {args.amp}, {name}")
-        for what, (seconds, peak) in speed(net, classes, size, args.batch_size, device, args.amp).items():
-            rate = args.batch_size / seconds
-            numbers[what] = dict(seconds=seconds, images_per_second=rate, peak_bytes=peak, device=name)
-            memory = f", peak {peak / 2**20:.0f} MiB" if peak is not None else ""
-            print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms){memory}")
-        net.eval()
-    how = dict(scales=args.scales, flip=args.flip, window=args.window)
+        options, classes = parse_options(args.option), args.classes
+        net = network(args.method, classes, args.backbone, None, args.output_stride, options)
+    net.to(device, memory_format=torch.channels_last)
+    how, numbers = dict(scales=args.scales, flip=args.flip, window=args.window), {}
     if args.images:
-        _photographs(net, checkpoint, device, args, how)
-    elif args.checkpoint and not (args.cost or args.speed):
-        numbers |= _split(net, checkpoint, device, rank, args, how)
+        numbers["images"] = _photographs(net, checkpoint, device, args, how)
+    if args.cost:
+        numbers["cost"] = _cost(net, args.crop_size)
+    if args.speed:  # the last use of net
+        numbers["speed"] = _speed(net, classes, device, args)
+    if not numbers:
+        numbers = _split(net, checkpoint, device, rank, args, how)
     if args.json and rank == 0:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def _cost(net, size):
+    parameters, operations, children = cost(net, size)
+    print(f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for {size}x{size}, of which")
+    print("\n".join(f"  {name:<12} {count / 1e9:10.4f} G" for name, count in children.items()))
+    return dict(size=size, parameters=parameters, multiply_adds=operations, children=children)
+
+
+def _speed(net, classes, device, args):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.batch_size} images of {args.crop_size}x{args.crop_size}, amp {args.amp}, {name}")
+    numbers = {"device": name, "batch_size": args.batch_size, "size": args.crop_size}
+    for what, (seconds, peak) in speed(net, classes, args.crop_size, args.batch_size, device, args.amp).items():
+        numbers[what] = dict(seconds=seconds, images_per_second=args.batch_size / seconds, peak_bytes=peak)
+        memory = f", peak {peak / 2**20:.0f} MiB" if peak is not None else ""
+        print(f"  {what:<14} {args.batch_size / seconds:8.2f} images/s ({seconds * 1000:.0f} ms){memory}")
+    return numbers
 
 
 def _split(net, checkpoint, device, rank, args, how):
@@ -495,11 +542,13 @@ def _split(net, checkpoint, device, rank, args, how):
     root = args.data_root or (settings["data_root"] if name == settings["dataset"] else f"datasets/{name}")
     dataset = data.dataset(name, root, args.split)
     if dataset.classes != checkpoint["classes"]:
-        raise Mistake(f"{name} has other classes ({dataset.num_classes}) than the checkpoint ({len(checkpoint['classes'])})")
+        raise Mistake(f"the classes of {name} are not those that {args.checkpoint} was trained on; take another --dataset")
     save = None
     if args.save_predictions:
         folder = Path(args.save_predictions)
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.samefile(file.parent) for files in getattr(dataset, "files", ()) for file in files):
+            raise Mistake(f"--save-predictions {folder} holds the dataset itself; take another folder")
 
         def save(index, prediction):
             save_prediction(prediction, dataset.palette, folder / f"{dataset.name(index)}.png")
@@ -515,33 +564,52 @@ def _split(net, checkpoint, device, rank, args, how):
         folder.mkdir(parents=True, exist_ok=True)
         for index in sorted({i * len(dataset) // 8 for i in range(8)}):
             image, truth = dataset[index]
-            prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
+            with autocast(device, args.amp):
+                prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
             picture = figure_sheet(net, image, prediction, dataset.palette, dataset.classes, truth, args.pixel)
             picture.save(folder / f"{dataset.name(index)}.png")
         print(f"figures: {folder}")
-    named = {name: value for name, value in zip(dataset.classes, result["IoU"])}
-    how = how | dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name, split=args.split)
-    return result | {"IoU": named, "images": len(dataset)} | how
+    about = dict(
+        checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name, split=args.split, images=len(dataset)
+    )
+    return result | {"IoU": dict(zip(dataset.classes, result["IoU"]))} | about | how
 
 
-def report_mistake(script, error):
-    """One line on stderr. What a DataLoader's worker raised arrives inside its traceback: the last line is the text."""
-    text = str(error).strip().splitlines()[-1].removeprefix("data.Mistake: ") if str(error) else type(error).__name__
-    print(f"{script}: {text}", file=sys.stderr)
+def at_least(least, flag, value):
+    """Mistake where the value of --FLAG is a number below `least`."""
+    if value is not None and not value >= least:
+        raise Mistake(f"--{flag} {value}: expected a number of at least {least}")
 
 
-def main(arguments=None):
-    """Exit status 0, or 2 after a mistake that one line on stderr explains."""
-    args = _arguments(arguments)
+def guarded(script, work):
+    """Exit status of `work()`, or 2 after a mistake that one line on stderr explains."""
     try:
-        _run(args)
+        return work() or 0
     except (Mistake, OSError) as error:
-        report_mistake("evaluate.py", error)
-        return 2
+        # what a DataLoader's worker raised arrives inside its traceback, whose last line is the text
+        text = str(error).strip().splitlines()[-1].removeprefix("data.Mistake: ") if str(error) else type(error).__name__
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        text = "batch norm needs more than one value per channel; take a --batch-size of at least 2 for each process"
+    except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "Connection", "NCCL")):
+            raise
+        text = f"another process of this run has stopped, its own line says why ({str(error).splitlines()[0]})"
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    print(f"{script}: {text}", file=sys.stderr)
+    return 2
+
+
+def main(arguments=None):
+    """Exit status 0, or 2 after a mistake."""
+    args = _arguments(arguments)
+    return guarded("evaluate.py", lambda: _run(args))
 
 
 if __name__ == "__main__":

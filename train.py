@@ -15,7 +15,8 @@ curves.png; samples.png.
 
 The same seed gives the same run: each sample's augmentation depends on (seed, position in the run), each step's dropout on
 (seed, step, process), so workers, interruptions and --resume change nothing; on the CPU bit for bit. Several processes
-equal one with the joint batch up to batch norm, which is synchronized on CUDA and each process's own on the CPU.
+equal one with the joint batch up to dropout, of which each has its own, and batch norm, which is synchronized on CUDA alone.
+On several machines --output must be a folder that all of them see.
 """
 
 import argparse
@@ -67,7 +68,7 @@ SETTINGS = {
     "bn_momentum": (0.1, "share of the new batch in the running statistics of batch norm"),
     # augmentation
     "crop_size": (96, "side of the square training crop"),
-    "scale": ((0.5, 2.0), "range of the random scale"),
+    "scale": ((0.75, 1.5), "range of the random scale"),
     "scale_step": (0.0, "grid of that scale, 0: none"),
     "color": ("none", "none, brightness or photometric"),
     # the machine, and what is kept
@@ -80,7 +81,7 @@ SETTINGS = {
     "eval_every": (None, "steps between evaluations (a tenth of the run, at least 100)"),
     "save_every": (None, "steps between checkpoints (as eval_every)"),
 }
-# What may differ when a run goes on, for it changes no result
+# What may differ when a run goes on: it changes no result, or rounding alone
 FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
 WHOLE = {"output_stride", "eval_every", "save_every"}  # whole numbers whose default is None
 LOG_EVERY = 10  # steps
@@ -138,12 +139,19 @@ def resolve(given):
         if settings[name] is None:
             settings[name] = max(100, math.ceil(settings["iterations"] / 10))
     settings["scale"] = list(settings["scale"])
+    return checked(settings), origin
+
+
+def checked(settings):
+    """The settings, if all numbers are in their ranges."""
     for name in ("iterations", "batch_size", "crop_size", "eval_every", "save_every"):
-        if settings[name] < 1:
-            raise Mistake(f"--{name.replace('_', '-')} {settings[name]}: expected a whole number of at least 1")
-    if settings["scale"][0] <= 0 or settings["scale"][0] > settings["scale"][1]:
-        raise Mistake(f"--scale {settings['scale']}: expected two factors above 0, the smaller one first")
-    return settings, origin
+        evaluate.at_least(1, name.replace("_", "-"), settings[name])
+    for name in ("seed", "workers", "lr", "power", "momentum", "weight_decay", "bn_momentum", "scale_step"):
+        evaluate.at_least(0, name.replace("_", "-"), settings[name])
+    low, high = settings["scale"]
+    if not 0 < low <= high < float("inf"):
+        raise Mistake(f"--scale {low} {high}: expected two factors above 0, the smaller one first")
+    return settings
 
 
 def resumed(output, given):
@@ -157,8 +165,10 @@ def resumed(output, given):
         config = json.loads(path.read_text())["settings"]
         settings = {name: config[name]["value"] for name in SETTINGS}
         origin = {name: config[name]["from"] for name in SETTINGS}
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise Mistake(f"'{path}' is damaged or of another version; start a new run with --init {output}/last.pt") from None
+    if "option" in given:  # those of the recipe need not be repeated
+        given["option"] = settings["option"] | given["option"]
     for name, value in given.items():
         if name not in FREE and value != settings[name]:
             raise Mistake(
@@ -167,7 +177,7 @@ def resumed(output, given):
             )
         settings[name], origin[name] = value, origin[name] if value == settings[name] else "command line"
     last = Path(output) / "last.pt"
-    return settings, origin, evaluate.read_checkpoint(last) if last.exists() else None
+    return checked(settings), origin, evaluate.read_checkpoint(last) if last.exists() else None
 
 
 def new_folder(output, settings):
@@ -186,12 +196,15 @@ def new_folder(output, settings):
 def write_config(folder, settings, origin, device, world):
     """config.json, and the same to read on the screen."""
     packages = {name: importlib.import_module(name).__version__ for name in ("torch", "torchvision", "numpy", "PIL")}
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        git = None  # no git on this machine
     config = {
         "settings": {name: {"value": value, "from": origin[name]} for name, value in settings.items()},
         "versions": packages | {"python": platform.python_version(), "cuda": torch.version.cuda},
-        "git": git.stdout.strip() or None,
+        "git": git or None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": world,
     }
@@ -258,18 +271,20 @@ def _panel(title, series, width=480, height=340):
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
     left, top, right, bottom = 120, 30 * len(series) + 40, 2 * width - 40, 2 * height - 60
     draw.text((left, 16), title, "black", font)
+    series = {name: [point for point in line if math.isfinite(point[1])] for name, line in series.items()}
     points = [point for line in series.values() for point in line]
-    (x_step, x_end), (y_step, y_end) = (_ticks(max((point[i] for point in points), default=0)) for i in (0, 1))
+    (x_step, x_end), (y_step, y_end) = (_ticks(max((abs(point[i]) for point in points), default=0)) for i in (0, 1))
+    y_start = -y_end if any(y < 0 for _, y in points) else 0
 
     def place(x, y):
-        return left + (right - left) * x / x_end, bottom - (bottom - top) * y / y_end
+        return left + (right - left) * x / x_end, bottom - (bottom - top) * (y - y_start) / (y_end - y_start)
 
-    for i in range(round(y_end / y_step) + 1):
+    for i in range(round(y_start / y_step), round(y_end / y_step) + 1):
         x, y = place(0, i * y_step)
         draw.line((x, y, right, y), "#dddddd", 2)
         draw.text((x - 12, y), f"{i * y_step:.4g}", "black", font, anchor="rm")
     for i in range(round(x_end / x_step) + 1):
-        x, y = place(i * x_step, 0)
+        x, y = place(i * x_step, y_start)
         draw.text((x, y + 14), f"{i * x_step:g}", "black", font, anchor="mt")
     colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
     for i, (name, line) in enumerate(series.items()):
@@ -328,7 +343,10 @@ def initialise(net, path):
 
 
 class Stop:
-    """Remembers, while it is entered, that SIGINT or SIGTERM came; a second one ends the process at once."""
+    """Remembers, while it is entered, that SIGINT or SIGTERM came; a second Ctrl-C ends the process at once.
+
+    A second SIGTERM does not: launchers send it both to torchrun and, through that, to its processes.
+    """
 
     def __enter__(self):
         self.signal = None
@@ -337,14 +355,14 @@ class Stop:
 
     def __call__(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def shared(values, device):
+def mean_over_processes(values, device):
     """The numbers, each the mean over all processes: one exchange, one wait for the device."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device).detach() for value in values])
     if dist.is_initialized():
@@ -356,36 +374,54 @@ def shared(values, device):
 class State:
     """All that the next step reads, and so all that a checkpoint holds: the random numbers come from (seed, step)."""
 
-    def __init__(self, net, s, amp, device):
-        self.net, self.settings = net, s
+    def __init__(self, net, s, folder, device, rank):
+        self.net, self.settings, self.folder, self.device, self.rank = net, s, folder, device, rank
         self.optimizer = make_optimizer(net, s)
         self.schedule = PolynomialLR(self.optimizer, s["iterations"], s["power"])
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        fp16 = evaluate.amp_dtype(s["amp"], device) is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0
 
     def load(self, checkpoint):
-        for name in ("net", "optimizer", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(checkpoint[name])
+        evaluate.restore(self.net, checkpoint)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        if checkpoint["scaler"]:  # empty where the run had no fp16 until now
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.evaluated, self.best = (checkpoint[name] for name in ("step", "evaluated", "best"))
 
-    def save(self, path, dataset):
-        state = {name: getattr(self, name).state_dict() for name in ("net", "optimizer", "schedule", "scaler")}
+    def save(self, name, dataset):
+        """Write the checkpoint `name`, but never one whose weights are not finite."""
+        state = {part: getattr(self, part).state_dict() for part in ("net", "optimizer", "schedule", "scaler")}
+        broken = [key for key, value in state["net"].items() if not value.isfinite().all()]
+        if broken:
+            raise Mistake(
+                f"weights are not finite after step {self.step} ({broken[0]} and {len(broken) - 1} more); "
+                f"{self.kept()}; try a lower --lr, or --amp off"
+            )
         state |= dict(step=self.step, evaluated=self.evaluated, best=self.best, settings=self.settings)
         state |= dict(classes=dataset.classes, palette=[list(color) for color in dataset.palette])
-        replace(path, lambda temporary: torch.save(state, temporary))
+        replace(self.folder / name, lambda temporary: torch.save(state, temporary))
+
+    def kept(self):
+        """What is left of the run, in words."""
+        last = self.folder / "last.pt"
+        return f"{last} is from before" if last.exists() else "no checkpoint was written yet"
 
 
 def run(given, output, resume):
     """One run, from its first step or its last checkpoint to its end. Returns the exit status."""
     if resume:
         s, origin, checkpoint = resumed(output, given)
+        folder = Path(output)
     else:
         (s, origin), checkpoint = resolve(given), None
+        folder = new_folder(output, s)  # before the processes meet: none may see what another one made
     if s["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not s["deterministic"]
     device, rank, world = evaluate.processes(s["device"])
-    amp = evaluate.amp_dtype(s["amp"], device)
     augmentation = {name: s[name] for name in ("seed", "crop_size", "scale", "scale_step", "color")}
     train_set = data.dataset(s["dataset"], s["data_root"], "train", train=True, **augmentation)
     val_set = data.dataset(s["dataset"], s["data_root"], "val")
@@ -400,13 +436,20 @@ def run(given, output, resume):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = s["bn_momentum"]
     net.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions, on CPU and CUDA alike
-    state = State(net, s, amp, device)
+    state = State(net, s, folder, device, rank)
     if checkpoint:
         state.load(checkpoint)
+        del checkpoint
     sampler = data.PositionSampler(len(train_set), s["batch_size"], state.step, s["iterations"], s["seed"], rank, world)
-    loader = DataLoader(train_set, batch_sampler=sampler, num_workers=s["workers"], pin_memory=device.type == "cuda")
+    pinned = device.type == "cuda"
+    loader = DataLoader(
+        train_set,
+        batch_sampler=sampler,
+        num_workers=s["workers"],
+        pin_memory=pinned,
+        worker_init_fn=evaluate.ignore_signals,
+    )
 
-    folder = Path(output) if resume else new_folder(output, s)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, s, origin, device, world)
@@ -417,30 +460,43 @@ def run(given, output, resume):
         if resume:
             rewind_log(folder, state.step, state.evaluated)
             print(f"goes on after step {state.step} of {s['iterations']}")
-    model = torch.compile(net) if s["compile"] else net
+    model = net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    with Stop() as stop:
-        return loop(model, state, loader, train_set, val_set, folder, device, rank, stop)
+    if s["compile"]:
+        model = torch.compile(model)
+    total = s["iterations"]
+    with (
+        Stop() as stop,
+        tqdm(total=total, initial=state.step, desc="training", unit="step", disable=rank > 0 or None) as bar,
+    ):
+        stopped = loop(model, state, iter(loader), train_set, val_set, stop, bar)
+    if rank == 0 and stopped:
+        again = f"--output {shlex.quote(str(folder))} --resume"
+        print(f"stopped after step {state.step}, checkpoint saved; go on with: python train.py {again}")
+    elif rank == 0:
+        results = [line for line in read_log(folder) if "mIoU" in line]
+        print(evaluate.table(results[-1], val_set.classes) if results else "log.jsonl is gone")
+        print(f"best mIoU {state.best:.4f}; in {folder}: samples.png, curves.png, log.jsonl, last.pt, best.pt")
+    return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
 
 
-def loop(model, state, loader, train_set, val_set, folder, device, rank, stop):
-    """The steps that are left, with evaluations, log and checkpoints. Returns the exit status."""
-    s, stopped = state.settings, False
-    batches, sums, since = iter(loader), {}, time.perf_counter()
-    bar = tqdm(total=s["iterations"], initial=state.step, desc="training", unit="step", disable=rank > 0 or None)
+def loop(model, state, batches, train_set, val_set, stop, bar):
+    """The steps that are left, with evaluations, log and checkpoints. Returns whether a signal ended them."""
+    s, stopped, sums, since = state.settings, False, {}, time.perf_counter()
     while True:
-        due = state.step == s["iterations"] or (state.step and state.step % s["eval_every"] == 0)
-        if due and state.evaluated < state.step and not stopped:
-            stopped = validate(state, val_set, train_set, folder, device, rank, stop)
+        last = state.step == s["iterations"]
+        if (last or (state.step and state.step % s["eval_every"] == 0)) and state.evaluated < state.step and not stopped:
+            stopped = validate(state, train_set, val_set, stop)
             since = time.perf_counter()
-        if rank == 0 and (stopped or state.step == s["iterations"] or (state.step and state.step % s["save_every"] == 0)):
-            state.save(folder / "last.pt", train_set)
-        if stopped or state.step == s["iterations"]:
-            break
+        if state.rank == 0 and (stopped or last or (state.step and state.step % s["save_every"] == 0)):
+            state.save("last.pt", train_set)
+        if stopped or last:
+            mean_over_processes([0.0], state.device)  # no process leaves before the checkpoint is written
+            return stopped
 
         lr = state.schedule.get_last_lr()[0]
-        losses, stopped = train_step(model, state, *next(batches), device, rank, stop, folder)
+        losses, stopped = train_step(model, state, *next(batches), stop)
         bar.update()
         for name, value in losses.items():
             sums.setdefault(name, []).append(value)
@@ -451,39 +507,31 @@ def loop(model, state, loader, train_set, val_set, folder, device, rank, stop):
             loss = sum(means.values())
             text = f"loss {loss:.4f} lr {lr:.2e} {speed:.1f} img/s"
             bar.set_postfix_str(text)
-            if rank == 0:
-                append_log(folder, step=state.step, lr=lr, loss=loss, **means, images_per_second=round(speed, 2))
+            if state.rank == 0:
+                append_log(state.folder, step=state.step, lr=lr, loss=loss, **means, images_per_second=round(speed, 2))
                 if bar.disable:  # no terminal: a plain line instead of the bar
                     left = (s["iterations"] - state.step) * s["batch_size"] / speed
                     print(f"step {state.step}/{s['iterations']} {text}, {left / 60:.1f} min left", flush=True)
-    bar.close()
-    if rank == 0 and stopped:
-        again = f"--output {shlex.quote(str(folder))} --resume"
-        print(f"stopped after step {state.step}, checkpoint saved; go on with: python train.py {again}")
-    elif rank == 0:
-        print(evaluate.table(read_log(folder)[-1], val_set.classes))
-        print(f"best mIoU {state.best:.4f}; in {folder}: samples.png, curves.png, log.jsonl, last.pt, best.pt")
-    return 128 + stop.signal if stopped and stop.signal else 0
 
 
-def train_step(model, state, images, labels, device, rank, stop, folder):
+def train_step(model, state, images, labels, stop):
     """One step of the optimizer. Returns (each loss, the mean over the processes; whether any process was told to stop)."""
-    s = state.settings
+    s, device = state.settings, state.device
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(device, non_blocking=True)
-    torch.manual_seed(data.seed_of(s["seed"], state.step, rank))
+    torch.manual_seed(data.seed_of(s["seed"], state.step, state.rank))
+    state.optimizer.zero_grad(set_to_none=True)
     model.train()
     with evaluate.autocast(device, s["amp"]):
         losses = model(images, labels)
-    state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(sum(losses.values())).backward()
-    *values, stopped = shared([*losses.values(), stop.signal or 0], device)
+    *values, stopped = mean_over_processes([*losses.values(), stop.signal or 0], device)
     losses = dict(zip(losses, values))
     if not all(map(math.isfinite, values)):
         terms = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        last = folder / "last.pt"
-        kept = f"{last} is from before" if last.exists() else "no checkpoint was written yet"
-        raise Mistake(f"the loss is not finite after step {state.step} ({terms}); {kept}; try a lower --lr, or --amp off")
+        raise Mistake(
+            f"the loss is not finite after step {state.step} ({terms}); {state.kept()}; try a lower --lr, or --amp off"
+        )
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.schedule.step()
@@ -491,41 +539,33 @@ def train_step(model, state, images, labels, device, rank, stop, folder):
     return losses, stopped > 0
 
 
-def validate(state, val_set, train_set, folder, device, rank, stop):
+def validate(state, train_set, val_set, stop):
     """Evaluate, log, draw, keep the best. Returns whether any process was told to stop: then nothing is recorded."""
-    s = state.settings
-    state.net.eval()
-    result = evaluate.evaluate(state.net, val_set, device, s["amp"], s["workers"], stopped=lambda: stop.signal is not None)
-    if shared([stop.signal or 0], device)[0] > 0:
+    s, net, device, folder = state.settings, state.net, state.device, state.folder
+    net.eval()
+    if dist.is_initialized():
+        for buffer in net.buffers():  # batch norm's statistics, each process's own on the CPU: all evaluate one network
+            dist.broadcast(buffer, 0)
+    result = evaluate.evaluate(net, val_set, device, s["amp"], s["workers"], stopped=lambda: stop.signal is not None)
+    if mean_over_processes([stop.signal or 0], device)[0] > 0:
         return True
     state.evaluated = state.step
-    better, state.best = result["mIoU"] > state.best, max(result["mIoU"], state.best)
-    if rank == 0:
+    better = result["mIoU"] > state.best
+    if better:
+        state.best = result["mIoU"]
+    if state.rank == 0:
         append_log(folder, step=state.step, **result)
         draw_curves(folder)
-        draw_samples(folder, state.net, val_set, device, s["amp"])
+        draw_samples(folder, net, val_set, device, s["amp"])
         tqdm.write(f"step {state.step}: mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}")
         if better:
-            state.save(folder / "best.pt", train_set)
+            state.save("best.pt", train_set)
     return False
 
 
 def main(argv=None):
     """Exit status 0; 2 after a mistake that one line explains; 130 or 143 after Ctrl-C or SIGTERM."""
-    try:
-        return run(*arguments(argv))
-    except (Mistake, OSError) as error:
-        evaluate.report_mistake("train.py", error)
-        return 2
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        what = "batch norm needs more than one value per channel: the batch of a process is too small"
-        evaluate.report_mistake("train.py", Mistake(f"{what}; take a --batch-size of at least 2 for each process"))
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return evaluate.guarded("train.py", lambda: run(*arguments(argv)))
 
 
 if __name__ == "__main__":

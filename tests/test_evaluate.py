@@ -200,9 +200,9 @@ def test_photographs_get_an_overlay_a_palette_png_and_words(trained, tmp_path, c
     flags = ["--images", str(photo), "--save-predictions", str(tmp_path / "p"), "--figures", str(tmp_path / "f")]
     assert evaluate.main(["--checkpoint", checkpoint, *flags, "--pixel", "10", "20", "--device", "cpu"]) == 0
     assert "%" in capsys.readouterr().out
-    assert Image.open(tmp_path / "p" / "gray.png").size == (61, 45)
+    assert Image.open(tmp_path / "p" / "gray_classes.png").size == (61, 45)
     assert (tmp_path / "p" / "gray_overlay.png").exists()
-    assert Image.open(tmp_path / "f" / "gray.png").width > 4 * 240  # image, prediction and three maps of attention
+    assert Image.open(tmp_path / "f" / "gray_figures.png").width > 4 * 240  # image, prediction and three maps of attention
 
 
 def test_figures_of_a_split(trained, tmp_path):
@@ -246,9 +246,18 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     assert "expected KEY=VALUE" in mistake(capsys, "--method", "caa", "--option", "layers", "--cost")
     assert "goes with --cost or --speed" in mistake(capsys, "--method", "caa")
     assert "camvid val not found" in mistake(capsys, "--checkpoint", checkpoint, "--dataset", "camvid")
-    assert "has other classes (12)" in mistake(capsys, "--checkpoint", checkpoint, "--dataset", "shapes")
+    assert "the classes of shapes are not those" in mistake(capsys, "--checkpoint", checkpoint, "--dataset", "shapes")
     assert "no file 'no.jpg'" in mistake(capsys, "--checkpoint", checkpoint, "--images", "no.jpg")
     assert "fp16 needs a CUDA GPU" in mistake(capsys, "--checkpoint", checkpoint, "--amp", "fp16")
+    assert "factors above 0" in mistake(capsys, "--checkpoint", checkpoint, "--scales", "0")
+    assert "--window 0: expected a number of at least 1" in mistake(capsys, "--checkpoint", checkpoint, "--window", "0")
+    assert "lies outside the image" in mistake(
+        capsys, "--checkpoint", checkpoint, "--figures", str(tmp_path), "--pixel", "99", "0"
+    )
+    photos = [str(root / "images" / split / "0.png") for split in ("train", "val")]
+    assert "two photographs of one name" in mistake(capsys, "--checkpoint", checkpoint, "--images", *photos)
+    labels = str(root / "labels" / "val")
+    assert "holds the dataset itself" in mistake(capsys, "--checkpoint", checkpoint, "--save-predictions", labels)
 
 
 def test_wrong_label_in_a_loader_process_is_one_line_too(trained, tmp_path, capsys):
@@ -269,12 +278,13 @@ def test_unknown_device_is_a_mistake():
 
 
 def test_parse_options_reads_literals_and_keeps_text():
-    assert evaluate.parse_options(["a=3", "b=None", "c=axial", "d=(1, 2)", "e=False"]) == {
+    assert evaluate.parse_options(["a=3", "b=None", "c=axial", "d=(1, 2)", "e=false", "f=none"]) == {
         "a": 3,
         "b": None,
         "c": "axial",
         "d": (1, 2),
         "e": False,
+        "f": None,
     }
 
 

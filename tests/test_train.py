@@ -24,13 +24,17 @@ RECIPES = {"folder": dict(iterations=6, lr=0.3, batch_size=4, crop_size=24, opti
 
 class Net(nn.Module):
     # no batch norm: two processes must equal one
-    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None):
+    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False):
         super().__init__()
         self.conv, self.drop, self.fail_at, self.calls = nn.Conv2d(3, width, 3, padding=1), nn.Dropout(drop), fail_at, 0
         self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.norm = nn.BatchNorm2d(width) if norm else None
 
     def forward(self, images, labels=None):
-        logits = self.classifier(self.drop(self.conv(images).relu()))
+        x = self.conv(images).relu()
+        if self.norm is not None:
+            x = x + self.norm(x.mean((2, 3), keepdim=True))
+        logits = self.classifier(self.drop(x))
         if labels is None:
             return logits
         self.calls += 1
@@ -66,12 +70,12 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def start(arguments, method, processes=1):
+def start(arguments, method, processes=1, **how):
     """train.py as a user starts it, its output going to pipes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = os.environ | {"PYTHONPATH": str(method), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *launcher, train.__file__, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -174,6 +178,25 @@ def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(flags, 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before the run
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, processes):
+    # `timeout`, torchrun and job schedulers signal every process of a group, the loaders' workers among them
+    folder = tmp_path / "run"
+    flags = [*flags, "--iterations", "100000", "--workers", "2", "--output", str(folder)]
+    process = start(flags, method, processes, start_new_session=True)
+    while not (folder / "log.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    if processes == 1:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert "checkpoint saved; go on with: " in out, err
+    assert process.returncode == (143 if processes == 1 else 1)  # torchrun has a status of its own
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] >= train.LOG_EVERY
+
+
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*flags, "--iterations", "400", "--save-every", "20", "--eval-every", "100", "--workers", "1"]
@@ -271,8 +294,11 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "nothing to resume" in mistake(capsys, "--resume", "--output", str(tmp_path))
     assert "fp16 needs a CUDA GPU" in mistake(capsys, *flags, "--amp", "fp16")
     assert "no checkpoint 'x.pt'" in mistake(capsys, *flags, "--init", "x.pt")
-    small = ["--dataset", "folder", "--data-root", str(photos), "--batch-size", "1", "--workers", "0", "--device", "cpu"]
-    small += ["--crop-size", "32", "--output", str(tmp_path / "small")]
+    assert "at least 0" in mistake(capsys, *flags, "--seed", "-1")
+    assert "--lr -1.0: expected a number of at least 0" in mistake(capsys, *flags, "--lr", "-1")
+    assert "weights is no --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
+    assert "cannot be built with the options width='wide'" in mistake(capsys, *flags, "--option", "width=wide")
+    small = [*flags, "--batch-size", "1", "--option", "norm=true", "--output", str(tmp_path / "small")]
     assert "take a --batch-size of at least 2" in mistake(capsys, *small)
 
 
@@ -306,6 +332,35 @@ def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsy
     flags = [*flags, "--data-root", str(copy), "--workers", "2", "--output", str(tmp_path / "run")]
     line = mistake(capsys, *flags)
     assert line.endswith("1.png' holds the label ids [9]; this dataset has 0-2, 255; correct the file")
+
+
+def test_without_git_a_run_has_no_revision(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train.main([*flags, "--iterations", "1", "--output", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["git"] is None
+
+
+def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path):
+    state = train.State(evaluate.network("my_method", 3, "none"), train.resolve({})[0], tmp_path, torch.device("cpu"), 0)
+    dataset = data.dataset("shapes")
+    state.save("last.pt", dataset)
+    with torch.no_grad():
+        state.net.conv.bias[0] = float("nan")
+    with pytest.raises(Mistake, match="conv.bias and 0 more.*last.pt is from before"):
+        state.save("last.pt", dataset)
+    assert weights(tmp_path)["conv.bias"].isfinite().all()
+
+
+def test_ticks_are_round_and_reach_the_highest():
+    assert [train._ticks(h) for h in (0, 1, 0.0195, 300)] == [(0.2, 0.2), (0.2, 1.0), (0.005, 0.02), (100, 300)]
+
+
+def test_curves_stand_strange_values(tmp_path):
+    for step, loss in ((10, -3.0), (20, 5.0)):
+        train.append_log(tmp_path, step=step, lr=0.1, loss=loss)
+    train.append_log(tmp_path, step=20, mIoU=float("nan"), pixel_accuracy=0.5, class_accuracy=0.5)
+    train.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_rewinding_the_log_drops_what_came_after_the_checkpoint(tmp_path):
