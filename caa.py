@@ -44,8 +44,9 @@ Where the paper is silent, as the released code does:
 
 Where both are silent, our choice:
 - The image-level branch has no batch norm, for there is one value of a channel in an image: too few to normalise.
-- The gates start from Kaiming's initialisation: PyTorch's own would shrink the signal about a hundredfold. They start near
-  1/2 in any case, since Σα/HW carries a factor 1/H (1/W).
+- The head starts as a plain one: the 1x1 convolutions around the attention as the identity. The queries and the gates start
+  from Kaiming's initialisation: from PyTorch's smaller one each step would turn the attention maps about, and shrink the
+  gates' signal a hundredfold. The gates start near 1/2 in any case, since Σα/HW carries a factor 1/H (1/W).
 - "Axial attention + SE" (Table 3.2) has SENet's reduction, 16.
 - The dual designs of Sect. 3.2 are DANet's (Fu et al., CVPR 2019): x + γ·attention with γ learned from 0, and a cross
   entropy of weight 1 for each branch. The channel map is DANet's equation, softmax(X Xᵀ); its released code takes
@@ -181,6 +182,9 @@ class SpatialAttention(nn.Module):
         self.theta = Conv2dNormActivation(channels, query_channels, 1)
         self.phi = Conv2dNormActivation(channels, query_channels, 1) if self.axial else None
         self.g = Conv2dNormActivation(channels, channels, 1)
+        nn.init.dirac_(self.g[0].weight)
+        for query in (self.theta, self.phi) if self.axial else (self.theta,):
+            nn.init.kaiming_normal_(query[0].weight, nonlinearity="relu")
         self.gate_col = ChannelAttention(channels, width, layers) if channelization else None
         self.gate_row = ChannelAttention(channels, width, layers) if channelization and self.axial else None
 
@@ -208,6 +212,7 @@ class CAA(nn.Module):
         self.attention = SpatialAttention(512, attention, channelization, layers, width)
         self.se = SqueezeExcitation(512, 512 // 16) if se else nn.Identity()
         self.after = Conv2dNormActivation(512, 512, 1)
+        nn.init.dirac_(self.after[0].weight)
         self.image_level = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(512, 512, 1), nn.ReLU())
         self.project = Conv2dNormActivation(1024, 256, 1)
         self.channels = 256
