@@ -164,9 +164,8 @@ def _pairs(images, labels, what):
         raise Mistake(f"'{twice}' and '{found[twice.stem]}' share the label of one name; rename one of them")
     if not found or not truth:
         side = images if not found else labels
-        raise Mistake(
-            f"{what} not found: looked for image files in '{side}' ({'empty' if side.is_dir() else 'no such folder'})"
-        )
+        state = "empty" if side.is_dir() else "no such folder"
+        raise Mistake(f"{what} not found: looked for images in '{side}' ({state}); --data-root is the dataset's folder")
     single = sorted(set(found) ^ set(truth))
     if single:
         raise Mistake(f"{len(single)} files of '{images}' and '{labels}' lack their partner, the first is '{single[0]}'")
@@ -201,7 +200,7 @@ def _folder(root, split):
     """`images/{split}/*`, `labels/{split}/*.png`, `classes.txt`: one name a line, its number the id; 255 = ignored."""
     names = root / "classes.txt"
     if not names.is_file():
-        raise Mistake(f"folder: looked for '{names}' (one class name a line); expected beside it images/, labels/")
+        raise Mistake(f"folder not found: looked for '{names}', images/, labels/; --data-root is the dataset's folder")
     try:
         classes = [line.strip() for line in names.read_text(encoding="utf-8").strip().splitlines()]
     except UnicodeDecodeError:
@@ -253,7 +252,8 @@ class RandomScaledCrop(v2.Transform):
             exact = InterpolationMode.NEAREST_EXACT
             cut = TF.resize_image(cut.as_subclass(torch.Tensor)[None], [new_height, new_width], interpolation=exact)[0]
             return tv_tensors.wrap(cut, like=inpt)
-        return TF.resize(cut, [new_height, new_width], antialias=True)
+        cut = cut[None].contiguous(memory_format=torch.channels_last)[0]  # resized two to three times faster than a view
+        return tv_tensors.wrap(TF.resize_image(cut, [new_height, new_width], antialias=True), like=inpt)
 
 
 class RandomBrightness(v2.Transform):
