@@ -333,7 +333,7 @@ def joint_batches():
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     other = torch.multiprocessing.spawn(share_of_the_batch_of_1, (str(tmp_path),), join=False)
     share_of_the_batch(0, str(tmp_path))
-    assert other.join(60)
+    assert other.join(240)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     counts = []
     for (logits, labels), (loss0, gradient0), (loss1, gradient1) in zip(joint_batches(), first, second, strict=True):
