@@ -19,7 +19,6 @@ import importlib.util
 import inspect
 import json
 import os
-import signal
 import statistics
 import sys
 import time
@@ -140,7 +139,7 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=ignore_signals)
+    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=own_session)
     bar = tqdm(
         zip(indices, loader), total=len(indices), desc="evaluating", unit="img", leave=False, disable=rank > 0 or None
     )
@@ -156,10 +155,12 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     return matrix.result()
 
 
-def ignore_signals(worker):
-    """For a DataLoader's workers: Ctrl-C and SIGTERM reach all processes of a group, and the main one decides."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def own_session(worker):
+    """For a DataLoader's workers: Ctrl-C and SIGTERM to the whole group are for the main process alone to answer.
+
+    They must not ignore SIGTERM instead: it is how the main process ends them, and waits for their end.
+    """
+    os.setsid()
 
 
 # ---------------------------------------------------------------------------------------- networks, processes, precision

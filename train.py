@@ -447,7 +447,7 @@ def run(given, output, resume):
         batch_sampler=sampler,
         num_workers=s["workers"],
         pin_memory=pinned,
-        worker_init_fn=evaluate.ignore_signals,
+        worker_init_fn=evaluate.own_session,
     )
 
     if rank == 0:
