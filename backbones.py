@@ -1,6 +1,7 @@
-"""Feature extractors, and the pixel loss that every network here shares.
+"""Feature extractors, a decoder, and the pixel loss that every network here shares.
 
-A backbone is torchvision's ImageNet model, cut into its four levels and, on request, dilated:
+A backbone is torchvision's ImageNet model, or where it has none the one of this file, cut into its four levels and, on
+request, dilated:
 
     net = backbones.build("resnet50", output_stride=8, weights="imagenet")
     maps = net(images)        # four maps, finest first: strides 4, 8, 8, 8
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import Conv2dNormActivation
 
 # name -> (the last module of each level, and the channels it gives), finest level first
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
@@ -33,14 +35,23 @@ _LEVELS = {
     "resnet101": (_RESNET, (256, 512, 1024, 2048)),
     "resnet152": (_RESNET, (256, 512, 1024, 2048)),
     "mobilenet_v2": (("features.3", "features.6", "features.13", "features.18"), (24, 32, 96, 1280)),
+    "xception65": (
+        (
+            "entry_flow.block2.unit_1.separable_conv2_pointwise",  # DeepLabv3+'s low-level features
+            "entry_flow.block3.unit_1.separable_conv2_pointwise",
+            "middle_flow",
+            "exit_flow",
+        ),
+        (256, 728, 728, 2048),
+    ),
 }
 NAMES = tuple(_LEVELS)
 
 
 class Backbone(nn.Module):
-    """A torchvision model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]), …]`.
+    """A model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]), …]`.
 
-    `body` keeps torchvision's parameter names.
+    `body` keeps the model's parameter names.
     """
 
     def __init__(self, model, nodes, channels, strides):
@@ -58,8 +69,10 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     """The backbone `name` at `output_stride` 32, 16 or 8.
 
     weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights, as in its own
-    segmentation models), or the path of a state dict with torchvision's names.
-    multi_grid: factors of the dilation rates of the last stage's blocks, ResNets only; the last factor repeats.
+    segmentation models), or the path of a state dict with torchvision's names (xception65: a path only, Xception65 has the
+    names).
+    multi_grid: factors of the dilation rates of the last stage's blocks (xception65: of its last three convolutions);
+    ResNets and xception65 only; the last factor repeats.
 
     Raises ValueError for an unknown name or stride, and for a state dict that does not fit: with the keys that differ.
     """
@@ -68,7 +81,13 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output stride {output_stride}: {name} has 32, 16 and 8")
     nodes, channels = _LEVELS[name]
-    if weights == "imagenet":
+    if name == "xception65":
+        if weights == "imagenet":
+            raise ValueError("torchvision has no weights of xception65; give the path of a state dict, see Xception65")
+        model = Xception65(output_stride, multi_grid or (1, 1, 1))
+        if weights is not None:
+            load_weights(model, weights)
+    elif weights == "imagenet":
         try:
             model = models.get_model(name, weights="IMAGENET1K_V1")
         except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: cut short
@@ -80,7 +99,8 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
         model = models.get_model(name, weights=None)
         if weights is not None:
             load_weights(model, weights)
-    _dilate(model, nodes, output_stride, multi_grid)
+    if name != "xception65":
+        _dilate(model, nodes, output_stride, multi_grid)
     strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
     return Backbone(model, nodes, channels, strides)
 
@@ -110,6 +130,85 @@ def _dilate(model, nodes, output_stride, multi_grid):
             for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
                 if conv.kernel_size[0] > 1:
                     conv.dilation = conv.padding = (rate * factor, rate * factor)
+
+
+def _normed(inputs, outputs, kernel, activation=None, **how):
+    """Convolution, batch norm with TensorFlow's ε, activation."""
+    layer = Conv2dNormActivation(inputs, outputs, kernel, activation_layer=activation, **how)
+    layer[1].eps = 1e-3
+    return layer
+
+
+class _XceptionUnit(nn.Module):
+    """Three separable convolutions, the last one with the stride, and a shortcut: "conv", "sum" or None.
+
+    ReLU before each separable convolution; with `inside`, after both halves of each.
+    """
+
+    def __init__(self, inputs, outputs, shortcut, stride=1, rates=(1, 1, 1), inside=False):
+        super().__init__()
+        relu = nn.ReLU if inside else None
+        self.kind, self.inside = shortcut, inside
+        for i, (a, b, rate) in enumerate(zip([inputs, *outputs], outputs, rates), 1):
+            how = dict(stride=stride if i == 3 else 1, dilation=rate, groups=a)
+            setattr(self, f"separable_conv{i}_depthwise", _normed(a, a, 3, relu, **how))
+            setattr(self, f"separable_conv{i}_pointwise", _normed(a, b, 1, relu))
+        if shortcut == "conv":
+            self.shortcut = _normed(inputs, outputs[-1], 1, stride=stride)
+
+    def forward(self, x):
+        y = x
+        for i in (1, 2, 3):
+            y = y if self.inside else F.relu(y)
+            y = getattr(self, f"separable_conv{i}_pointwise")(getattr(self, f"separable_conv{i}_depthwise")(y))
+        return y if self.kind is None else y + (self.shortcut(x) if self.kind == "conv" else x)
+
+
+class Xception65(nn.Module):
+    """Xception as DeepLab modified it (Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 4).
+
+    `[N, 3, H, W]` -> `[N, 2048, H / output_stride, …]`. Where a stride is removed, what follows is dilated.
+
+    The names follow DeepLab's TensorFlow checkpoints: leave out `xception_65/` and `xception_module/`, a dot for each slash;
+    `weights` and `depthwise_weights` are `0.weight` (transposed to [out, in, h, w]), `BatchNorm/{gamma, beta, moving_mean,
+    moving_variance}` are `1.{weight, bias, running_mean, running_var}`. So middle_flow/block1/unit_3/xception_module/
+    separable_conv2_pointwise/weights is `middle_flow.block1.unit_3.separable_conv2_pointwise.0.weight`.
+    """
+
+    def __init__(self, output_stride=32, multi_grid=(1, 1, 1)):
+        super().__init__()
+        self.stride, self.rate = 2, 1  # of the map so far, of what follows
+        grid = [multi_grid[min(i, len(multi_grid) - 1)] for i in range(3)]
+
+        def block(inputs, outputs, shortcut, stride=1, units=1, grid=(1, 1, 1), inside=False):
+            kept = stride if self.stride < output_stride else 1
+            rates = [self.rate * factor for factor in grid]
+            parts = [_XceptionUnit(inputs, outputs, shortcut, kept, rates, inside)]
+            parts += [_XceptionUnit(outputs[-1], outputs, shortcut, 1, rates, inside) for _ in range(units - 1)]
+            self.stride, self.rate = self.stride * kept, self.rate * stride // kept
+            return _named("unit_", parts)
+
+        self.entry_flow = nn.Sequential()
+        self.entry_flow.conv1_1 = _normed(3, 32, 3, nn.ReLU, stride=2)
+        self.entry_flow.conv1_2 = _normed(32, 64, 3, nn.ReLU)
+        self.entry_flow.block1 = block(64, (128, 128, 128), "conv", 2)
+        self.entry_flow.block2 = block(128, (256, 256, 256), "conv", 2)
+        self.entry_flow.block3 = block(256, (728, 728, 728), "conv", 2)
+        self.middle_flow = _named("block", [block(728, (728, 728, 728), "sum", units=16)])
+        self.exit_flow = nn.Sequential()
+        self.exit_flow.block1 = block(728, (728, 1024, 1024), "conv", 2)
+        self.exit_flow.block2 = block(1024, (1536, 1536, 2048), None, grid=grid, inside=True)
+
+    def forward(self, x):
+        return self.exit_flow(self.middle_flow(self.entry_flow(x)))
+
+
+def _named(prefix, modules):
+    """The modules one after the other, named prefix1, prefix2, …"""
+    sequence = nn.Sequential()
+    for i, module in enumerate(modules, 1):
+        sequence.add_module(f"{prefix}{i}", module)
+    return sequence
 
 
 def load_weights(model, path):
@@ -146,6 +245,24 @@ def load_weights(model, path):
 
 def _few(names, most=4):
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+class Decoder(nn.Module):
+    """DeepLabv3+'s: x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256, H, W]`.
+
+    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 2; with plain 3x3 convolutions, as its
+    Table 2 and the thesis price them.
+    """
+
+    def __init__(self, channels, low_channels):
+        super().__init__()
+        self.low = Conv2dNormActivation(low_channels, 48, 1)
+        self.fuse = nn.Sequential(Conv2dNormActivation(channels + 48, 256, 3), Conv2dNormActivation(256, 256, 3))
+        self.channels = 256
+
+    def forward(self, x, low):
+        x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=True)
+        return self.fuse(torch.cat([x, self.low(low)], dim=1))
 
 
 def pixel_cross_entropy(logits, labels, ignore=255):

@@ -262,20 +262,6 @@ class DualAttention(nn.Module):
         return self.after(self.spatial(channel)), {"channel": self.channel_logits(channel.detach())}
 
 
-class SimpleDecoder(nn.Module):
-    """DeepLabv3+'s decoder (Sect. 3.4.2.5): x `[N, channels, h, w]`, low `[N, low_channels, H, W]` -> `[N, 256, H, W]`."""
-
-    def __init__(self, channels, low_channels):
-        super().__init__()
-        self.low = Conv2dNormActivation(low_channels, 48, 1)
-        self.fuse = nn.Sequential(Conv2dNormActivation(channels + 48, 256, 3), Conv2dNormActivation(256, 256, 3))
-        self.channels = 256
-
-    def forward(self, x, low):
-        x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=True)
-        return self.fuse(torch.cat([x, self.low(low)], dim=1))
-
-
 # -------------------------------------------------------------------------------------------------------------- network
 
 
@@ -319,7 +305,7 @@ class CAANet(nn.Module):
             self.head = DualAttention(high, num_classes, dual, attention)
         else:
             self.head = CAA(high, attention, channelization, channel_layers, channel_width, se)
-        self.decoder = SimpleDecoder(self.head.channels, low) if decoder else None
+        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
         layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)

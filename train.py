@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.optim.lr_scheduler import PolynomialLR, StepLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -62,6 +62,7 @@ SETTINGS = {
     "optimizer": ("sgd", "sgd, adam or adamw"),
     "lr": (0.02, "learning rate at the start"),
     "power": (0.9, "of the decay lr · (1 - step/iterations)^power"),
+    "halve_every": (0, "steps after which lr is halved, again and again, in place of that decay (0: not)"),
     "momentum": (0.9, "of sgd"),
     "weight_decay": (1e-4, "L2 (decoupled with adamw)"),
     "decay_norms": (True, "false leaves the decay off norms and biases"),
@@ -146,7 +147,7 @@ def checked(settings):
     """The settings, if all numbers are in their ranges."""
     for name in ("iterations", "batch_size", "crop_size", "eval_every", "save_every"):
         evaluate.at_least(1, name.replace("_", "-"), settings[name])
-    for name in ("seed", "workers", "lr", "power", "momentum", "weight_decay", "bn_momentum", "scale_step"):
+    for name in ("seed", "workers", "lr", "power", "momentum", "weight_decay", "bn_momentum", "scale_step", "halve_every"):
         evaluate.at_least(0, name.replace("_", "-"), settings[name])
     low, high = settings["scale"]
     if not 0 < low <= high < float("inf"):
@@ -378,6 +379,8 @@ class State:
         self.net, self.settings, self.folder, self.device, self.rank = net, s, folder, device, rank
         self.optimizer = make_optimizer(net, s)
         self.schedule = PolynomialLR(self.optimizer, s["iterations"], s["power"])
+        if s["halve_every"]:
+            self.schedule = StepLR(self.optimizer, s["halve_every"], 0.5)
         fp16 = evaluate.amp_dtype(s["amp"], device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0

@@ -56,7 +56,7 @@ def test_channels_are_those_of_the_papers():
     assert channels["mobilenet_v2"] == (24, 32, 96, 1280)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "xception65"])
 def test_dilated_network_computes_the_same_samples_only_denser(name):
     plain = backbones.build(name, 32).eval()
     images = torch.randn(1, 3, 65, 97)
@@ -95,6 +95,70 @@ def test_multi_grid_repeats_its_last_factor():
 def test_multi_grid_is_for_resnets():
     with pytest.raises(ValueError, match="multi_grid.*ResNet"):
         backbones.build("mobilenet_v2", 16, multi_grid=(1, 2, 4))
+
+
+def test_xception65_is_deeplabs_by_its_numbers():
+    body = meta("xception65")
+    assert sum(p.numel() for p in body.parameters()) == 37_867_312  # 39.9 M with ImageNet's classifier of 2,049,000
+    depthwise = [m for m in body.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert len(depthwise) == 3 * (3 + 16 + 2) and all(conv.groups == conv.in_channels for conv in depthwise)
+    assert all(m.eps == 1e-3 for m in body.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_xception65_names_follow_deeplabs_checkpoints():
+    names = set(meta("xception65").state_dict())
+    for name in (
+        "entry_flow/conv1_1/weights",
+        "entry_flow/block2/unit_1/xception_module/separable_conv3_pointwise/BatchNorm/gamma",
+        "entry_flow/block1/unit_1/xception_module/shortcut/BatchNorm/moving_variance",
+        "middle_flow/block1/unit_16/xception_module/separable_conv1_depthwise/depthwise_weights",
+        "exit_flow/block2/unit_1/xception_module/separable_conv3_pointwise/BatchNorm/beta",
+    ):
+        for old, new in (
+            ("xception_module/", ""),
+            ("depthwise_weights", "0.weight"),
+            ("weights", "0.weight"),
+            ("BatchNorm/gamma", "1.weight"),
+            ("BatchNorm/beta", "1.bias"),
+            ("BatchNorm/moving_variance", "1.running_var"),
+        ):
+            name = name.replace(old, new)
+        assert name.replace("/", ".") in names
+
+
+def test_xception65_dilation_rates_by_hand():
+    def rates(stride, **how):
+        body = meta("xception65", stride, **how)
+        parts = (body.middle_flow.block1.unit_1, body.exit_flow.block1, body.exit_flow.block2)
+        assert all(dilation == padding for part in parts for dilation, padding in kernels(part))
+        return [[dilation for dilation, _ in kernels(part)] for part in parts]
+
+    assert rates(32) == [[1, 1, 1], [1, 1, 1], [1, 1, 1]]
+    assert rates(16) == [[1, 1, 1], [1, 1, 1], [2, 2, 2]]
+    assert rates(8) == [[2, 2, 2], [2, 2, 2], [4, 4, 4]]
+    assert rates(16, multi_grid=(1, 2, 4)) == [[1, 1, 1], [1, 1, 1], [2, 4, 8]]
+
+
+def test_xception65_unit_by_hand():
+    unit = backbones._XceptionUnit(2, (3, 3, 4), "conv", stride=2).eval()
+    x = torch.randn(1, 2, 5, 7)
+    y = x
+    for i in (1, 2, 3):
+        depthwise, pointwise = (getattr(unit, f"separable_conv{i}_{half}")[0] for half in ("depthwise", "pointwise"))
+        y = F.relu(y)  # before each, none between the halves
+        y = F.conv2d(y, depthwise.weight, stride=2 if i == 3 else 1, padding=1, groups=len(depthwise.weight)) / 1.001**0.5
+        y = F.conv2d(y, pointwise.weight) / 1.001**0.5
+    y = y + F.conv2d(x, unit.shortcut[0].weight, stride=2) / 1.001**0.5
+    torch.testing.assert_close(unit(x), y)
+
+
+def test_xception65_loads_its_own_weights_and_has_none_of_torchvision(tmp_path):
+    torch.save(backbones.Xception65().state_dict(), tmp_path / "x.pth")
+    net = backbones.build("xception65", 16, str(tmp_path / "x.pth"))
+    saved = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert all(torch.equal(value, net.body.get_parameter(key)) for key, value in saved.items() if key.endswith(".weight"))
+    with pytest.raises(ValueError, match="torchvision has no weights of xception65; give the path"):
+        backbones.build("xception65", 16, "imagenet")
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -281,22 +281,26 @@ def test_a_padded_side_has_the_scaled_length():
 @pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
 @pytest.mark.parametrize("size", [(200, 240), (70, 90)], ids=["cut", "padded"])
 def test_image_and_label_stay_aligned_through_scale_crop_and_flip(axis, size):
-    # Image and label both hold the pixel's own coordinate, so wherever a pixel goes, they agree to half a pixel.
+    # Image and label both hold the pixel's own coordinate, so wherever a pixel goes, they agree to half a pixel. The third
+    # channel counts down: half the difference is the place, whatever the rounding of gray levels (torch 2.6 rounds down).
     image = ramp(*size)
+    image[2] = 255 - image[axis]
     transform = data.augment(96)
-    flips, total = 0, 40
+    flips, total, gaps = 0, 40, []
     for seed in range(total):
         torch.manual_seed(seed)
         new_image, new_label = transform(*tensors(image, image[axis]))
         seen = new_label != 255
         height, width = seen[:, 0].sum(), seen[0].sum()
         inner = (slice(4, height - 4), slice(4, width - 4))  # at its rim, resizing repeats the outermost pixels
-        gap = data.photograph(new_image)[axis][inner].double() - new_label[inner].double()
+        up, down = data.photograph(new_image)[[axis, 2]].double()
+        gap = ((up + 255 - down) / 2 - new_label)[inner]
         assert gap.abs().max() <= 1
-        assert gap.mean().abs() < 0.3
+        gaps.append(gap.mean().abs())  # at most 0.5: at half the size, the place lies between two labels
         coordinate = data.photograph(new_image)[0]
         flips += bool(coordinate[5, 5] > coordinate[5, width - 5])
     assert 0.25 * total < flips < 0.75 * total
+    assert max(gaps) < 0.6 and sum(gaps) / total < 0.1
 
 
 def test_blocks_of_color_and_of_label_agree_away_from_borders():

@@ -215,7 +215,13 @@ def test_heat_is_dark_at_zero_and_bright_at_one_and_keeps_the_size():
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     picture = evaluate.heat(torch.tensor([[0.0, 1.0]]), image)
     assert picture.shape == (3, 20, 30) and picture.dtype == torch.uint8
-    assert picture[:, 5, 5].sum() < 80 < 380 < picture[:, 5, 25].sum()
+    assert picture[:, 5, 5].tolist() == [10, 10, 60] and picture[:, 5, 25].tolist() == [255, 255, 140]
+
+
+def test_heat_of_the_images_size_lies_over_the_image():
+    image = torch.full((3, 4, 6), 200, dtype=torch.uint8)
+    assert evaluate.heat(torch.zeros(4, 6), image)[:, 0, 0].tolist() == [int(0.65 * c + 0.35 * 200) for c in (10, 10, 60)]
+    assert evaluate.heat(torch.zeros(8, 12), image)[:, 0, 0].tolist() == [10, 10, 60]  # another size: no map of the image
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import data
 import evaluate
@@ -98,10 +99,10 @@ def test_the_papers_recipe_is_taken():
 
 
 def test_every_recipe_names_known_settings_only():
-    import caa
-
-    for recipe in caa.RECIPES.values():
-        assert set(recipe) <= set(train.SETTINGS)
+    for method in ("caa", "ksac"):
+        for dataset in evaluate.method_file(method).RECIPES:
+            settings, origin = train.resolve({"method": method, "dataset": dataset})
+            assert origin["lr"] == f"recipe {method}/{dataset}"
 
 
 def test_norms_and_biases_are_left_out_of_the_decay_only_where_asked(flags):
@@ -114,6 +115,22 @@ def test_norms_and_biases_are_left_out_of_the_decay_only_where_asked(flags):
     assert [p.ndim for p in free["params"]] == [1, 1] and free["weight_decay"] == 0
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         assert type(train.make_optimizer(net, settings | {"optimizer": name})) is kind
+
+
+def test_learning_rate_falls_as_the_recipe_says(flags):
+    settings, _ = train.resolve(train.arguments([*flags, "--iterations", "10", "--lr", "0.8"])[0])
+
+    def rates(**changes):
+        state = train.State(nn.Conv2d(1, 1, 1), settings | changes, None, torch.device("cpu"), 0)
+        found = []
+        for _ in range(10):
+            found += state.schedule.get_last_lr()
+            state.optimizer.step()
+            state.schedule.step()
+        return found
+
+    assert rates() == pytest.approx([0.8 * (1 - step / 10) ** 0.9 for step in range(10)])
+    assert rates(halve_every=4) == pytest.approx([0.8] * 4 + [0.4] * 4 + [0.2] * 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

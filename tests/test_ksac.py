@@ -1,0 +1,340 @@
+"""ksac.py against Algorithm 1 of the thesis, written here literally, in float64."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbones
+import ksac
+import train
+
+RATES = [(1,), (1, 2), (6, 12, 18), (1, 6, 12, 18, 24), (3, 3)]
+OPTIONS = [dict(), dict(head="aspp"), dict(head="fcn"), dict(decoder=True), dict(rates=(1, 2, 3, 4))]
+SIZES = [(7, 9), (1, 5), (4, 1), (1, 1), (8, 8)]
+
+
+# --------------------------------------------------------------------------------------------------------- Algorithm 1
+
+
+def loop_conv2d(T, r, K):
+    """Line 4, over the indices: the kernel's nine taps, r apart, zeros outside the map."""
+    N, C, H, W = T.shape
+    out = []
+    for b, o, i, j in product(range(N), range(len(K)), range(H), range(W)):
+        total = T.new_zeros(())
+        for c, u, v in product(range(C), range(3), range(3)):
+            m, n = i + r * (u - 1), j + r * (v - 1)
+            if 0 <= m < H and 0 <= n < W:
+                total = total + K[o, c, u, v] * T[b, c, m, n]
+        out.append(total)
+    return torch.stack(out).reshape(N, len(K), H, W)
+
+
+def algorithm_1(T, K, R, gamma, beta, eps=1e-5):
+    """Lines 3 to 6 and "Ensure", batch norm with the batch's own statistics."""
+    total = 0
+    for r, g, b in zip(R, gamma, beta):
+        T_r = loop_conv2d(T, r, K)
+        mean = T_r.mean((0, 2, 3), keepdim=True)
+        variance = ((T_r - mean) ** 2).mean((0, 2, 3), keepdim=True)
+        B_r = g[:, None, None] * (T_r - mean) / torch.sqrt(variance + eps) + b[:, None, None]
+        total = total + torch.where(B_r > 0, B_r, torch.zeros_like(B_r))
+    return total
+
+
+def test_line_4_by_hand():
+    # A kernel that takes 1 of the position itself, 10 of the one r to its left, 100 of the one r below.
+    weight = torch.tensor([[[[0.0, 0, 0], [10, 1, 0], [0, 100, 0]]]])
+    x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]]])
+    one, two, three = ksac.shared_atrous(x, weight, (1, 2, 3))
+    assert one[0, 0].tolist() == [[401, 512, 623], [704, 845, 956], [7, 78, 89]]
+    assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
+    assert three[0, 0].tolist() == x[0, 0].tolist()  # the rate exceeds the map: only the centre is inside
+
+
+@pytest.mark.parametrize("rates", [(1, 2), (2, 5), (3,)])
+def test_line_4_equals_the_loop_with_gradients(rates):
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    pull = [torch.randn(2, 3, 4, 3, dtype=torch.float64) for _ in rates]
+    found = ksac.shared_atrous(x, weight, rates)
+    expected = [loop_conv2d(x, r, weight) for r in rates]
+    for a, b in zip(found, expected):
+        assert torch.allclose(a, b, atol=1e-12)
+    for parameter in (x, weight):
+        gradients = [
+            torch.autograd.grad(sum((y * p).sum() for y, p in zip(maps, pull)), parameter, retain_graph=True)[0]
+            for maps in (found, expected)
+        ]
+        assert torch.allclose(*gradients, atol=1e-12)
+
+
+@pytest.mark.parametrize("rates", RATES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_shared_atrous_equals_separate_convolutions_at_any_size(rates, size):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    found = ksac.shared_atrous(x, weight, rates)
+    expected = [F.conv2d(x, weight, padding=r, dilation=r) for r in rates]
+    assert len(found) == len(rates)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected))
+    gradients = [torch.autograd.grad(sum((y * y).sum() for y in maps), (x, weight)) for maps in (found, expected)]
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
+
+
+def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    pull = torch.randn(3, 1, 2, 6, 6, dtype=torch.float64)
+    whole = torch.autograd.grad(sum((y * p).sum() for y, p in zip(ksac.shared_atrous(x, weight, (1, 2, 4)), pull)), weight)[
+        0
+    ]
+    parts = [
+        torch.autograd.grad((F.conv2d(x, weight, padding=r, dilation=r) * p).sum(), weight)[0]
+        for r, p in zip((1, 2, 4), pull)
+    ]
+    assert torch.allclose(whole, sum(parts), atol=1e-12)
+    assert not torch.allclose(whole, parts[0])
+
+
+def test_channels_last_changes_nothing():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 8, 5, 7), torch.randn(4, 8, 3, 3)
+    for a, b in zip(
+        ksac.shared_atrous(x, weight, (1, 3)),
+        ksac.shared_atrous(x.contiguous(memory_format=torch.channels_last), weight, (1, 3)),
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_half_precision_is_near_to_full():
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 64, 9, 9), torch.randn(8, 64, 3, 3) / 24
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ksac.shared_atrous(x, weight, (1, 4))
+    for a, b in zip(found, ksac.shared_atrous(x, weight, (1, 4))):
+        assert a.dtype == torch.bfloat16
+        assert (a.float() - b).abs().max() < 0.05 < b.abs().max()
+
+
+@pytest.mark.parametrize("rates", [(1, 2), (2, 4, 6)])
+def test_pyramid_sum_is_algorithm_1_with_gradients(rates):
+    torch.manual_seed(0)
+    head = ksac.KSAC(3, rates, channels=4).double()
+    for norm in head.norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    T = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    found = sum(head.pyramid(T))
+    gamma, beta = [norm.weight for norm in head.norms], [norm.bias for norm in head.norms]
+    expected = algorithm_1(T, head.kernel, rates, gamma, beta)
+    assert torch.allclose(found, expected, atol=1e-10)
+    pull, inputs = torch.randn_like(found), (T, head.kernel, *gamma, *beta)
+    gradients = [torch.autograd.grad((y * pull).sum(), inputs) for y in (found, expected)]
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
+
+
+# ---------------------------------------------------------------------------------------------------------------- heads
+
+
+def test_fig_2_3_the_three_components_are_concatenated_and_projected():
+    torch.manual_seed(0)
+    head, x = ksac.KSAC(6, (1, 2), channels=4).eval(), torch.randn(2, 6, 5, 5)
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+    pyramid = torch.zeros(2, 4, 5, 5)
+    for r, norm in zip((1, 2), head.norms):
+        pyramid += norm(F.conv2d(x, head.kernel, padding=r, dilation=r)).clamp(min=0)
+    image = head.image_level[1](x.mean((2, 3), keepdim=True)).repeat(1, 1, 5, 5)
+    parts = torch.cat([head.pointwise(x), pyramid, image], 1)
+    assert torch.allclose(head(x), head.project[0](parts), atol=1e-5)
+
+
+def test_one_rate_is_a_plain_convolution():
+    torch.manual_seed(0)
+    head, x = ksac.KSAC(6, (2,), channels=4).eval(), torch.randn(1, 6, 5, 5)
+    norm = head.norms[0]
+    assert torch.allclose(sum(head.pyramid(x)), F.relu(norm(F.conv2d(x, head.kernel, padding=2, dilation=2))), atol=1e-6)
+
+
+def test_each_rate_has_its_own_batch_norm_and_one_kernel():
+    head = ksac.KSAC(6, (1, 2, 3), channels=4)
+    before = [norm.running_mean.clone() for norm in head.norms]
+    head(torch.randn(4, 6, 8, 8))
+    means = [norm.running_mean for norm in head.norms]
+    assert all(not torch.equal(a, b) for a, b in zip(means, before)) and not torch.equal(means[0], means[1])
+    assert [name for name, p in head.named_parameters() if p.shape[2:] == (3, 3)] == ["kernel"]
+
+
+@pytest.mark.parametrize("rates", [(6, 12, 18), (1, 6, 12, 18, 24)])
+def test_parameters_of_aspp_minus_ksac_by_hand(rates):
+    heads = {"aspp": ksac.ASPP, "ksac": ksac.KSAC}
+    count = {name: sum(p.numel() for p in head(2048, rates).parameters()) for name, head in heads.items()}
+    kernels = (len(rates) - 1) * 9 * 2048 * 256  # one instead of R
+    projection = (len(rates) - 1) * 256 * 256  # 3·256 channels enter it instead of (2 + R)·256
+    assert count["aspp"] - count["ksac"] == kernels + projection  # 9,568,256 for three rates
+    # 1x1, image level, one kernel, projection of 768; batch norms: two of them, R of the rates, one of the projection
+    assert count["ksac"] == 2 * 2048 * 256 + 9 * 2048 * 256 + 768 * 256 + 2 * 256 * (3 + len(rates))
+
+
+def test_more_rates_cost_ksac_a_batch_norm_each():
+    three, five = (sum(p.numel() for p in ksac.KSAC(64, r).parameters()) for r in ((6, 12, 18), (1, 6, 12, 18, 24)))
+    assert five - three == 2 * 2 * 256
+
+
+def test_aspp_is_the_plain_baseline_with_dropout_of_deeplab_v3_plus():
+    torch.manual_seed(0)
+    head, x = ksac.ASPP(6, (1, 2), channels=4).eval(), torch.randn(2, 6, 5, 5)
+    convs = [head.convs[1][0], head.convs[2][0]]
+    assert [(c.dilation, c.kernel_size, c.bias) for c in convs] == [((1, 1), (3, 3), None), ((2, 2), (3, 3), None)]
+    assert head.project[-1].p == 0.1 and ksac.KSAC(6).project[-1].p == 0.1
+    parts = [head.convs[0](x), *head.pyramid(x), head.convs[-1](x)]
+    assert torch.allclose(head(x), head.project(torch.cat(parts, 1)), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits_have_the_images_size_and_the_loss_reaches_every_parameter(options):
+    torch.manual_seed(0)
+    net = ksac.build(5, "resnet18", output_stride=32, **options)
+    images, labels = torch.randn(2, 3, 45, 70), torch.randint(5, (2, 45, 70))
+    labels[:, :9] = 255
+    losses = net(images, labels)
+    assert list(losses) == ["cross_entropy"] and losses["cross_entropy"].dtype == torch.float32
+    losses["cross_entropy"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    net.eval()
+    logits = net(images)
+    assert logits.shape == (2, 5, 45, 70) and logits.dtype == torch.float32
+    assert net(images[:1, :, :1, :1]).shape == (1, 5, 1, 1)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_logits_over_labelled_pixels():
+    torch.manual_seed(0)
+    net = ksac.build(3, "resnet18", output_stride=32).eval()
+    images, labels = torch.randn(1, 3, 40, 33), torch.randint(3, (1, 40, 33))
+    labels[:, ::2] = 255
+    p = net(images).softmax(1)
+    seen = labels != 255
+    expected = -p.gather(1, labels.clamp(max=2)[:, None])[:, 0][seen].log().mean()
+    assert net(images, labels)["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_ignored_pixels_and_no_labelled_pixel_give_a_zero_gradient():
+    torch.manual_seed(0)
+    net = ksac.build(3, "resnet18", output_stride=32)
+    loss = net(torch.randn(2, 3, 33, 33), torch.full((2, 33, 33), 255))["cross_entropy"]
+    loss.backward()
+    assert loss.item() == 0 and not any(p.grad.abs().sum() for p in net.parameters())
+
+
+def test_what_enters_the_classifier_are_256_channels():
+    for options in (dict(), dict(head="aspp"), dict(head="fcn"), dict(decoder=True)):
+        net = ksac.build(7, "resnet18", **options)
+        assert isinstance(net.classifier, nn.Conv2d)
+        assert (net.classifier.in_channels, net.classifier.out_channels, net.classifier.kernel_size) == (256, 7, (1, 1))
+
+
+@pytest.mark.parametrize("stride, rates", [(16, (1, 6, 12, 18, 24)), (8, (2, 12, 24, 36, 48)), (32, (1, 3, 6, 9, 12))])
+@pytest.mark.parametrize("head", ["ksac", "aspp"])
+def test_rates_are_scaled_with_the_output_stride(stride, rates, head):
+    net = ksac.build(3, "resnet18", head=head, rates=(1, 6, 12, 18, 24), output_stride=stride)
+    assert net.head.rates == rates
+    if head == "aspp":
+        assert tuple(branch[0].dilation[0] for branch in net.head.convs[1:-1]) == rates
+
+
+def test_decoder_reads_the_features_of_stride_4():
+    torch.manual_seed(0)
+    net = ksac.build(3, "resnet18", decoder=True).eval()
+    seen = []
+    net.decoder.register_forward_hook(lambda _, inputs, out: seen.extend([*inputs, out]))
+    net(torch.randn(1, 3, 65, 33))
+    assert [tuple(x.shape[1:]) for x in seen] == [(256, 5, 3), (64, 17, 9), (256, 17, 9)]
+
+
+def test_decoder_is_deeplab_v3_plus_s():
+    decoder = backbones.Decoder(256, 64).eval()
+    convs = [m for m in decoder.modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size[0]) for c in convs] == [(64, 48, 1), (304, 256, 3), (256, 256, 3)]
+
+
+def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
+    images, labels = torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64)
+    for head in ("ksac", "aspp"):
+        net = ksac.build(3, "resnet18", head=head)
+        with pytest.raises(ValueError, match="image-level branch .* take at least two for each process, or head='fcn'"):
+            net(images, labels)
+        assert net.eval()(images).shape == (1, 3, 33, 33)
+    assert ksac.build(3, "resnet18", head="fcn")(images, labels)["cross_entropy"] > 0
+
+
+def test_a_batch_of_one_is_one_line_in_train_py(photos, tmp_path, capsys):
+    flags = f"--method ksac --dataset folder --data-root {photos} --batch-size 1 --crop-size 33 --workers 0 --device cpu"
+    assert train.main([*flags.split(), "--output", str(tmp_path / "a")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "more than 1 value per channel" in line or "at least 2" in line
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ValueError, match="KSACNet has no option rate; .*rates=\\(6, 12, 18\\)"):
+        ksac.build(3, "resnet18", rate=6)
+    with pytest.raises(ValueError, match="head='psp': it is 'ksac', 'aspp' or 'fcn'"):
+        ksac.build(3, "resnet18", head="psp")
+    for rates in ((), (0, 6), (1.5,)):
+        with pytest.raises(ValueError, match="expected whole numbers of at least 1"):
+            ksac.build(3, "resnet18", rates=rates)
+
+
+def test_figures_are_the_first_25_maps_of_each_rate():
+    torch.manual_seed(0)
+    for head in ("ksac", "aspp"):
+        net, image = ksac.build(3, "resnet18", head=head).eval(), torch.randn(3, 65, 97)
+        figures = net.figures(image)
+        assert list(figures) == ["rate 6", "rate 12", "rate 18"]
+        x = net.backbone(image[None])[-1]
+        for m, y in zip(figures.values(), net.head.pyramid(x)):
+            assert m.shape == (5 * 6, 5 * 8) and m.min() >= 0 and m.max() <= 1
+            seventh = y[0, 7].detach()  # second row, third column
+            tile = m[6:11, 16:23]
+            assert torch.allclose(tile, seventh / seventh.max().clamp(min=1e-6), atol=1e-6)
+            assert m[5].abs().sum() == 0 and m[:, 7].abs().sum() == 0  # between the tiles
+    assert ksac.build(3, "resnet18", head="fcn").eval().figures(image) == {}
+    with pytest.raises(ValueError, match="evaluation mode"):
+        net.train().figures(image)
+
+
+def test_saved_weights_reproduce_the_outputs(tmp_path):
+    torch.manual_seed(0)
+    a, b = (ksac.build(4, "resnet18", decoder=True).eval() for _ in range(2))
+    torch.save(a.state_dict(), tmp_path / "net.pt")
+    b.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
+    images = torch.randn(1, 3, 40, 40)
+    assert torch.equal(a(images), b(images))
+
+
+def test_recipes_are_those_of_sect_2_3():
+    first, second, third = (ksac.RECIPES[name] for name in ("coco_voc", "pascal_voc_aug", "pascal_voc"))
+    assert [(r["lr"], r["iterations"]) for r in (first, second)] == [(1e-3, 300_000), (4e-4, 40_000)]
+    assert third["lr"] == 2e-4
+    assert first["option"] == dict(decoder=True, rates=(1, 6, 12, 18, 24))
+    ade = ksac.RECIPES["ade20k"]
+    assert (ade["lr"], ade["momentum"], ade["halve_every"]) == (2e-3, 0.9, 30_000)
+    assert ksac.RECIPES["cityscapes"]["crop_size"] == 769
+    for recipe in ksac.RECIPES.values():
+        assert (recipe["backbone"], recipe["batch_size"], recipe["scale"], recipe["scale_step"]) == (
+            "xception65",
+            16,
+            (0.5, 2.0),
+            0.25,
+        )
+        assert set(recipe) <= set(train.SETTINGS)
