@@ -16,6 +16,7 @@ To copy: this file stands alone.
 
 import inspect
 import warnings
+from collections import OrderedDict
 from urllib.error import URLError
 
 import torch
@@ -85,8 +86,6 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
         if weights == "imagenet":
             raise ValueError("torchvision has no weights of xception65; give the path of a state dict, see Xception65")
         model = Xception65(output_stride, multi_grid or (1, 1, 1))
-        if weights is not None:
-            load_weights(model, weights)
     elif weights == "imagenet":
         try:
             model = models.get_model(name, weights="IMAGENET1K_V1")
@@ -97,8 +96,8 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
             ) from error
     else:
         model = models.get_model(name, weights=None)
-        if weights is not None:
-            load_weights(model, weights)
+    if weights not in (None, "imagenet"):
+        load_weights(model, weights)
     if name != "xception65":
         _dilate(model, nodes, output_stride, multi_grid)
     strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
@@ -124,7 +123,7 @@ def _dilate(model, nodes, output_stride, multi_grid):
                 conv.dilation = conv.padding = (applied, applied)
     if multi_grid:
         if nodes is not _RESNET:
-            raise ValueError("multi_grid multiplies the rates of a ResNet's last blocks; this backbone is none")
+            raise ValueError("multi_grid multiplies the rates of the last blocks of a ResNet or xception65")
         for i, block in enumerate(levels[-1]):
             factor = multi_grid[min(i, len(multi_grid) - 1)]
             for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
@@ -140,28 +139,29 @@ def _normed(inputs, outputs, kernel, activation=None, **how):
 
 
 class _XceptionUnit(nn.Module):
-    """Three separable convolutions, the last one with the stride, and a shortcut: "conv", "sum" or None.
+    """Three separable convolutions, the last one with the stride, and around them the skip "conv", "sum" or None.
 
-    ReLU before each separable convolution; with `inside`, after both halves of each.
+    A ReLU stands before each separable convolution, or, where `activated`, after both halves of each. setattr and getattr,
+    for the names are those of DeepLab's checkpoints.
     """
 
-    def __init__(self, inputs, outputs, shortcut, stride=1, rates=(1, 1, 1), inside=False):
+    def __init__(self, inputs, outputs, skip, stride=1, rates=(1, 1, 1), activated=False):
         super().__init__()
-        relu = nn.ReLU if inside else None
-        self.kind, self.inside = shortcut, inside
+        relu = nn.ReLU if activated else None
+        self.skip, self.activated = skip, activated
         for i, (a, b, rate) in enumerate(zip([inputs, *outputs], outputs, rates), 1):
             how = dict(stride=stride if i == 3 else 1, dilation=rate, groups=a)
             setattr(self, f"separable_conv{i}_depthwise", _normed(a, a, 3, relu, **how))
             setattr(self, f"separable_conv{i}_pointwise", _normed(a, b, 1, relu))
-        if shortcut == "conv":
+        if skip == "conv":
             self.shortcut = _normed(inputs, outputs[-1], 1, stride=stride)
 
     def forward(self, x):
         y = x
         for i in (1, 2, 3):
-            y = y if self.inside else F.relu(y)
+            y = y if self.activated else F.relu(y)
             y = getattr(self, f"separable_conv{i}_pointwise")(getattr(self, f"separable_conv{i}_depthwise")(y))
-        return y if self.kind is None else y + (self.shortcut(x) if self.kind == "conv" else x)
+        return y if self.skip is None else y + (self.shortcut(x) if self.skip == "conv" else x)
 
 
 class Xception65(nn.Module):
@@ -169,46 +169,44 @@ class Xception65(nn.Module):
 
     `[N, 3, H, W]` -> `[N, 2048, H / output_stride, …]`. Where a stride is removed, what follows is dilated.
 
-    The names follow DeepLab's TensorFlow checkpoints: leave out `xception_65/` and `xception_module/`, a dot for each slash;
-    `weights` and `depthwise_weights` are `0.weight` (transposed to [out, in, h, w]), `BatchNorm/{gamma, beta, moving_mean,
-    moving_variance}` are `1.{weight, bias, running_mean, running_var}`. So middle_flow/block1/unit_3/xception_module/
-    separable_conv2_pointwise/weights is `middle_flow.block1.unit_3.separable_conv2_pointwise.0.weight`.
+    The names follow DeepLab's TensorFlow checkpoints. To convert one: leave out `xception_65/` and `xception_module/`, a dot
+    for each slash; `weights` [h, w, in, out] are `0.weight` by permute(3, 2, 0, 1), `depthwise_weights` [h, w, in, 1] by
+    permute(2, 3, 0, 1); `BatchNorm/{gamma, beta, moving_mean, moving_variance}` are `1.{weight, bias, running_mean,
+    running_var}`; what is not in entry_flow, middle_flow, exit_flow is dropped (logits, momenta, global_step). So
+    middle_flow/block1/unit_3/xception_module/separable_conv2_pointwise/weights is
+    `middle_flow.block1.unit_3.separable_conv2_pointwise.0.weight`. Those networks take pixels 2z - 1, z in 0…1; here they
+    come as x = (z - m) / s, with ImageNet's mean m and deviation s: 2z - 1 = 2s·x + 2m - 1. So with W the weight of
+    entry_flow.conv1_1 subtract Σ W·(2m - 1) from its running_mean, then multiply W by 2s (exact but at the image's border).
     """
 
     def __init__(self, output_stride=32, multi_grid=(1, 1, 1)):
         super().__init__()
-        self.stride, self.rate = 2, 1  # of the map so far, of what follows
-        grid = [multi_grid[min(i, len(multi_grid) - 1)] for i in range(3)]
+        stride, rate = 2, 1  # of the map so far; of what follows
 
-        def block(inputs, outputs, shortcut, stride=1, units=1, grid=(1, 1, 1), inside=False):
-            kept = stride if self.stride < output_stride else 1
-            rates = [self.rate * factor for factor in grid]
-            parts = [_XceptionUnit(inputs, outputs, shortcut, kept, rates, inside)]
-            parts += [_XceptionUnit(outputs[-1], outputs, shortcut, 1, rates, inside) for _ in range(units - 1)]
-            self.stride, self.rate = self.stride * kept, self.rate * stride // kept
-            return _named("unit_", parts)
+        def block(inputs, outputs, skip, by=1, units=1, grid=(1, 1, 1), activated=False):
+            nonlocal stride, rate
+            kept = by if stride < output_stride else 1
+            rates = [rate * factor for factor in grid]
+            parts = [_XceptionUnit(inputs, outputs, skip, kept, rates, activated)]
+            parts += [_XceptionUnit(outputs[-1], outputs, skip, 1, rates, activated) for _ in range(units - 1)]
+            stride, rate = stride * kept, rate * by // kept
+            return nn.Sequential(OrderedDict((f"unit_{i}", part) for i, part in enumerate(parts, 1)))
 
         self.entry_flow = nn.Sequential()
         self.entry_flow.conv1_1 = _normed(3, 32, 3, nn.ReLU, stride=2)
         self.entry_flow.conv1_2 = _normed(32, 64, 3, nn.ReLU)
-        self.entry_flow.block1 = block(64, (128, 128, 128), "conv", 2)
-        self.entry_flow.block2 = block(128, (256, 256, 256), "conv", 2)
-        self.entry_flow.block3 = block(256, (728, 728, 728), "conv", 2)
-        self.middle_flow = _named("block", [block(728, (728, 728, 728), "sum", units=16)])
+        self.entry_flow.block1 = block(64, (128, 128, 128), "conv", by=2)
+        self.entry_flow.block2 = block(128, (256, 256, 256), "conv", by=2)
+        self.entry_flow.block3 = block(256, (728, 728, 728), "conv", by=2)
+        self.middle_flow = nn.Sequential()
+        self.middle_flow.block1 = block(728, (728, 728, 728), "sum", units=16)
         self.exit_flow = nn.Sequential()
-        self.exit_flow.block1 = block(728, (728, 1024, 1024), "conv", 2)
-        self.exit_flow.block2 = block(1024, (1536, 1536, 2048), None, grid=grid, inside=True)
+        self.exit_flow.block1 = block(728, (728, 1024, 1024), "conv", by=2)
+        grid = [multi_grid[min(i, len(multi_grid) - 1)] for i in range(3)]
+        self.exit_flow.block2 = block(1024, (1536, 1536, 2048), None, grid=grid, activated=True)
 
     def forward(self, x):
         return self.exit_flow(self.middle_flow(self.entry_flow(x)))
-
-
-def _named(prefix, modules):
-    """The modules one after the other, named prefix1, prefix2, …"""
-    sequence = nn.Sequential()
-    for i, module in enumerate(modules, 1):
-        sequence.add_module(f"{prefix}{i}", module)
-    return sequence
 
 
 def load_weights(model, path):
@@ -250,8 +248,8 @@ def _few(names, most=4):
 class Decoder(nn.Module):
     """DeepLabv3+'s: x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256, H, W]`.
 
-    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 2; with plain 3x3 convolutions, as its
-    Table 2 and the thesis price them.
+    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 2; with plain 3x3 convolutions, as
+    Table 2.1 of the thesis prices them.
     """
 
     def __init__(self, channels, low_channels):

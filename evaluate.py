@@ -357,13 +357,13 @@ def _status(name):
 
 def heat(values, image):
     """A map in 0…1, dark blue to yellow: of the size of the uint8 image `[3, H, W]` over it, of another size by itself."""
-    own = values.shape != image.shape[1:]
+    overlaid = values.shape == image.shape[1:]
     values = values.detach().float().cpu()[None, None]
     values = F.interpolate(values, size=image.shape[1:], mode="nearest")[0, 0].numpy()
     stops = np.array([(10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)], np.float32)
     colors = np.stack([np.interp(values, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)])
     gray = image.float().mean(0).numpy()
-    return torch.from_numpy((colors if own else 0.65 * colors + 0.35 * gray).astype(np.uint8))
+    return torch.from_numpy((0.65 * colors + 0.35 * gray if overlaid else colors).astype(np.uint8))
 
 
 def method_figures(net, image, palette, pixel=None):
@@ -593,7 +593,9 @@ def guarded(script, work):
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        text = "batch norm needs more than one value per channel; take a --batch-size of at least 2 for each process"
+        text = str(error)
+        if text.startswith("Expected"):  # torch's own words
+            text = "batch norm needs more than one value per channel; take a --batch-size of at least 2 for each process"
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "Connection", "NCCL")):
             raise

@@ -6,7 +6,7 @@ Ye Huang's thesis "Context-aware Image Semantic Segmentation" (University of Tec
 
 The idea: ASPP looks at a map through parallel 3x3 convolutions of several atrous rates, each with a kernel of its own, which
 learns from the objects that fit its rate. KSAC has one kernel for all rates, so it sees every object more than once, near
-and far; two thirds of the weights go, and more rates cost no weights.
+and far; with three rates two thirds of the 3x3 weights go, and more rates cost none.
 
     Algorithm 1, line 2     the shared kernel K      -> KSAC.kernel
     Algorithm 1, line 4     T'_r = Conv2D(T, r, K)   -> shared_atrous
@@ -24,16 +24,20 @@ shifted maps. So the multiply-adds of R rates are those of one 3x3 convolution.
 
 What the paper prints and cannot mean:
 - Table 2.1's FLOPs are multiply-adds in 2^30, and what KSAC saves there, 2.73G at stride 16 and 12.65G at 8, is not due to
-  sharing: its ASPP is priced at the size to which TensorFlow's space-to-batch pads each map (33 -> 36, 65 -> 72 positions a
-  side), its KSAC as three convolutions without that padding. 3 · (36² - 33²) · 9·2048·256 = 2.73 · 2^30, and 12.64 for
-  72² - 65². Sharing, as rearranged above, saves 9.70G at stride 16 and 37.65G at 8, the narrower projection included.
+  sharing. Its ASPP is priced at the size to which TensorFlow's space-to-batch pads each map (33 -> 36, 65 -> 72 positions a
+  side), its KSAC as three convolutions without that padding, and with ASPP's projection of 5·256 channels, as if the
+  branches were concatenated: 3 · (36² - 33²) · 9·2048·256 = 2.73 · 2^30, and 12.64 for 72² - 65². Algorithm 1 adds them
+  up, which leaves 3·256. Sharing, as rearranged above, saves 9.70G and 37.65G, of which the projection 0.13G and 0.52G.
+- Sect. 2.3.1.5 crops ADE20K's scaled images to 513x513 as all others, Sect. 2.4.5 resizes them to that size. Here: crops.
 
 Where the paper is silent (there is no released code), as DeepLabv3+ does, on which it builds:
 - The components are concatenated and projected to 256 channels (1x1, batch norm, ReLU), dropout 0.1.
-- Rates are those at output stride 16; at 8 they double (in proportion; at least 1).
+- Rates are those at output stride 16; at 8 they double (in proportion; at least 1). Table 2.1's prices agree.
 - Multi-grid (1, 2, 4) in a ResNet's last stage, none in Xception.
 Where both are silent, our choice:
-- `head="fcn"`: a 1x1 convolution to 256 channels, which is what Table 2.1's rows without ASPP and KSAC cost.
+- A batch norm for each rate: Algorithm 1 makes K before its loop, and calls BATCHNORM inside.
+- `head="fcn"`: a 1x1 convolution to 256 channels, which is what Table 2.1's first row, without ASPP and KSAC, costs.
+- Fig. 2.4 does not say which 25 feature maps it shows; here the first.
 - Image and feature map are aligned as at the papers' 513 and 769 pixels: backbones.on_grid and backbones.upsample.
 
     Table 2.1            head, backbone, decoder, output_stride; evaluate.py --scales … --flip
@@ -58,7 +62,8 @@ def shared_atrous(x, weight, rates):
     """Algorithm 1, line 4: `Conv2D(T, r, K)` for every rate r, "same"-padded, with the one kernel.
 
     x `[N, I, H, W]`, weight `[O, I, 3, 3]`, rates: whole numbers of at least 1 -> a map `[N, O, H, W]` for each rate. Equal
-    to one `F.conv2d(x, weight, padding=r, dilation=r)` for each; the module's docstring has the algebra.
+    to one `F.conv2d(x, weight, padding=r, dilation=r)` for each; the module's docstring has the algebra. The products take
+    N·9·O·H·W numbers; under autocast they are rounded before they are summed.
     """
     if len(rates) == 1:  # nothing to share
         return [F.conv2d(x, weight, padding=rates[0], dilation=rates[0])]
@@ -106,7 +111,7 @@ class ASPP(deeplabv3.ASPP):
 
 
 class FCN(nn.Sequential):
-    """A 1x1 convolution, no context (Table 2.1's first row of each backbone)."""
+    """A 1x1 convolution, no context (Table 2.1's first row)."""
 
     def __init__(self, in_channels, channels=256):
         super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
@@ -143,28 +148,26 @@ class KSACNet(nn.Module):
         super().__init__()
         if head not in ("ksac", "aspp", "fcn"):
             raise ValueError(f"head={head!r}: it is 'ksac', 'aspp' or 'fcn'")
-        if not rates or not all(isinstance(r, int) and r >= 1 for r in rates):
+        if not isinstance(rates, (tuple, list)) or not rates or not all(type(r) is int and r >= 1 for r in rates):
             raise ValueError(f"rates={rates!r}: expected whole numbers of at least 1, as in (6, 12, 18)")
         grid = (1, 2, 4) if backbone.startswith("resnet") else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, *_, high = self.backbone.channels
         rates = [max(1, rate * 16 // output_stride) for rate in rates]
-        self.head = {"ksac": KSAC, "aspp": ASPP}[head](high, rates) if head != "fcn" else FCN(high)
+        self.head = FCN(high) if head == "fcn" else {"ksac": KSAC, "aspp": ASPP}[head](high, rates)
         self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
         self.stride = 4 if decoder else self.backbone.strides[-1]
-        self.classifier = nn.Conv2d(256, num_classes, 1)
+        self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
 
     def forward(self, images, labels=None):
+        if self.training and len(images) == 1 and not isinstance(self.head, FCN):
+            if not any(isinstance(module, nn.SyncBatchNorm) for module in self.head.modules()):
+                raise ValueError(
+                    "the image-level branch has one value of a channel in an image, and batch norm needs more than 1 value "
+                    "per channel: take a batch of at least two images for each process, or head='fcn'"
+                )
         maps = self.backbone(backbones.on_grid(images, self.backbone.strides[-1]))
-        try:
-            x = self.head(maps[-1])
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ValueError(
-                "batch norm of the image-level branch needs more than 1 value per channel, and this training batch has one "
-                "image: take at least two for each process, or head='fcn'"
-            ) from None
+        x = self.head(maps[-1])
         if self.decoder is not None:
             x = self.decoder(x, maps[0])
         logits = backbones.upsample(self.classifier(x), self.stride, images.shape[2:])
@@ -177,12 +180,14 @@ class KSACNet(nn.Module):
         """Fig. 2.4, of one image `[3, H, W]` or `[1, 3, H, W]`: the first 25 feature maps of each rate, five by five.
 
         Each of the maps, `[5·(h + 1), 5·(w + 1)]`, is that branch of the head after ReLU, its channels scaled to 0…1 one by
-        one. Empty for head="fcn". ValueError in training mode.
+        one. Their names have the rates at this output stride. Empty for head="fcn". ValueError in training mode.
         """
         if self.training:
             raise ValueError("figures are drawn in evaluation mode: call net.eval() first")
         if isinstance(self.head, FCN):
             return {}
+        if image.numel() != image.shape[-3:].numel():
+            raise ValueError(f"figures are of one image, not of a batch of shape {list(image.shape)}")
         image = image.reshape(1, *image.shape[-3:])
         x = self.backbone(backbones.on_grid(image, self.backbone.strides[-1]))[-1]
         return {f"rate {rate}": _tiled(y[0, :25]) for rate, y in zip(self.head.rates, self.head.pyramid(x))}
@@ -198,7 +203,7 @@ def _tiled(maps):
 # Sect. 2.3. SGD, scales 0.5 to 2 in steps of 0.25, flip, crops of 513.
 _COMMON = dict(
     backbone="xception65",  # Table 2.1's best
-    weights=None,  # it starts from ImageNet: give --weights PATH (backbones.Xception65 says with which names)
+    weights=None,  # ImageNet's, said of ADE20K only: give --weights PATH (backbones.Xception65 says with which names)
     output_stride=16,  # Sect. 2.4.4: as good as 8 with the decoder
     option=dict(decoder=True),
     optimizer="sgd",
@@ -208,7 +213,7 @@ _COMMON = dict(
     scale_step=0.25,
     color="none",
     momentum=0.9,  # said of ADE20K only
-    power=0.9,  # open but for ADE20K; DeepLab's
+    power=0.9,  # open; DeepLab's (ADE20K halves instead)
     weight_decay=4e-5,  # open; DeepLabv3+'s with Xception
     bn_momentum=0.0003,  # open; DeepLab's 0.9997
 )
@@ -219,9 +224,9 @@ RECIPES = {
     "coco_voc": _VOC | dict(iterations=300_000, lr=1e-3),
     "pascal_voc_aug": _VOC | dict(iterations=40_000, lr=4e-4),
     "pascal_voc": _VOC | dict(iterations=30_000, lr=2e-4),  # iterations are open; DeepLabv3's
-    # "manually reduced in half about every 30K iterations"; how many there are is open
+    # Sect. 2.3.2, "manually reduced in half about every 30K iterations"; how many there are is open
     "ade20k": _COMMON | dict(iterations=150_000, lr=2e-3, halve_every=30_000),
-    # Sect. 2.3.1.5 says the crops alone; iterations and lr are open: DeepLabv3's
+    # Sect. 2.3.1.5 says the crops alone; iterations and lr are open: DeepLabv3's, the lr that of VOC
     "cityscapes": _COMMON | dict(iterations=90_000, lr=7e-3, crop_size=769),
 }
 

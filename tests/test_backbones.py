@@ -93,7 +93,7 @@ def test_multi_grid_repeats_its_last_factor():
 
 
 def test_multi_grid_is_for_resnets():
-    with pytest.raises(ValueError, match="multi_grid.*ResNet"):
+    with pytest.raises(ValueError, match="last blocks of a ResNet or xception65"):
         backbones.build("mobilenet_v2", 16, multi_grid=(1, 2, 4))
 
 
@@ -139,17 +139,80 @@ def test_xception65_dilation_rates_by_hand():
     assert rates(16, multi_grid=(1, 2, 4)) == [[1, 1, 1], [1, 1, 1], [2, 4, 8]]
 
 
-def test_xception65_unit_by_hand():
-    unit = backbones._XceptionUnit(2, (3, 3, 4), "conv", stride=2).eval()
-    x = torch.randn(1, 2, 5, 7)
-    y = x
-    for i in (1, 2, 3):
-        depthwise, pointwise = (getattr(unit, f"separable_conv{i}_{half}")[0] for half in ("depthwise", "pointwise"))
-        y = F.relu(y)  # before each, none between the halves
-        y = F.conv2d(y, depthwise.weight, stride=2 if i == 3 else 1, padding=1, groups=len(depthwise.weight)) / 1.001**0.5
-        y = F.conv2d(y, pointwise.weight) / 1.001**0.5
-    y = y + F.conv2d(x, unit.shortcut[0].weight, stride=2) / 1.001**0.5
-    torch.testing.assert_close(unit(x), y)
+def literal_xception65(state, x):
+    """DeepLab's Xception-65 at stride 32 from its state dict, layer by layer: the four levels."""
+
+    def conv(name, x, stride=1, groups=1):
+        w = state[f"{name}.0.weight"]
+        mean, variance, gamma, beta = (
+            state[f"{name}.1.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        y = F.conv2d(x, w, stride=stride, padding=w.shape[2] // 2, groups=groups)
+        return (y - mean) / (variance + 1e-3) ** 0.5 * gamma + beta
+
+    def separable(name, x, stride, activated):
+        x = conv(f"{name}_depthwise", x if activated else F.relu(x), stride, x.shape[1])
+        x = conv(f"{name}_pointwise", F.relu(x) if activated else x)
+        return F.relu(x) if activated else x
+
+    def unit(name, x, skip, stride=1, activated=False):
+        y1 = separable(f"{name}.separable_conv1", x, 1, activated)
+        y2 = separable(f"{name}.separable_conv2", y1, 1, activated)
+        y3 = separable(f"{name}.separable_conv3", y2, stride, activated)
+        residual = {"conv": lambda: conv(f"{name}.shortcut", x, stride), "sum": lambda: x, None: lambda: 0}[skip]()
+        return y3 + residual, y2
+
+    x = F.relu(conv("entry_flow.conv1_1", x, 2))
+    x = F.relu(conv("entry_flow.conv1_2", x))
+    x, _ = unit("entry_flow.block1.unit_1", x, "conv", 2)
+    x, quarter = unit("entry_flow.block2.unit_1", x, "conv", 2)
+    x, eighth = unit("entry_flow.block3.unit_1", x, "conv", 2)
+    for i in range(1, 17):
+        x, _ = unit(f"middle_flow.block1.unit_{i}", x, "sum")
+    sixteenth = x
+    x, _ = unit("exit_flow.block1.unit_1", x, "conv", 2)
+    x, _ = unit("exit_flow.block2.unit_1", x, None, activated=True)
+    return [quarter, eighth, sixteenth, x]
+
+
+def test_xception65_is_deeplabs_layer_by_layer():
+    net = backbones.build("xception65").double().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1)
+    images = torch.randn(1, 3, 65, 33, dtype=torch.float64)
+    with torch.no_grad():
+        for level, expected in zip(net(images), literal_xception65(net.body.state_dict(), images)):
+            assert expected.std() > 1e-6
+            torch.testing.assert_close(level, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
+
+
+def test_xception65_takes_a_converted_checkpoint_as_its_docstring_says(tmp_path):
+    own = backbones.Xception65().state_dict()
+    checkpoint, pixels = {}, torch.rand(1, 3, 33, 33)
+    for name, value in own.items():  # a checkpoint as TensorFlow lays it out
+        if name.endswith("num_batches_tracked"):
+            continue
+        depthwise = "depthwise" in name and name.endswith("0.weight")
+        order = (2, 3, 0, 1) if depthwise else (2, 3, 1, 0)
+        checkpoint[name] = torch.randn(value.shape).permute(order) if value.ndim == 4 else torch.rand(value.shape) + 0.5
+    converted = {}
+    for name, value in checkpoint.items():
+        order = (2, 3, 0, 1) if "depthwise" in name else (3, 2, 0, 1)
+        converted[name] = value.permute(order) if value.ndim == 4 else value
+    torch.save(converted, tmp_path / "before.pth")
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    W = converted["entry_flow.conv1_1.0.weight"]
+    converted["entry_flow.conv1_1.1.running_mean"] -= (W * (2 * mean - 1)[:, None, None]).sum((1, 2, 3))
+    converted["entry_flow.conv1_1.0.weight"] = W * (2 * std)[:, None, None]
+    torch.save(converted, tmp_path / "after.pth")
+    first = []
+    for name, inputs in (("before", 2 * pixels - 1), ("after", (pixels - mean[:, None, None]) / std[:, None, None])):
+        net = backbones.build("xception65", 16, str(tmp_path / f"{name}.pth")).eval()
+        first.append(net.body.entry_flow.conv1_1(inputs)[:, :, 1:-1, 1:-1])
+    torch.testing.assert_close(*first, rtol=1e-4, atol=1e-4)
 
 
 def test_xception65_loads_its_own_weights_and_has_none_of_torchvision(tmp_path):

@@ -203,6 +203,35 @@ def test_aspp_is_the_plain_baseline_with_dropout_of_deeplab_v3_plus():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits_at_pixel_i_times_stride_are_those_of_position_i(options):
+    torch.manual_seed(0)
+    net = ksac.build(5, "resnet18", **options).eval()
+    seen = []
+    net.classifier.register_forward_hook(lambda _, inputs, out: seen.append(out))
+    images = torch.randn(1, 3, 40, 70)
+    logits, stride = net(images), 4 if options.get("decoder") else 16
+    position = seen[0]
+    assert position.shape[2:] == (48 // stride + 1, 80 // stride + 1)  # continued to 49 x 81
+    assert torch.allclose(
+        logits[:, :, ::stride, ::stride], position[:, :, : 39 // stride + 1, : 69 // stride + 1], atol=1e-5
+    )
+
+
+def test_multi_grid_in_the_last_stage_of_a_resnet_alone():
+    with torch.device("meta"):
+        last = ksac.build(3, "resnet50").backbone.body.layer4
+        xception = ksac.build(3, "xception65").backbone.body.exit_flow.block2
+    assert [block.conv2.dilation[0] for block in last.children()] == [2, 4, 8]
+    assert [m.dilation[0] for m in xception.modules() if isinstance(m, nn.Conv2d) and m.groups > 1] == [2, 2, 2]
+
+
+def test_fcn_is_one_convolution_of_1x1():
+    head = ksac.FCN(2048)
+    assert sum(p.numel() for p in head.parameters()) == 2048 * 256 + 2 * 256
+    assert head[1].p == 0.1
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_logits_have_the_images_size_and_the_loss_reaches_every_parameter(options):
     torch.manual_seed(0)
     net = ksac.build(5, "resnet18", output_stride=32, **options)
@@ -272,17 +301,26 @@ def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
     images, labels = torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64)
     for head in ("ksac", "aspp"):
         net = ksac.build(3, "resnet18", head=head)
-        with pytest.raises(ValueError, match="image-level branch .* take at least two for each process, or head='fcn'"):
+        with pytest.raises(
+            ValueError, match="image-level branch .* take a batch of at least two images for each process, or head='fcn'"
+        ):
             net(images, labels)
         assert net.eval()(images).shape == (1, 3, 33, 33)
     assert ksac.build(3, "resnet18", head="fcn")(images, labels)["cross_entropy"] > 0
 
 
-def test_a_batch_of_one_is_one_line_in_train_py(photos, tmp_path, capsys):
+def test_a_batch_of_one_is_that_line_in_train_py(photos, tmp_path, capsys):
     flags = f"--method ksac --dataset folder --data-root {photos} --batch-size 1 --crop-size 33 --workers 0 --device cpu"
     assert train.main([*flags.split(), "--output", str(tmp_path / "a")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "more than 1 value per channel" in line or "at least 2" in line
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("train.py: the image-level branch") and line.endswith("or head='fcn'")
+
+
+def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(ksac.build(3, "resnet18"))
+    with pytest.raises((ValueError, RuntimeError)) as error:  # passes the network's own check, then torch wants a GPU
+        net(torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64))
+    assert "image-level" not in str(error.value)
 
 
 def test_wrong_options_are_named():
@@ -290,7 +328,7 @@ def test_wrong_options_are_named():
         ksac.build(3, "resnet18", rate=6)
     with pytest.raises(ValueError, match="head='psp': it is 'ksac', 'aspp' or 'fcn'"):
         ksac.build(3, "resnet18", head="psp")
-    for rates in ((), (0, 6), (1.5,)):
+    for rates in ((), (0, 6), (1.5,), 6, (True,)):
         with pytest.raises(ValueError, match="expected whole numbers of at least 1"):
             ksac.build(3, "resnet18", rates=rates)
 
@@ -298,10 +336,10 @@ def test_wrong_options_are_named():
 def test_figures_are_the_first_25_maps_of_each_rate():
     torch.manual_seed(0)
     for head in ("ksac", "aspp"):
-        net, image = ksac.build(3, "resnet18", head=head).eval(), torch.randn(3, 65, 97)
+        net, image = ksac.build(3, "resnet18", head=head).eval(), torch.randn(3, 60, 90)
         figures = net.figures(image)
         assert list(figures) == ["rate 6", "rate 12", "rate 18"]
-        x = net.backbone(image[None])[-1]
+        x = net.backbone(backbones.on_grid(image[None], 16))[-1]  # 65 x 97 pixels, 5 x 7 positions
         for m, y in zip(figures.values(), net.head.pyramid(x)):
             assert m.shape == (5 * 6, 5 * 8) and m.min() >= 0 and m.max() <= 1
             seventh = y[0, 7].detach()  # second row, third column
@@ -309,6 +347,8 @@ def test_figures_are_the_first_25_maps_of_each_rate():
             assert torch.allclose(tile, seventh / seventh.max().clamp(min=1e-6), atol=1e-6)
             assert m[5].abs().sum() == 0 and m[:, 7].abs().sum() == 0  # between the tiles
     assert ksac.build(3, "resnet18", head="fcn").eval().figures(image) == {}
+    with pytest.raises(ValueError, match="of one image, not of a batch"):
+        net.figures(image.expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="evaluation mode"):
         net.train().figures(image)
 
@@ -327,14 +367,11 @@ def test_recipes_are_those_of_sect_2_3():
     assert [(r["lr"], r["iterations"]) for r in (first, second)] == [(1e-3, 300_000), (4e-4, 40_000)]
     assert third["lr"] == 2e-4
     assert first["option"] == dict(decoder=True, rates=(1, 6, 12, 18, 24))
-    ade = ksac.RECIPES["ade20k"]
-    assert (ade["lr"], ade["momentum"], ade["halve_every"]) == (2e-3, 0.9, 30_000)
-    assert ksac.RECIPES["cityscapes"]["crop_size"] == 769
+    assert (third["iterations"], first["weight_decay"], first["bn_momentum"]) == (30_000, 4e-5, 0.0003)
+    ade, city = ksac.RECIPES["ade20k"], ksac.RECIPES["cityscapes"]
+    assert (ade["lr"], ade["momentum"], ade["halve_every"], ade["iterations"]) == (2e-3, 0.9, 30_000, 150_000)
+    assert (city["crop_size"], city["iterations"], city["lr"]) == (769, 90_000, 7e-3)
     for recipe in ksac.RECIPES.values():
-        assert (recipe["backbone"], recipe["batch_size"], recipe["scale"], recipe["scale_step"]) == (
-            "xception65",
-            16,
-            (0.5, 2.0),
-            0.25,
-        )
-        assert set(recipe) <= set(train.SETTINGS)
+        names = ("backbone", "batch_size", "scale", "scale_step", "output_stride")
+        assert [recipe[name] for name in names] == ["xception65", 16, (0.5, 2.0), 0.25, 16]
+        assert recipe["option"]["decoder"] is True
