@@ -411,6 +411,21 @@ class State:
         return f"{last} is from before" if last.exists() else "no checkpoint was written yet"
 
 
+def make_net(s, num_classes, resumes, device, world):
+    """(the network on its device, a line about the weights it starts from or None)."""
+    torch.manual_seed(s["seed"])
+    weights = None if resumes or s["init"] else s["weights"]
+    net = evaluate.network(s["method"], num_classes, s["backbone"], weights, s["output_stride"], s["option"])
+    note = initialise(net, s["init"]) if s["init"] and not resumes else None
+    if world > 1 and device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = s["bn_momentum"]
+    # the faster layout for convolutions, on CPU and CUDA alike
+    return net.to(device, memory_format=torch.channels_last), note
+
+
 def run(given, output, resume):
     """One run, from its first step or its last checkpoint to its end. Returns the exit status."""
     if resume:
@@ -428,30 +443,14 @@ def run(given, output, resume):
     train_set = data.dataset(s["dataset"], s["data_root"], "train", train=True, **augmentation)
     val_set = data.dataset(s["dataset"], s["data_root"], "val")
 
-    torch.manual_seed(s["seed"])
-    weights = None if checkpoint or s["init"] else s["weights"]
-    net = evaluate.network(s["method"], train_set.num_classes, s["backbone"], weights, s["output_stride"], s["option"])
-    note = initialise(net, s["init"]) if s["init"] and not checkpoint else None
-    if world > 1 and device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = s["bn_momentum"]
-    net.to(device, memory_format=torch.channels_last)  # the faster layout for convolutions, on CPU and CUDA alike
+    net, note = make_net(s, train_set.num_classes, checkpoint is not None, device, world)
     state = State(net, s, folder, device, rank)
     if checkpoint:
         state.load(checkpoint)
         del checkpoint
     sampler = data.PositionSampler(len(train_set), s["batch_size"], state.step, s["iterations"], s["seed"], rank, world)
-    pinned = device.type == "cuda"
-    loader = DataLoader(
-        train_set,
-        batch_sampler=sampler,
-        num_workers=s["workers"],
-        pin_memory=pinned,
-        worker_init_fn=evaluate.own_session,
-    )
-
+    how = dict(num_workers=s["workers"], pin_memory=device.type == "cuda", worker_init_fn=evaluate.own_session)
+    loader = DataLoader(train_set, batch_sampler=sampler, **how)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, s, origin, device, world)
@@ -462,16 +461,14 @@ def run(given, output, resume):
         if resume:
             rewind_log(folder, state.step, state.evaluated)
             print(f"goes on after step {state.step} of {s['iterations']}")
+
     model = net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if s["compile"]:
         model = torch.compile(model)
-    total = s["iterations"]
-    with (
-        Stop() as stop,
-        tqdm(total=total, initial=state.step, desc="training", unit="step", disable=rank > 0 or None) as bar,
-    ):
+    how = dict(total=s["iterations"], initial=state.step, desc="training", unit="step")
+    with Stop() as stop, tqdm(**how, disable=rank > 0 or None) as bar:
         stopped = loop(model, state, iter(loader), train_set, val_set, stop, bar)
     if rank == 0 and stopped:
         again = f"--output {shlex.quote(str(folder))} --resume"
