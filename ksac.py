@@ -8,6 +8,8 @@ The idea: ASPP looks at a map through parallel 3x3 convolutions of several atrou
 learns from the objects that fit its rate. KSAC has one kernel for all rates, so it sees every object more than once, near
 and far; with three rates two thirds of the 3x3 weights go, and more rates cost none.
 
+The chapter prints no numbered Eq.; its mathematics is Algorithm 1:
+
     Algorithm 1, line 2     the shared kernel K      -> KSAC.kernel
     Algorithm 1, line 4     T'_r = Conv2D(T, r, K)   -> shared_atrous
     Algorithm 1, line 5     B_r = BatchNorm(T'_r)    -> KSAC.pyramid (one batch norm for each rate)
