@@ -1,5 +1,6 @@
 """ksac.py against Algorithm 1 of the thesis, written here literally, in float64."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -11,6 +12,7 @@ import backbones
 import ksac
 import train
 
+shared_atrous = partial(ksac.shared_atrous, rearranged=True)  # the default for so few channels is F.conv2d
 RATES = [(1,), (1, 2), (6, 12, 18), (1, 6, 12, 18, 24), (3, 3)]
 OPTIONS = [dict(), dict(head="aspp"), dict(head="fcn"), dict(decoder=True), dict(rates=(1, 2, 3, 4))]
 SIZES = [(7, 9), (1, 5), (4, 1), (1, 1), (8, 8)]
@@ -49,7 +51,7 @@ def test_line_4_by_hand():
     # A kernel that takes 1 of the position itself, 10 of the one r to its left, 100 of the one r below.
     weight = torch.tensor([[[[0.0, 0, 0], [10, 1, 0], [0, 100, 0]]]])
     x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]]])
-    one, two, three = ksac.shared_atrous(x, weight, (1, 2, 3))
+    one, two, three = shared_atrous(x, weight, (1, 2, 3))
     assert one[0, 0].tolist() == [[401, 512, 623], [704, 845, 956], [7, 78, 89]]
     assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
     assert three[0, 0].tolist() == x[0, 0].tolist()  # the rate exceeds the map: only the centre is inside
@@ -61,7 +63,7 @@ def test_line_4_equals_the_loop_with_gradients(rates):
     x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     pull = [torch.randn(2, 3, 4, 3, dtype=torch.float64) for _ in rates]
-    found = ksac.shared_atrous(x, weight, rates)
+    found = shared_atrous(x, weight, rates)
     expected = [loop_conv2d(x, r, weight) for r in rates]
     for a, b in zip(found, expected):
         assert torch.allclose(a, b, atol=1e-12)
@@ -79,7 +81,7 @@ def test_shared_atrous_equals_separate_convolutions_at_any_size(rates, size):
     torch.manual_seed(0)
     x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 5, 3, 3, dtype=torch.float64, requires_grad=True)
-    found = ksac.shared_atrous(x, weight, rates)
+    found = shared_atrous(x, weight, rates)
     expected = [F.conv2d(x, weight, padding=r, dilation=r) for r in rates]
     assert len(found) == len(rates)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected))
@@ -92,9 +94,7 @@ def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
     weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     pull = torch.randn(3, 1, 2, 6, 6, dtype=torch.float64)
-    whole = torch.autograd.grad(sum((y * p).sum() for y, p in zip(ksac.shared_atrous(x, weight, (1, 2, 4)), pull)), weight)[
-        0
-    ]
+    whole = torch.autograd.grad(sum((y * p).sum() for y, p in zip(shared_atrous(x, weight, (1, 2, 4)), pull)), weight)[0]
     parts = [
         torch.autograd.grad((F.conv2d(x, weight, padding=r, dilation=r) * p).sum(), weight)[0]
         for r, p in zip((1, 2, 4), pull)
@@ -103,12 +103,32 @@ def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
     assert not torch.allclose(whole, parts[0])
 
 
+@pytest.mark.parametrize("channels, rates, folds", [(256, (1, 2), 2), (255, (1, 2), 0), (256, (2,), 0)])
+def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(channels, rates, folds, monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, channels, 4, 5), torch.randn(2, channels, 3, 3)
+    fold, calls = F.fold, []
+    monkeypatch.setattr(F, "fold", lambda *a, **k: calls.append(1) or fold(*a, **k))
+    found = ksac.shared_atrous(x, weight, rates)
+    assert len(calls) == folds
+    for y, r in zip(found, rates):
+        assert torch.allclose(y, F.conv2d(x, weight, padding=r, dilation=r), atol=1e-3)
+
+
+@pytest.mark.parametrize("rates", [(1, 2), (2, 4, 6)])
+def test_pyramid_of_many_channels_is_that_of_separate_convolutions(rates):
+    torch.manual_seed(0)
+    head, x = ksac.KSAC(256, rates, channels=4).double().eval(), torch.randn(1, 256, 5, 6, dtype=torch.float64)
+    for y, r, norm in zip(head.pyramid(x), rates, head.norms):
+        assert torch.allclose(y, norm(F.conv2d(x, head.kernel, padding=r, dilation=r)).clamp(min=0), atol=1e-10)
+
+
 def test_channels_last_changes_nothing():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 8, 5, 7), torch.randn(4, 8, 3, 3)
     for a, b in zip(
-        ksac.shared_atrous(x, weight, (1, 3)),
-        ksac.shared_atrous(x.contiguous(memory_format=torch.channels_last), weight, (1, 3)),
+        shared_atrous(x, weight, (1, 3)),
+        shared_atrous(x.contiguous(memory_format=torch.channels_last), weight, (1, 3)),
     ):
         assert torch.allclose(a, b, atol=1e-5)
 
@@ -117,8 +137,8 @@ def test_half_precision_is_near_to_full():
     torch.manual_seed(0)
     x, weight = torch.randn(1, 64, 9, 9), torch.randn(8, 64, 3, 3) / 24
     with torch.autocast("cpu", torch.bfloat16):
-        found = ksac.shared_atrous(x, weight, (1, 4))
-    for a, b in zip(found, ksac.shared_atrous(x, weight, (1, 4))):
+        found = shared_atrous(x, weight, (1, 4))
+    for a, b in zip(found, shared_atrous(x, weight, (1, 4))):
         assert a.dtype == torch.bfloat16
         assert (a.float() - b).abs().max() < 0.05 < b.abs().max()
 
