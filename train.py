@@ -57,7 +57,7 @@ SETTINGS = {
     "option": ({}, "an option of the method's build, may be repeated"),
     "init": (None, "start from the weights of this checkpoint"),
     # how long, how fast
-    "iterations": (240, "optimizer steps"),
+    "iterations": (140, "optimizer steps"),
     "batch_size": (8, "images a step, of all processes together"),
     "optimizer": ("sgd", "sgd, adam or adamw"),
     "lr": (0.02, "learning rate at the start"),
