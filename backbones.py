@@ -299,6 +299,18 @@ def upsample(logits, stride, size):
     return F.interpolate(logits.float(), size=full, mode="bilinear", align_corners=True)[:, :, : size[0], : size[1]]
 
 
+def one_image(net, image):
+    """What a network's `figures` is given, `[3, H, W]` or `[1, 3, H, W]`, as `[1, 3, H, W]`.
+
+    ValueError for a batch of several, and where `net` is in training mode: figures show what it predicts.
+    """
+    if net.training:
+        raise ValueError("figures are drawn in evaluation mode: call net.eval() first")
+    if image.numel() != image.shape[-3:].numel():
+        raise ValueError(f"figures are of one image, not of a batch of shape {list(image.shape)}")
+    return image.reshape(1, *image.shape[-3:])
+
+
 def check_options(network, options):
     """`options`, if each is a keyword-only argument of the class `network`; else a ValueError that lists those."""
     parameters = inspect.signature(network).parameters.values()

@@ -338,11 +338,7 @@ class CAANet(nn.Module):
         `[H, W]` in 0…1. ValueError where it lies outside the image. Dual attention: the label maps `[H, W]` of its branches
         and of the whole (Figs. 3.3, 3.4).
         """
-        if self.training:
-            raise ValueError("figures are drawn in evaluation mode: call net.eval() first")
-        if image.numel() != image.shape[-3:].numel():
-            raise ValueError(f"figures are of one image, not of a batch of shape {list(image.shape)}")
-        image = image.reshape(1, *image.shape[-3:])
+        image = backbones.one_image(self, image)
         H, W = size = image.shape[2:]
         x = self.backbone(backbones.on_grid(image, self.stride))[-1]
         if isinstance(self.head, DualAttention):

@@ -69,7 +69,7 @@ def shared_atrous(x, weight, rates, rearranged=None):
 
     rearranged: that form, or (False) the separate convolutions; by default what is faster. A fold takes about as long as a
     3x3 convolution of 160 channels (two CPU cores, torch 2.15, 33x33; GPUs were not measured), so sharing pays for itself
-    where (R - 1)·I > R·160: from 256 channels on, but never for one rate.
+    where (R - 1)·I > R·160: with three rates from about 250 channels on, with one never.
     """
     if rearranged is None:
         rearranged = len(rates) > 1 and x.shape[1] >= 256
@@ -190,13 +190,9 @@ class KSACNet(nn.Module):
         Each of the maps, `[5·(h + 1), 5·(w + 1)]`, is that branch of the head after ReLU, its channels scaled to 0…1 one by
         one. Their names have the rates at this output stride. Empty for head="fcn". ValueError in training mode.
         """
-        if self.training:
-            raise ValueError("figures are drawn in evaluation mode: call net.eval() first")
+        image = backbones.one_image(self, image)
         if isinstance(self.head, FCN):
             return {}
-        if image.numel() != image.shape[-3:].numel():
-            raise ValueError(f"figures are of one image, not of a batch of shape {list(image.shape)}")
-        image = image.reshape(1, *image.shape[-3:])
         x = self.backbone(backbones.on_grid(image, self.backbone.strides[-1]))[-1]
         return {f"rate {rate}": _tiled(y[0, :25]) for rate, y in zip(self.head.rates, self.head.pyramid(x))}
 

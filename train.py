@@ -378,8 +378,10 @@ class State:
     def __init__(self, net, s, folder, device, rank):
         self.net, self.settings, self.folder, self.device, self.rank = net, s, folder, device, rank
         self.optimizer = make_optimizer(net, s)
-        poly, halve = (s["iterations"], s["power"]), s["halve_every"]
-        self.schedule = StepLR(self.optimizer, halve, 0.5) if halve else PolynomialLR(self.optimizer, *poly)
+        if s["halve_every"]:
+            self.schedule = StepLR(self.optimizer, s["halve_every"], 0.5)
+        else:
+            self.schedule = PolynomialLR(self.optimizer, s["iterations"], s["power"])
         fp16 = evaluate.amp_dtype(s["amp"], device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0
