@@ -29,6 +29,7 @@ from torchvision.ops import Conv2dNormActivation
 
 # name -> (the last module of each level, and the channels it gives), finest level first
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
+_SWIN = ("features.1", "features.3", "features.5", "features.7")
 _LEVELS = {
     "resnet18": (_RESNET, (64, 128, 256, 512)),
     "resnet34": (_RESNET, (64, 128, 256, 512)),
@@ -45,33 +46,43 @@ _LEVELS = {
         ),
         (256, 728, 728, 2048),
     ),
+    "swin_t": (_SWIN, (96, 192, 384, 768)),
+    "swin_s": (_SWIN, (96, 192, 384, 768)),
+    "swin_b": (_SWIN, (128, 256, 512, 1024)),
+    "swin_l": (_SWIN, (192, 384, 768, 1536)),
 }
 NAMES = tuple(_LEVELS)
+_CLASSIFIERS = ("fc.", "classifier.", "head.")
 
 
 class Backbone(nn.Module):
     """A model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]), …]`.
 
-    `body` keeps the model's parameter names.
+    `body` keeps the model's parameter names. corners: how the maps lie on the image, see `on_grid`; a Swin Transformer's
+    (corners=False) take images of multiples of 32, and get a layer norm each, as for its authors' segmentation.
     """
 
     def __init__(self, model, nodes, channels, strides):
         super().__init__()
-        self.channels, self.strides = channels, strides
+        self.channels, self.strides, self.corners = channels, strides, nodes is not _SWIN
         with warnings.catch_warnings():  # "nodes are not present in eval mode": they are not needed
             warnings.simplefilter("ignore")
             self.body = create_feature_extractor(model, list(nodes))
+        self.norms = None if self.corners else nn.ModuleList(nn.LayerNorm(c) for c in channels)
 
     def forward(self, x):
-        return list(self.body(x).values())
+        maps = list(self.body(x).values())
+        if self.norms is not None:  # [N, h, w, C]
+            maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps)]
+        return maps
 
 
 def build(name, output_stride=32, weights=None, multi_grid=None):
     """The backbone `name` at `output_stride` 32, 16 or 8.
 
     weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights, as in its own
-    segmentation models), or the path of a state dict with torchvision's names (xception65: a path only, Xception65 has the
-    names).
+    segmentation models), or the path of a state dict with torchvision's names (xception65 and swin_l: a path only;
+    Xception65 has its names).
     multi_grid: factors of the dilation rates of the last stage's blocks (xception65: of its last three convolutions);
     ResNets and xception65 only; the last factor repeats.
 
@@ -82,10 +93,12 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output stride {output_stride}: {name} has 32, 16 and 8")
     nodes, channels = _LEVELS[name]
-    if name == "xception65":
+    if nodes is _SWIN and (output_stride < 32 or multi_grid):
+        raise ValueError(f"{name} cannot be dilated: its output stride is 32, without multi_grid")
+    if name in ("xception65", "swin_l"):
         if weights == "imagenet":
-            raise ValueError("torchvision has no weights of xception65; give the path of a state dict, see Xception65")
-        model = Xception65(output_stride, multi_grid or (1, 1, 1))
+            raise ValueError(f"torchvision has no weights of {name}; give the path of a state dict, see backbones.py")
+        model = Xception65(output_stride, multi_grid or (1, 1, 1)) if name == "xception65" else _swin_l()
     elif weights == "imagenet":
         try:
             model = models.get_model(name, weights="IMAGENET1K_V1")
@@ -98,10 +111,15 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
         model = models.get_model(name, weights=None)
     if weights not in (None, "imagenet"):
         load_weights(model, weights)
-    if name != "xception65":
+    if name != "xception65" and nodes is not _SWIN:
         _dilate(model, nodes, output_stride, multi_grid)
     strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
     return Backbone(model, nodes, channels, strides)
+
+
+def _swin_l():
+    """Swin-L (Liu et al., "Swin Transformer", ICCV 2021, Sect. 3.3), which torchvision has not, with its names."""
+    return models.SwinTransformer([4, 4], 192, [2, 2, 18, 2], [6, 12, 24, 48], [7, 7], stochastic_depth_prob=0.2)
 
 
 def _dilate(model, nodes, output_stride, multi_grid):
@@ -223,8 +241,8 @@ def load_weights(model, path):
         raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items()):
         raise ValueError(f"'{path}' holds no state dict (names to tensors)")
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith(("fc.", "classifier."))}
-    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(_CLASSIFIERS)}
+    state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
     shapes = [
@@ -281,22 +299,29 @@ def pixel_cross_entropy(logits, labels, ignore=255):
     return loss.sum() / count.clamp(min=1e-6)
 
 
-def on_grid(images, stride):
+def on_grid(images, stride, corners=True):
     """Images `[N, 3, H, W]`, continued at the right and the bottom (the border repeated) to the next k·stride + 1 pixels.
 
     A convolution of stride s and padding k//2 has its i-th output at pixel i·s, so a map of k + 1 positions spans k·s + 1
     pixels: the 513 and 769 of the papers' crops. At other sizes map and image would drift apart by up to a stride. The
     price is a row and a column of positions where a side is a multiple of the stride.
+
+    corners=False, for networks that cut the image into patches: to the next multiple of the stride; there the i-th output
+    covers the pixels i·s … i·s + s - 1.
     """
     H, W = images.shape[2:]
-    return F.pad(images, (0, (1 - W) % stride, 0, (1 - H) % stride), mode="replicate")
+    corner = 1 if corners else 0
+    return F.pad(images, (0, (corner - W) % stride, 0, (corner - H) % stride), mode="replicate")
 
 
-def upsample(logits, stride, size):
-    """Logits `[N, K, h, w]` of images `on_grid`, at `stride` -> float32 `[N, K, *size]`: position i is at pixel i·stride."""
+def upsample(logits, stride, size, corners=True):
+    """Logits `[N, K, h, w]` of images `on_grid`, at `stride` -> float32 `[N, K, *size]`: position i is at pixel i·stride.
+
+    corners=False: at the middle of the stride pixels from there on.
+    """
     h, w = logits.shape[2:]
-    full = ((h - 1) * stride + 1, (w - 1) * stride + 1)
-    return F.interpolate(logits.float(), size=full, mode="bilinear", align_corners=True)[:, :, : size[0], : size[1]]
+    full = ((h - 1) * stride + 1, (w - 1) * stride + 1) if corners else (h * stride, w * stride)
+    return F.interpolate(logits.float(), size=full, mode="bilinear", align_corners=corners)[:, :, : size[0], : size[1]]
 
 
 def one_image(net, image):

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
@@ -399,6 +399,32 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     return data.sheet([tiles + pictures], titles + names, classes, palette)
 
 
+def class_dependency(net, dataset, device, amp, workers):
+    """car.class_dependency of a network with a `classifier`, over all of `dataset`: `[K, K]` in 0…1, on the CPU."""
+    loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
+    bar = tqdm(loader, desc="class dependency", unit="img", leave=False)
+    with autocast(device, amp):
+        pairs = ((image.to(device), labels.to(device)) for image, labels in bar)
+        return method_file("car").class_dependency(net, pairs, dataset.num_classes).cpu()
+
+
+def draw_matrix(values, names, cell=20, margin=120):
+    """A matrix `[K, K]` of numbers in 0…1 as a picture, dark blue to yellow, its rows and columns named."""
+    size = margin + cell * len(names)
+    picture, font = Image.new("RGB", (size, size), "white"), ImageFont.load_default(12)
+    tiles = heat(values, torch.zeros(3, cell * len(names), cell * len(names), dtype=torch.uint8))
+    picture.paste(Image.fromarray(tiles.permute(1, 2, 0).numpy()), (margin, margin))
+    for turn, x, anchor in (
+        (Image.Transpose.ROTATE_270, size - margin + 6, "lm"),
+        (Image.Transpose.ROTATE_90, margin - 6, "rm"),
+    ):
+        picture = picture.transpose(turn)  # the columns' names are written on its side, where they are rows
+        draw = ImageDraw.Draw(picture)
+        for i, name in enumerate(names):
+            draw.text((x, margin + cell * (i + 0.5)), name[:18], "black", font, anchor=anchor)
+    return picture
+
+
 def save_prediction(prediction, palette, file):
     """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's colours."""
     picture = Image.fromarray(prediction.cpu().to(torch.uint8).numpy())
@@ -462,9 +488,8 @@ def _arguments(arguments):
     add("--flip", action="store_true", help="and over the mirrored image")
     add("--window", type=int, metavar="N", help="sliding windows of N x N pixels")
     add("--save-predictions", metavar="DIR", help="a palette PNG of class ids for every image")
-    add(
-        "--figures", metavar="DIR", help="sheets of eight images of the split, or of --images, with the method's own figures"
-    )
+    text = "sheets of eight images of the split, or of --images, with the method's own figures; the split's class dependency"
+    add("--figures", metavar="DIR", help=text)
     add("--pixel", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="the pixel those figures are about (the centre)")
     add("--images", nargs="+", metavar="FILE", help="any photographs, no labels needed")
     add("--json", metavar="FILE", help="write all numbers there")
@@ -570,6 +595,13 @@ def _split(net, checkpoint, device, rank, args, how):
                 prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
             picture = figure_sheet(net, image, prediction, dataset.palette, dataset.classes, truth, args.pixel)
             picture.save(folder / f"{dataset.name(index)}.png")
+        if hasattr(net, "classifier"):
+            dependency = class_dependency(net, dataset, device, args.amp, args.workers)
+            draw_matrix(dependency, dataset.classes).save(folder / "class_dependency.png")
+            occurs = dependency.amax(1) > 0
+            others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
+            result["class_dependency"] = others.mean().item()
+            print(f"class dependency: {result['class_dependency']:.3f} between two classes, in the mean (of 0…1)")
         print(f"figures: {folder}")
     about = dict(
         checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name, split=args.split, images=len(dataset)

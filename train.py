@@ -55,6 +55,7 @@ SETTINGS = {
     "weights": (None, "of the backbone: none, imagenet, or the path of a state dict"),
     "output_stride": (None, "of the backbone: 32, 16, 8 (the method's own)"),
     "option": ({}, "an option of the method's build, may be repeated"),
+    "car": (False, "class-aware regularization of the features that enter the classifier (car.py)"),
     "init": (None, "start from the weights of this checkpoint"),
     # how long, how fast
     "iterations": (140, "optimizer steps"),
@@ -428,6 +429,16 @@ def make_net(s, num_classes, resumes, device, world):
     return net.to(device, memory_format=torch.channels_last), note
 
 
+def regularized(net, s, num_classes):
+    """--car: what trains is `net` with the terms of car.py, what is saved and evaluated is `net`."""
+    if s["method"] == "car":
+        raise Mistake("--car is for the other methods: car has its terms already (--option intra=False leaves one out)")
+    try:
+        return evaluate.method_file("car").regularize(net, "classifier", num_classes)
+    except ValueError as error:
+        raise Mistake(f"--car: {error}; it needs the network's final 1x1 convolution as .classifier") from error
+
+
 def run(given, output, resume):
     """One run, from its first step or its last checkpoint to its end. Returns the exit status."""
     if resume:
@@ -464,7 +475,7 @@ def run(given, output, resume):
             rewind_log(folder, state.step, state.evaluated)
             print(f"goes on after step {state.step} of {s['iterations']}")
 
-    model = net
+    model = regularized(net, s, train_set.num_classes) if s["car"] else net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if s["compile"]:

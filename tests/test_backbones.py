@@ -37,7 +37,10 @@ def meta(*arguments, **options):
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("name", backbones.NAMES)
+SWIN = ("swin_t", "swin_s", "swin_b", "swin_l")
+
+
+@pytest.mark.parametrize("name", [name for name in backbones.NAMES if name not in SWIN])
 @pytest.mark.parametrize("stride", [32, 16, 8])
 def test_four_maps_finest_first_at_their_strides(name, stride):
     with torch.device("meta"):  # shapes only
@@ -46,6 +49,45 @@ def test_four_maps_finest_first_at_their_strides(name, stride):
     assert net.strides == {32: (4, 8, 16, 32), 16: (4, 8, 16, 16), 8: (4, 8, 8, 8)}[stride]
     sizes = [(2, c, -(-65 // s), -(-97 // s)) for c, s in zip(net.channels, net.strides)]
     assert isinstance(maps, list) and [tuple(m.shape) for m in maps] == sizes
+
+
+@pytest.mark.parametrize("name", SWIN)
+def test_swin_has_four_maps_of_images_of_multiples_of_32(name):
+    with torch.device("meta"):
+        net = backbones.build(name)
+        maps = net(torch.zeros(2, 3, 64, 96))
+    assert net.strides == (4, 8, 16, 32) and not net.corners and backbones.build("resnet18").corners
+    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(net.channels, net.strides)]
+
+
+def test_swin_is_torchvisions_with_a_norm_for_each_level(tmp_path):
+    model = changed(models.swin_t())
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    net = backbones.build("swin_t", weights=tmp_path / "w.pth").eval()
+    x = images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        found, expected = net(images), []
+        for i, stage in enumerate(model.features):
+            x = stage(x)
+            if i % 2:
+                expected.append(F.layer_norm(x, x.shape[-1:]).permute(0, 3, 1, 2))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_swin_l_has_its_papers_size():
+    with torch.device("meta"):
+        net = backbones.build("swin_l")
+    # 197M in the paper's Table 1, with the classifier (1536·1000 + 1000), and without the norms of the first three levels
+    size = sum(p.numel() for p in net.parameters()) + 1_537_000 - 2 * (192 + 384 + 768)
+    assert size == pytest.approx(196.5e6, rel=0.001)
+
+
+def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
+    with pytest.raises(ValueError, match="swin_t cannot be dilated: its output stride is 32"):
+        backbones.build("swin_t", 8)
+    with pytest.raises(ValueError, match="no weights of swin_l; give the path"):
+        backbones.build("swin_l", weights="imagenet")
 
 
 def test_channels_are_those_of_the_papers():
@@ -510,6 +552,20 @@ def test_position_i_of_a_map_lies_at_pixel_i_times_stride(size, stride):
     rows, columns = (torch.arange(0, side, stride) for side in images.shape[2:])
     sampled = (rows[:, None] * 3.0 + columns)[None, None]  # what a strided convolution of the ramp reads
     assert torch.allclose(backbones.upsample(sampled, stride, size)[0, 0], ramp, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (33, 50), (1, 32)])
+@pytest.mark.parametrize("stride", [4, 32])
+def test_without_corners_position_i_covers_the_pixels_from_i_times_stride_on(size, stride):
+    ramp = torch.arange(float(size[0]))[:, None] * 3 + torch.arange(float(size[1]))
+    images = backbones.on_grid(ramp[None, None], stride, corners=False)
+    assert all(side % stride == 0 and 0 <= side - before < stride for side, before in zip(images.shape[2:], size))
+    rows, columns = (torch.arange(0, side, stride) + (stride - 1) / 2 for side in images.shape[2:])
+    sampled = (rows[:, None] * 3 + columns)[None, None]  # the mean of the ramp over each patch
+    found = backbones.upsample(sampled, stride, size, corners=False)[0, 0]
+    inner = found[stride // 2 : images.shape[2] - stride // 2, stride // 2 : images.shape[3] - stride // 2]
+    assert found.shape == size
+    assert torch.allclose(inner, ramp[stride // 2 :, stride // 2 :][: inner.shape[0], : inner.shape[1]], atol=1e-3)
 
 
 def test_upsampled_logits_are_float32():

@@ -208,7 +208,17 @@ def test_photographs_get_an_overlay_a_palette_png_and_words(trained, tmp_path, c
 def test_figures_of_a_split(trained, tmp_path):
     _, checkpoint, _ = trained
     assert evaluate.main(["--checkpoint", checkpoint, "--figures", str(tmp_path), "--device", "cpu", "--workers", "0"]) == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{i}.png" for i in range(5)]
+    sheets = [f"{i}.png" for i in range(5)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "class_dependency.png"]
+
+
+def test_matrix_has_a_square_for_each_entry_rows_downwards():
+    picture = evaluate.draw_matrix(torch.tensor([[1.0, 0.0], [0.5, 0.0]]), ["a", "b"], cell=20, margin=40)
+    bright, dark, middle = (255, 255, 140), (10, 10, 60), (220, 60, 60)
+    assert picture.size == (80, 80)
+    assert [picture.getpixel(place) for place in ((50, 50), (70, 50), (50, 70), (70, 70))] == [bright, dark, middle, dark]
+    ink = 255 - np.asarray(picture.convert("L")).astype(int)
+    assert ink[40:, :40].sum() > 0 and ink[:40, 40:].sum() > 0 and ink[:40, :40].sum() == 0  # names left and above
 
 
 def test_heat_is_dark_at_zero_and_bright_at_one_and_keeps_the_size():

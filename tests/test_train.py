@@ -25,17 +25,18 @@ RECIPES = {"folder": dict(iterations=6, lr=0.3, batch_size=4, crop_size=24, opti
 
 class Net(nn.Module):
     # no batch norm: two processes must equal one
-    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False):
+    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False, name="classifier"):
         super().__init__()
         self.conv, self.drop, self.fail_at, self.calls = nn.Conv2d(3, width, 3, padding=1), nn.Dropout(drop), fail_at, 0
-        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.name = name
+        setattr(self, name, nn.Conv2d(width, num_classes, 1))
         self.norm = nn.BatchNorm2d(width) if norm else None
 
     def forward(self, images, labels=None):
         x = self.conv(images).relu()
         if self.norm is not None:
             x = x + self.norm(x.mean((2, 3), keepdim=True))
-        logits = self.classifier(self.drop(x))
+        logits = getattr(self, self.name)(self.drop(x))
         if labels is None:
             return logits
         self.calls += 1
@@ -99,7 +100,7 @@ def test_the_papers_recipe_is_taken():
 
 
 def test_every_recipe_names_known_settings_only():
-    for method in ("caa", "ksac"):
+    for method in ("caa", "ksac", "car"):
         for dataset in evaluate.method_file(method).RECIPES:
             settings, origin = train.resolve({"method": method, "dataset": dataset})
             assert origin["lr"] == f"recipe {method}/{dataset}"
@@ -250,6 +251,26 @@ def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
     assert results[0] == pytest.approx(results[1], abs=0.01)
 
 
+def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, capsys):
+    one, two, without = tmp_path / "one", tmp_path / "two", tmp_path / "without"
+    flags = [*flags, "--option", "drop=0.0"]
+    assert train.main([*flags, "--output", str(without)]) == 0
+    flags.append("--car")
+    assert train.main([*flags, "--output", str(one)]) == 0
+    process = start([*flags, "--output", str(two)], method, processes=2)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    a, b, c = weights(one), weights(two), weights(without)
+    assert list(a) == list(c) and not torch.allclose(a["conv.weight"], c["conv.weight"], atol=1e-4)
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+    steps = [[line for line in train.read_log(folder) if "loss" in line] for folder in (one, two)]
+    names = ["pixels", "extra", "intra_c2p", "inter_c2c", "inter_c2p"]
+    assert [name for name in steps[0][0] if name in names] == names
+    for name in names:
+        assert steps[0][0][name] == pytest.approx(steps[1][0][name], abs=1e-5)
+    assert train.main(["--output", str(one), "--resume"]) == 0  # --car is the run's own setting
+
+
 def test_init_carries_the_weights_over_and_names_what_is_new(flags, tmp_path, capsys):
     assert train.main([*flags, "--output", str(tmp_path / "a")]) == 0
     net = evaluate.network("my_method", 7, "none", options={"width": 3})
@@ -315,6 +336,8 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "--lr -1.0: expected a number of at least 0" in mistake(capsys, *flags, "--lr", "-1")
     assert "weights is no --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
     assert "cannot be built with the options width='wide'" in mistake(capsys, *flags, "--option", "width=wide")
+    assert "car has its terms already" in mistake(capsys, "--method", "car", "--car", "--backbone", "resnet18")
+    assert "--car: Net has no submodule 'classifier'" in mistake(capsys, *flags, "--car", "--option", "name=cls")
     small = [*flags, "--batch-size", "1", "--option", "norm=true", "--output", str(tmp_path / "small")]
     assert "take a --batch-size of at least 2" in mistake(capsys, *small)
 

@@ -1,0 +1,705 @@
+"""car.py against the equations of the thesis, chapter 4, written here over their indices, in float64."""
+
+import copy
+import math
+from datetime import timedelta
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.models import segmentation
+
+import caa
+import car
+import ksac
+
+TERMS = ("intra_c2p", "inter_c2c", "inter_c2p")
+NONE = dict(intra=False, inter_c2c=False, inter_c2p=False)
+HEADS = ("self_attention", "fcn", "deeplabv3", "uper", "ocr", "caa")
+
+
+@pytest.fixture(autouse=True)
+def one_seed_and_one_thread():  # several threads are slower on maps this small
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def scene(n=2, c=3, h=2, w=3, classes=3):
+    """Features, and labels with ignored pixels, in which the last class does not occur."""
+    features = torch.randn(n, c, h, w, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(classes - 1, (n, h, w))
+    labels[0, 0, 0] = labels[-1, -1, -1] = 255
+    return features, labels
+
+
+def maps(*pixels):
+    """One image, one row: `[1, C, 1, W]` of the pixels' features."""
+    return torch.tensor(pixels, dtype=torch.float64).T[None, :, None]
+
+
+# ------------------------------------------------------------------------------------------------- the printed equations
+
+
+def loop_centers(features, labels, K, images):
+    """Eq. (4.1) over these images."""
+    C, centers = features.shape[1], []
+    for k in range(K):
+        total, count = torch.zeros(C, dtype=features.dtype), 0
+        for n in images:
+            for i, j in product(*map(range, labels.shape[1:])):
+                if labels[n, i, j] == k:
+                    total, count = total + features[n, :, i, j], count + 1
+        centers.append(total / max(count, 1))
+    return torch.stack(centers)
+
+
+def loop_intra(features, labels, centers, released, stop=True):
+    """Eqs. (4.2), (4.3)."""
+    N, C, H, W = features.shape
+    centers = centers.detach() if stop else centers
+    squares, absolutes = 0, 0
+    for n, i, j in product(range(N), range(H), range(W)):
+        sigma = 1 if labels[n, i, j] == 255 else 0
+        for c in range(C):
+            mu = 0 if sigma else (centers if centers.ndim == 2 else centers[n])[labels[n, i, j], c]
+            d = (1 - sigma) * abs(mu - features[n, c, i, j])
+            squares, absolutes = squares + d**2, absolutes + d
+    count = N * C * H * W
+    return torch.clamp((absolutes / count) ** 2, min=1e-5) if released else squares / count
+
+
+def loop_c2c(centers, epsilon, released):
+    """Eqs. (4.4)-(4.7), of one set of centres."""
+    K, C = centers.shape
+    sums = []
+    for k in range(K):
+        energy = [sum(centers[k, c] * centers[m, c].detach() for c in range(C)) / math.sqrt(C) for m in range(K)]
+        total = sum(torch.exp(e) for e in energy)
+        above = [torch.clamp(torch.exp(energy[m]) / total - epsilon / (K - 1), min=0) for m in range(K) if m != k]
+        sums.append(sum(above))
+    if released:
+        return (sum(torch.clamp(s, 1e-7, 1 - 1e-7) for s in sums) / K) ** 2
+    return sum(s**2 for s in sums) / K
+
+
+def loop_c2p(features, labels, centers, epsilon, released):
+    """Eqs. (4.8)-(4.14); (4.10) with the own class's energy replaced."""
+    N, C, H, W = features.shape
+    K, sums = centers.shape[-2], []
+    for n, i, j in product(range(N), range(H), range(W)):
+        mu = (centers if centers.ndim == 2 else centers[n]).detach()
+        energy = []
+        for k in range(K):
+            other = features[n, :, i, j] if labels[n, i, j] != k else mu[k]
+            e = sum(mu[k, c] * other[c] for c in range(C))
+            energy.append(e / math.sqrt(C) if released else e)
+        total = sum(torch.exp(e) for e in energy)
+        above = [
+            torch.clamp(torch.exp(energy[k]) / total - epsilon / (K - 1), min=0) for k in range(K) if k != labels[n, i, j]
+        ]
+        ignored = labels[n, i, j] == 255 and not released
+        sums.append(torch.zeros((), dtype=features.dtype) if ignored else sum(above))
+    if released:
+        return (sum(torch.clamp(s, 1e-7, 1 - 1e-7) for s in sums) / len(sums)) ** 2
+    return sum(s**2 for s in sums) / len(sums)
+
+
+def same_with_gradients(found, expected, *inputs):
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+    for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)):
+        assert b.abs().max() > 1e-6
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------- class centres
+
+
+def test_eq_4_1_by_hand():
+    features = torch.tensor([[[[1.0, 3]], [[2.0, 4]]], [[[5.0, 7]], [[6.0, 8]]]])  # pixels (1 2), (3 4); (5 6), (7 8)
+    labels = torch.tensor([[[0, 1]], [[0, 255]]])
+    centers, counts = car.class_centers(features, labels, 3)
+    assert centers.tolist() == [[3, 4], [3, 4], [0, 0]] and counts.tolist() == [2, 1, 0]
+    centers, counts = car.class_centers(features, labels, 3, scope="image")
+    assert centers.tolist() == [[[1, 2], [3, 4], [0, 0]], [[5, 6], [0, 0], [0, 0]]]
+    assert counts.tolist() == [[1, 1, 0], [1, 0, 0]]
+
+
+def test_eq_4_1_equals_the_loop_with_gradients():
+    features, labels = scene()
+    pull = torch.randn(3, 3, dtype=torch.float64)
+    centers, _ = car.class_centers(features, labels, 3)
+    same_with_gradients((centers * pull).sum(), (loop_centers(features, labels, 3, (0, 1)) * pull).sum(), features)
+    centers, _ = car.class_centers(features, labels, 3, scope="image")
+    expected = torch.stack([loop_centers(features, labels, 3, (n,)) for n in (0, 1)])
+    same_with_gradients((centers * pull).sum(), (expected * pull).sum(), features)
+
+
+# -------------------------------------------------------------------------------------------------------- the three terms
+
+
+def test_eqs_4_2_4_3_intra_by_hand():
+    # distances (1 1), (0 2), and an ignored pixel that is far away: squares 1 + 1 + 0 + 4 over 3 pixels x 2 channels
+    features, labels = maps((2, 3), (5, 9), (100, 100)), torch.tensor([[[0, 1, 255]]])
+    centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]])
+    assert car.intra_center_to_pixel(features, labels, centers).item() == pytest.approx(6 / 6)
+    assert car.intra_center_to_pixel(features, labels, centers, released=True).item() == pytest.approx((4 / 6) ** 2)
+
+
+def test_eqs_4_4_to_4_7_between_centres_by_hand():
+    # energies ln 3 against 0 and ln 7 against 0: A = (3/4, 1/4), (1/8, 7/8); above 1/16: 3/16 and 1/16
+    centers = torch.diag(torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt())[:2]
+    loss = car.inter_center_to_center(centers, epsilon=1 / 16)
+    assert loss.item() == pytest.approx((3**2 + 1) / 16**2 / 2)
+    assert car.inter_center_to_center(centers, epsilon=1 / 16, released=True).item() == pytest.approx((2 / 16) ** 2)
+    # three centres in one place: A = 1/3 each; above ε_0/2 = 1/4 twice 1/12
+    assert car.inter_center_to_center(torch.ones(3, 5)).item() == pytest.approx((1 / 6) ** 2, rel=1e-5)
+
+
+def test_eqs_4_8_to_4_14_between_centres_and_pixels_by_hand():
+    # The pixel is of class 0: its own energy is replaced by |μ_0|² = ln 3, to class 1 it is 0: A = (3/4, 1/4)
+    centers = torch.zeros(2, 4, dtype=torch.float64)
+    centers[0, 0], centers[1, 1] = math.sqrt(math.log(3)), 1
+    features, labels = maps((7, 0, 0, 0), (0, 0, 0, 0)), torch.tensor([[[0, 255]]])
+    assert car.inter_center_to_pixel(features, labels, centers, epsilon=1 / 8).item() == pytest.approx((1 / 8) ** 2 / 2)
+    # released: energies halved (√C = 2), 1/(1 + √3) to class 1; the ignored pixel is 1/2 on both, none of which is its own
+    first, second = 1 / (1 + math.sqrt(3)) - 1 / 8, 2 * (1 / 2 - 1 / 8)
+    loss = car.inter_center_to_pixel(features, labels, centers, epsilon=1 / 8, released=True)
+    assert loss.item() == pytest.approx(((first + second) / 2) ** 2)
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("scope", ["batch", "image"])
+def test_terms_equal_the_loops_with_gradients(released, scope):
+    features, labels = scene()
+    centers, _ = car.class_centers(features, labels, 3, scope)
+    loss = car.intra_center_to_pixel(features, labels, centers, released)
+    same_with_gradients(loss, loop_intra(features, labels, centers, released), features)
+    loss = car.inter_center_to_pixel(features, labels, centers, 0.25, released)
+    same_with_gradients(loss, loop_c2p(features, labels, centers, 0.25, released), features)
+    centers = centers.detach().requires_grad_()
+    loss = car.inter_center_to_center(centers, 0.5, released)
+    if scope == "batch":
+        expected = loop_c2c(centers, 0.5, released)
+    elif released:
+        expected = (sum(loop_c2c(mu, 0.5, released).sqrt() for mu in centers) / 2) ** 2
+    else:
+        expected = sum(loop_c2c(mu, 0.5, released) for mu in centers) / 2
+    same_with_gradients(loss, expected, centers)
+
+
+def test_thresholds_are_shared_by_the_other_classes():
+    centers = 3 * torch.randn(5, 4, dtype=torch.float64)
+    A = torch.softmax(centers @ centers.T / 2, dim=1)
+    D = sum(F.relu(A[k, m] - 0.5 / 4) for k, m in product(range(5), range(5)) if k != m)
+    loss = car.inter_center_to_center(centers, released=True)
+    assert D > 0 and loss.item() == pytest.approx((D / 5).item() ** 2, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_no_gradient_reaches_the_centres_of_the_pixel_terms():
+    features, labels = scene()
+    centers = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    for term in (car.intra_center_to_pixel, car.inter_center_to_pixel):
+        loss = term(features, labels, centers)
+        assert torch.autograd.grad(loss, (features, centers), allow_unused=True)[1] is None
+
+
+def test_gradient_reaches_one_of_the_two_centres_between_centres():
+    centers = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(car.inter_center_to_center(centers, 0.1), centers)
+
+    def moved(k, c, h):  # row k of A is recomputed, the column stays: the key side does not move
+        query = centers.detach().clone()
+        query[k, c] += h
+        A = torch.softmax(query @ centers.detach().T / 2, dim=1) * (1 - torch.eye(3))
+        return F.relu(A - 0.1 / 2).sum(1).square().mean()
+
+    for k, c in product(range(3), range(4)):
+        assert found[k, c].item() == pytest.approx(((moved(k, c, 1e-6) - moved(k, c, -1e-6)) / 2e-6).item(), abs=1e-8)
+
+
+def test_gradient_of_intra_through_the_centres_cancels():
+    features, labels = scene(h=4, w=5)
+    centers, _ = car.class_centers(features, labels, 3)
+    through = loop_intra(features, labels, centers, released=False, stop=False)
+    same_with_gradients(car.intra_center_to_pixel(features, labels, centers), through, features)
+    centers, _ = car.class_centers(features, labels, 3)
+    released = loop_intra(features, labels, centers, released=True, stop=False)  # a mean of distances: there it does not
+    found = car.intra_center_to_pixel(features, labels, centers, released=True)
+    a, b = (torch.autograd.grad(loss, features, retain_graph=True)[0] for loss in (found, released))
+    assert not torch.allclose(a, b, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------------ traps
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("centers", ["batch", "image", "moving"])
+@pytest.mark.parametrize("case", ["all ignored", "one class", "one position", "all classes absent but one pixel"])
+def test_losses_and_gradients_stay_finite(case, centers, released):
+    features, labels = scene(n=1, c=4, h=5, w=3, classes=6)
+    if case == "one position":
+        features, labels = scene(n=1, c=4, h=1, w=1, classes=6)
+        labels[:] = 0
+    elif case != "one class":
+        labels[:] = 255
+        labels[0, 2, 1] = 255 if case == "all ignored" else 5
+    else:
+        labels[:] = 2
+    module = car.ClassAwareRegularization(6, 4, centers=centers, released=released).double()
+    losses = module(features, labels)
+    (gradient,) = torch.autograd.grad(sum(losses.values()), features)
+    assert all(loss.isfinite() and loss >= 0 for loss in losses.values()) and gradient.isfinite().all()
+    if case == "all ignored" and not released:
+        assert losses["intra_c2p"] == losses["inter_c2p"] == 0 and not gradient.any()
+
+
+def test_absent_classes_have_centre_0_and_take_part_in_the_softmax():
+    centers = torch.zeros(4, 9)
+    centers[0] = 100
+    A = torch.tensor([[0.0, 0, 0], [1 / 4] * 3, [1 / 4] * 3, [1 / 4] * 3])  # of the others: class 0 sees itself alone
+    expected = F.relu(A - 0.5 / 3).sum(1).square().mean()
+    assert car.inter_center_to_center(centers).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    features = (30 * torch.randn(2, 16, 4, 4)).to(dtype)  # squares of the norms exceed float16's 65504
+    features[0, :, 0, 0] = 200
+    labels = torch.randint(5, (2, 4, 4))
+    module = car.ClassAwareRegularization(5, 16, centers="moving")
+    exact = copy.deepcopy(module)(features.float(), labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = module(features, labels)
+    assert all(losses[name].dtype == torch.float32 and torch.equal(losses[name], exact[name]) for name in TERMS)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor holds while it is active."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("centers", ["batch", "image", "moving"])
+def test_nothing_of_pixels_times_classes_times_channels_is_laid_out(centers):
+    N, C, h, w, K = 2, 24, 12, 12, 20
+    features, labels = torch.randn(N, C, h, w, requires_grad=True), torch.randint(K, (N, h, w))
+    with Largest() as largest:
+        losses = car.ClassAwareRegularization(K, C, centers=centers)(features, labels)
+        sum(losses.values()).backward()
+    assert N * h * w * max(K, C) <= largest.numbers <= N * h * w * max(K + 1, C)
+
+
+# ------------------------------------------------------------------------------------------------------------- the module
+
+
+def test_module_gives_the_terms_that_are_on():
+    features, labels = scene()
+    centers, _ = car.class_centers(features, labels, 3)
+    losses = car.ClassAwareRegularization(3)(features, labels)
+    assert tuple(losses) == TERMS
+    expected = (
+        car.intra_center_to_pixel(features, labels, centers),
+        car.inter_center_to_center(centers, 0.5),
+        car.inter_center_to_pixel(features, labels, centers, 0.25),
+    )
+    assert [losses[name].item() for name in TERMS] == pytest.approx([loss.item() for loss in expected])
+    for name, option in zip(TERMS, NONE):
+        assert tuple(car.ClassAwareRegularization(3, **(NONE | {option: True}))(features, labels)) == (name,)
+    assert car.ClassAwareRegularization(3, **NONE)(features, labels) == {}
+    thresholds = car.ClassAwareRegularization(3, epsilon_0=0.1, epsilon_1=0.2)(features, labels)
+    assert thresholds["inter_c2c"].item() == pytest.approx(car.inter_center_to_center(centers, 0.1).item())
+    assert thresholds["inter_c2p"].item() == pytest.approx(car.inter_center_to_pixel(features, labels, centers, 0.2).item())
+
+
+def test_moving_average_by_hand():
+    module = car.ClassAwareRegularization(3, 1, centers="moving", decay=0.75)
+    labels = torch.tensor([[[0, 1]]])
+    mu = lambda a, b, y=labels: module.moving_average(*seen(maps((a,), (b,)), y))  # noqa: E731
+    seen = lambda x, y: (lambda c, n: (c, n > 0))(*car.class_centers(x.float(), y, 3))  # noqa: E731
+    assert mu(8, 4).flatten().tolist() == [8, 4, 0]  # what is new is taken as it is
+    assert mu(16, 0).flatten().tolist() == [0.75 * 8 + 0.25 * 16, 3, 0]
+    assert mu(2, 4, torch.tensor([[[0, 0]]])).flatten().tolist() == [
+        0.75 * 10 + 0.25 * 3,
+        3,
+        0,
+    ]  # absent: class 1 keeps its own
+    module.eval()
+    assert mu(0, 0).flatten().tolist() == [0.75 * 8.25, 2.25, 0] and module.mu.flatten().tolist() == [8.25, 3, 0]
+
+
+def test_gradient_flows_through_the_new_part_of_the_moving_average():
+    module = car.ClassAwareRegularization(2, 3, centers="moving", decay=0.9).double()
+    features, labels = scene(classes=3)
+    gradients = []
+    for _ in range(2):
+        centers, counts = car.class_centers(features, labels, 2)
+        gradients.append(torch.autograd.grad(module.moving_average(centers, counts > 0).sum(), features)[0])
+    torch.testing.assert_close(gradients[1], 0.1 * gradients[0])
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_classes=1), "at least 2"),
+        (dict(num_classes=2, centers="class"), "'batch', 'image' or 'moving'"),
+        (dict(num_classes=2, decay=1.0), "below 1"),
+        (dict(num_classes=2, centers="moving"), "give channels"),
+    ],
+)
+def test_module_says_what_it_expects(options, message):
+    with pytest.raises(ValueError, match=message):
+        car.ClassAwareRegularization(**options)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+CASES = [dict(centers=c, released=r) for c in ("batch", "image", "moving") for r in (False, True)]
+
+
+def joint_batch():
+    """Two images that share some classes; class 4 occurs in the second alone, class 5 in none."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(4, (2, 3, 5), generator=generator)
+    labels[0, :2, 0], labels[1, 1, :3] = 255, 4
+    return features, labels
+
+
+def terms_of(features, labels, options):
+    """Two steps of the module: the losses of the second, their gradient, and the centres."""
+    features = features.clone().requires_grad_()
+    module = car.ClassAwareRegularization(6, 4, **options).double()
+    module(features.detach() + 1, labels)
+    losses = module(features, labels)
+    (gradient,) = torch.autograd.grad(sum((i + 1) * loss for i, loss in enumerate(losses.values())), features)
+    centers, counts = car.class_centers(features.detach(), labels, 6)
+    return {name: loss.detach() for name, loss in losses.items()}, gradient, centers, counts, module.state_dict()
+
+
+def share_of_the_batch(rank, folder):
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    try:
+        features, labels = joint_batch()
+        results = [terms_of(features[rank : rank + 1], labels[rank : rank + 1], options) for options in CASES]
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of_the_batch_of_1(_, folder):
+    share_of_the_batch(1, folder)
+
+
+def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joint_batch(tmp_path):
+    other = torch.multiprocessing.spawn(share_of_the_batch_of_1, (str(tmp_path),), join=False)
+    share_of_the_batch(0, str(tmp_path))
+    assert other.join(240)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for options, first, second in zip(CASES, *results, strict=True):
+        losses, gradient, centers, counts, state = terms_of(*joint_batch(), options)
+        for name in TERMS:  # train.py logs the mean over the processes
+            torch.testing.assert_close((first[0][name] + second[0][name]) / 2, losses[name])
+        # DDP averages over the processes; image r's part of the gradient comes from process r alone
+        torch.testing.assert_close(torch.cat([first[1], second[1]]) / 2, gradient)
+        for share in (first, second):
+            torch.testing.assert_close(share[2], centers)
+            torch.testing.assert_close(share[3], counts)
+            assert all(torch.allclose(share[4][name], value) for name, value in state.items())
+
+
+# ------------------------------------------------------------------------------------------------ where the labels are
+
+
+@pytest.mark.parametrize("side", [513, 512, 160, 97, 50, 33])
+@pytest.mark.parametrize("stride", [4, 8, 16])
+def test_labels_are_read_where_the_positions_lie(side, stride):
+    labels = torch.arange(side)[None, :, None].expand(1, side, side) + 1000 * torch.arange(side)
+    for length in ((side - 2) // stride + 2, -(-side // stride), -(-side // 32) * 32 // stride):  # on_grid, plain, patches
+        at = [min(i * stride, side - 1) for i in range(length)]
+        assert car.pixels_of(side, length).tolist() == [i * stride for i in range(length)]
+        found = car.labels_at(labels, (length, length))[0]
+        assert found.tolist() == [[row + 1000 * column for column in at] for row in at]
+
+
+def test_positions_of_no_power_of_two_are_spread_evenly():
+    assert car.pixels_of(300, 200).tolist() == [int((i + 0.5) * 1.5) for i in range(200)]
+    assert car.pixels_of(7, 7).tolist() == list(range(7)) and car.pixels_of(40, 1).tolist() == [0]
+
+
+# ----------------------------------------------------------------------------------------------------------- any network
+
+
+class Other(nn.Module):
+    """Somebody's network: no losses of its own, logits at half the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.unused = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 3, 1)
+        self.seg = nn.ModuleDict({"cls": nn.Conv2d(8, 4, 1)})
+
+    def forward(self, x):
+        return self.seg["cls"](self.body(x).relu())
+
+
+def test_regularize_adds_the_terms_of_what_enters_the_classifier():
+    net = Other()
+    images, labels = torch.randn(2, 3, 16, 24), torch.randint(4, (2, 16, 24))
+    losses = car.regularize(net, "seg.cls", 4, inter_c2c=False)(images, labels)
+    assert list(losses) == ["cross_entropy", "intra_c2p", "inter_c2p"]
+    features, small = net.body(images).relu(), labels[:, ::2, ::2]
+    expected = car.ClassAwareRegularization(4, inter_c2c=False)(features, small)
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+    logits = F.interpolate(net.seg["cls"](features), size=(16, 24), mode="bilinear")
+    torch.testing.assert_close(losses["cross_entropy"], F.cross_entropy(logits, labels))
+    sum(losses.values()).backward()
+    alone = torch.autograd.grad(sum(losses_of(net, images, labels, small)), net.body.weight)[0]
+    torch.testing.assert_close(net.body.weight.grad, alone)
+
+
+def losses_of(net, images, labels, small):
+    features = net.body(images).relu()
+    logits = F.interpolate(net.seg["cls"](features), size=labels.shape[1:], mode="bilinear")
+    return [F.cross_entropy(logits, labels), *car.ClassAwareRegularization(4, inter_c2c=False)(features, small).values()]
+
+
+def test_regularize_changes_nothing_at_inference():
+    net = Other()
+    images, labels = torch.randn(2, 3, 16, 24), torch.randint(4, (2, 16, 24))
+    before, names = net(images), list(net.state_dict())
+    wrapped = car.regularize(net, "seg.cls", 4)
+    wrapped(images, labels)
+    assert torch.equal(wrapped(images), before) and list(wrapped.net.state_dict()) == names
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    assert [name for name, _ in wrapped.named_parameters()] == [f"net.{name}" for name, _ in net.named_parameters()]
+
+
+@pytest.mark.parametrize("method", [caa, ksac])
+def test_regularize_takes_the_losses_of_this_repositorys_networks(method):
+    net = method.build(4, "resnet18", output_stride=16).train()
+    images, labels = torch.randn(2, 3, 40, 33), torch.randint(4, (2, 40, 33))
+    torch.manual_seed(1)
+    own = net(images, labels)
+    torch.manual_seed(1)  # dropout
+    losses = car.regularize(net, "classifier", 4)(images, labels)
+    assert list(losses) == [*own, *TERMS] and all(torch.equal(losses[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_regularize_takes_torchvisions_networks(name):
+    net = segmentation.__dict__[name](weights=None, weights_backbone=None, num_classes=4, aux_loss=True).train()
+    for dropout in (module for module in net.modules() if isinstance(module, nn.Dropout)):
+        dropout.p = 0.0
+    images, labels = torch.randn(2, 3, 33, 33), torch.randint(4, (2, 33, 33))
+    labels[0, :5] = 255
+    losses = car.regularize(net, "classifier.4", 4)(images, labels)
+    assert list(losses) == ["cross_entropy", "auxiliary", *TERMS]
+    out = net(images)
+    for key, name, weight in (("out", "cross_entropy", 1), ("aux", "auxiliary", 0.5)):
+        expected = weight * F.cross_entropy(out[key], labels, ignore_index=255)
+        torch.testing.assert_close(losses[name], expected, rtol=1e-4, atol=1e-5)
+    sum(losses.values()).backward()
+    assert net.backbone["conv1"].weight.grad.abs().sum() > 0
+    assert torch.equal(car.regularize(net.eval(), "classifier.4", 4)(images)["out"], net(images)["out"])
+
+
+def test_regularize_says_what_it_expects():
+    images, labels = torch.randn(1, 3, 8, 8), torch.randint(4, (1, 8, 8))
+    with pytest.raises(ValueError, match="Other has no submodule 'classifier'; its last layers are body, unused, seg.cls"):
+        car.regularize(Other(), "classifier", 4)
+    with pytest.raises(ValueError, match="'unused' took no part"):
+        car.regularize(Other(), "unused", 4)(images, labels)
+    with pytest.raises(ValueError, match="no option epsilon"):
+        car.regularize(Other(), "seg.cls", 4, epsilon=0.5)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (4, 1, 1)))
+    with pytest.raises(ValueError, match=r"what enters '1' is no feature map \[N, C, h, w\] but \[1, 192\]"):
+        car.regularize(flat, "1", 4)(images, labels)
+
+
+def test_regularize_keeps_a_moving_average_of_the_classifiers_input():
+    assert car.regularize(Other(), "seg.cls", 4, centers="moving").car.mu.shape == (4, 8)
+
+
+# ------------------------------------------------------------------------------------------------------------- the heads
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_trains_every_parameter_at_odd_sizes(head, released):
+    net = car.build(4, "resnet18", head=head, released=released, auxiliary=True).train()
+    images, labels = torch.randn(2, 3, 37, 50), torch.randint(4, (2, 37, 50))
+    losses = net(images, labels)
+    assert list(losses) == ["cross_entropy", "auxiliary", *TERMS]
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    net.eval()
+    logits = net(images[:1, :, :31])
+    assert logits.shape == (1, 4, 31, 50) and logits.dtype == torch.float32
+    assert isinstance(net.classifier, nn.Conv2d) and net.classifier.kernel_size == (1, 1)
+
+
+def test_without_terms_it_is_the_baseline():
+    net = car.build(4, "resnet18", **NONE).train()
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32))
+    assert list(net(images, labels)) == ["cross_entropy"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_pointwise_makes_the_last_convolution_1x1(head):
+    with torch.device("meta"):
+        kernels = [car.build(4, "resnet50", head=head, pointwise=p).last[0].kernel_size[0] for p in (True, False)]
+    assert kernels == [1, 1 if head in ("ocr", "caa") else 3]
+
+
+def caught(net, name, images):
+    with car.inputs_of(net, name) as seen:
+        net(images)
+    return seen[0]
+
+
+def test_terms_act_on_what_enters_the_classifier_or_in_the_released_form_on_the_linear_convolution():
+    images, labels = torch.randn(2, 3, 33, 41), torch.randint(4, (2, 33, 41))
+    for released, name in ((False, "classifier"), (True, "last")):
+        net = car.build(4, "resnet18", released=released).eval()
+        features = caught(net, name, images)
+        expected = net.car(features, labels[:, ::8, ::8])
+        losses = net(images, labels)
+        assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
+        assert (features.min() < 0) == released and net.car.released == released  # after ReLU, or linear
+    linear = net.linear
+    assert isinstance(linear, nn.Conv2d) and linear.bias is not None and linear.out_channels == 512
+
+
+def test_upers_features_are_averaged_to_stride_8():
+    images, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
+    net = car.build(4, "resnet18", head="uper").eval()
+    features = F.avg_pool2d(caught(net, "classifier", images), 2, ceil_mode=True)
+    assert features.shape[2:] == (9, 13)  # of 17 x 25 positions: on_grid continues to 65 x 97 pixels
+    expected = net.car(features, car.labels_at(labels, (9, 13)))
+    losses = net(images, labels)
+    assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
+
+
+def test_self_attention_is_the_unscaled_softmax_with_a_residual():
+    head = car.SelfAttention(6).eval()
+    x = torch.randn(2, 6, 3, 4)
+    r = head.reduce(x)
+    q, k, v = ((layer(r)).flatten(2) for layer in (head.query, head.key, head.value))
+    weight = torch.softmax(torch.einsum("ncp,ncm->npm", q, k), dim=-1)
+    expected = r + torch.einsum("npm,ncm->ncp", weight, v).reshape(r.shape)
+    torch.testing.assert_close(head(x), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(head.query.weight, head.key.weight) and head.query.weight is not head.key.weight
+
+
+def test_ocr_is_its_papers_equations():
+    head = car.OCR(5, 3).eval()
+    x = torch.randn(1, 5, 2, 3)
+    features, coarse = head(x)
+    pixels = head.pixels(x)[0].flatten(1)  # [512, hw]
+    m = torch.softmax(coarse[0].flatten(1), dim=1)  # [K, hw]
+    f = torch.stack([sum(m[k, i] * pixels[:, i] for i in range(6)) for k in range(3)])  # Eq. (1)
+    phi, psi, delta = (
+        g(v)[0].flatten(1)
+        for g, v in (
+            (head.phi, pixels.view(1, 512, 2, 3)),
+            (head.psi, f.T[None, ..., None]),
+            (head.delta, f.T[None, ..., None]),
+        )
+    )
+    w = torch.softmax(
+        torch.stack([torch.stack([phi[:, i] @ psi[:, k] for k in range(3)]) for i in range(6)]), dim=1
+    )  # Eq. (3)
+    y = torch.stack([sum(w[i, k] * delta[:, k] for k in range(3)) for i in range(6)], dim=1)  # Eq. (2)
+    y = head.rho(y.reshape(1, 256, 2, 3))
+    torch.testing.assert_close(features, torch.cat([pixels.view(1, 512, 2, 3), y], dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_uper_reads_every_level():
+    head = car.UPer((4, 6, 8, 10)).eval()
+    levels = [torch.randn(1, c, s, s, requires_grad=True) for c, s in zip((4, 6, 8, 10), (17, 9, 5, 3))]
+    out = head(levels)
+    assert out.shape == (1, 4 * 512, 17, 17)
+    for i in range(4):  # level i of the pyramid depends on the levels from i on, up to the coarsest
+        gradients = torch.autograd.grad(
+            out[:, 512 * i : 512 * (i + 1)].square().sum(), levels, retain_graph=True, allow_unused=True
+        )
+        assert [g is not None and g.abs().max().item() > 0 for g in gradients] == [level >= i for level in range(4)]
+
+
+def test_swin_tiny_with_uper_is_table_4_1s_second_network():
+    net = car.build(4, "swin_t", head="uper").train()
+    images, labels = torch.randn(2, 3, 65, 40), torch.randint(4, (2, 65, 40))
+    losses = net(images, labels)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert net.eval()(images).shape == (2, 4, 65, 40) and net.stride == 4
+
+
+def test_options_that_do_not_exist_are_named():
+    with pytest.raises(ValueError, match="head='psp': it is 'self_attention', 'fcn'"):
+        car.build(4, "resnet18", head="psp")
+    with pytest.raises(ValueError, match="CARNet has no option intra_c2p"):
+        car.build(4, "resnet18", intra_c2p=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- figures
+
+
+class Identity(nn.Module):
+    """A network whose features are the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.classifier(x)
+
+
+def test_fig_4_4_by_hand():
+    image = torch.tensor([[[1.0, 2, 0]], [[0.0, 1, 3]], [[0.0, 0, -1]]])  # pixels (1 0 0), (2 1 0), (0 3 -1)
+    net = Identity().eval()
+    assert car.pixel_relation(net, image, (0, 1)).tolist() == [[pytest.approx(2 / 5), 1, pytest.approx(3 / 5)]]
+    assert car.pixel_relation(net, image[None], (0, 0)).tolist() == [[0.5, 1, 0]]
+    with pytest.raises(ValueError, match="outside the image: it has 1 rows and 3 columns"):
+        car.pixel_relation(net, image, (1, 0))
+    with pytest.raises(ValueError, match="evaluation mode"):
+        car.pixel_relation(net.train(), image)
+
+
+def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
+    net = car.build(4, "resnet18").eval()
+    image = torch.randn(3, 45, 70)
+    similarity = net.figures(image, (20, 39))["similarity"]
+    features = caught(net, "classifier", image[None])[0]
+    assert similarity.shape == (45, 70) and similarity.max() == 1 and similarity.min() >= 0
+    dots = torch.einsum("c,chw->hw", features[:, 2, 5], features)  # stride 8: rows 16 to 24, columns 32 to 40
+    assert similarity[43, 69] == pytest.approx((dots[5, 9] / dots.max()).item(), rel=1e-4)  # next to row 40, column 72
+
+
+def test_fig_4_5_by_hand():
+    # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0), over two images; class 2 does not occur
+    images = [torch.tensor([[[[1.0, 3]], [[0.0, 0]], [[0.0, 0]]]]), torch.tensor([[[[1.0, 9]], [[2.0, 9]], [[0.0, 9]]]])]
+    labels = [torch.tensor([[[0, 0]]]), torch.tensor([[[1, 255]]])]
+    found = car.class_dependency(Identity().eval(), zip(images, labels), 3)
+    # μμᵀ = (4 2 0), (2 5 0), (0 0 0), each row by its greatest
+    torch.testing.assert_close(found.float(), torch.tensor([[1, 0.5, 0], [0.4, 1, 0], [0, 0, 0]]))
