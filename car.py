@@ -24,7 +24,8 @@ What the paper prints and cannot mean:
 
 Where the paper is silent, as the released code does:
 - No gradient flows to the centres in L_intra-c2p and L_inter-c2p, nor to one of the two μ in Eq. (4.4). In L_intra-c2p that
-  changes nothing: Σ(μ - X) over a class is 0, so the gradient through μ cancels.
+  changes nothing where μ is the batch's own: Σ(μ - X) over a class is 0, so in a mean of squares the gradient through μ
+  cancels.
 - A class that is absent has centre 0 and takes part in both softmaxes. All loss weights are 1.
 - Labels are taken at the features' positions by nearest neighbour. UPerNet's features are averaged 2x2 first (stride 8).
 - The terms are computed in float32, also under mixed precision.
@@ -42,17 +43,20 @@ Over several processes sums and counts of Eq. (4.1) are added up, with gradient;
 DistributedDataParallel averages them, are those of one process with the joint batch.
 
     Table 4.1            intra, inter_c2c, inter_c2p, pointwise; head="uper", backbone="swin_t" for rows S1 to S8
+    Sect. 4.4.2.3        channels=256; pool_pointwise=True
     Table 4.2            centers="moving", decay
     Table 4.3            centers="image"
     Tables 4.4, 4.5      head, backbone; epsilon_0=0.25 for its rows marked §; CCNet, DANet, CPNet through `regularize`
     Tables 4.6, 4.7      head, backbone, auxiliary; RECIPES; evaluate.py --scales … --flip
-    Table 4.8            train.py --seed
+    Table 4.8            train.py --seed --deterministic
+(The backbones HRNet, EfficientNet, ConvNeXt, and Swin at stride 8 are not in backbones.py yet.)
 
 To copy: this file, backbones.py, ksac.py and caa.py. What stands above the heads needs backbones.py alone, and down to
 `ClassAwareRegularization` torch alone.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 
@@ -69,9 +73,20 @@ import ksac
 IGNORE = 255
 
 # ------------------------------------------------------------------------------------------------------------ equations
-# Under autocast the products below would be halves: call them through ClassAwareRegularization, which sees to it.
 
 
+def in_float32(term):
+    """`term`, with autocast off: it would make halves of the matrix products."""
+
+    @functools.wraps(term)
+    def outside(first, *rest, **options):
+        with torch.autocast(first.device.type, enabled=False):
+            return term(first, *rest, **options)
+
+    return outside
+
+
+@in_float32
 def class_centers(features, labels, num_classes, scope="batch"):
     """Eq. (4.1): (μ, N_non-zero), the mean feature and the number of pixels of each class.
 
@@ -85,6 +100,7 @@ def class_centers(features, labels, num_classes, scope="batch"):
     return sums / counts.clamp(min=1).unsqueeze(-1), counts  # Eq. (4.1)
 
 
+@in_float32
 def intra_center_to_pixel(features, labels, centers, released=False):
     """L_intra-c2p, Eqs. (4.2), (4.3): how far the pixels are from the centre of their class. Scalar, at least 0.
 
@@ -98,6 +114,7 @@ def intra_center_to_pixel(features, labels, centers, released=False):
     return over_mean(D).square().clamp(min=1e-5) if released else D.square().mean()  # Eq. (4.2)
 
 
+@in_float32
 def inter_center_to_center(centers, epsilon=0.5, released=False):
     """L_inter-c2c, Eqs. (4.4)-(4.7): how much of a class's similarity goes to the other classes. Scalar in 0…1.
 
@@ -110,6 +127,7 @@ def inter_center_to_center(centers, epsilon=0.5, released=False):
     return over_mean(D.clamp(1e-7, 1 - 1e-7)).square() if released else D.square().mean()  # Eq. (4.7)
 
 
+@in_float32
 def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=False):
     """L_inter-c2p, Eqs. (4.8)-(4.14): how much of a pixel's similarity goes to the centres of other classes. Scalar in 0…1.
 
@@ -204,24 +222,25 @@ class ClassAwareRegularization(nn.Module):
         self.epsilon_0, self.epsilon_1 = epsilon_0, epsilon_1
         if centers == "moving":
             if channels is None:
-                raise ValueError("centers='moving' keeps a centre for each class: give channels, the features' number")
+                raise ValueError("centers='moving' needs channels, the number of the features (regularize: a convolution's)")
             self.register_buffer("mu", torch.zeros(num_classes, channels))
             self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
     def forward(self, features, labels):
-        with torch.autocast(features.device.type, enabled=False):
-            scope = "image" if self.centers == "image" else "batch"
-            mu, counts = class_centers(features, labels, self.num_classes, scope)
-            if self.centers == "moving":
-                mu = self.moving_average(mu, counts > 0)
-            losses = {}
-            if self.intra:
-                losses["intra_c2p"] = intra_center_to_pixel(features, labels, mu, self.released)
-            if self.inter_c2c:
-                losses["inter_c2c"] = inter_center_to_center(mu, self.epsilon_0, self.released)
-            if self.inter_c2p:
-                losses["inter_c2p"] = inter_center_to_pixel(features, labels, mu, self.epsilon_1, self.released)
-            return losses
+        if not (self.intra or self.inter_c2c or self.inter_c2p):
+            return {}
+        scope = "image" if self.centers == "image" else "batch"
+        mu, counts = class_centers(features, labels, self.num_classes, scope)
+        if self.centers == "moving":
+            mu = self.moving_average(mu, counts > 0)
+        losses = {}
+        if self.intra:
+            losses["intra_c2p"] = intra_center_to_pixel(features, labels, mu, self.released)
+        if self.inter_c2c:
+            losses["inter_c2c"] = inter_center_to_center(mu, self.epsilon_0, self.released)
+        if self.inter_c2p:
+            losses["inter_c2p"] = inter_center_to_pixel(features, labels, mu, self.epsilon_1, self.released)
+        return losses
 
     def moving_average(self, mu, present):
         """Sect. 4.4.2.3: the averaged centres `[K, C]`; in training mode they are kept."""
@@ -238,19 +257,19 @@ class ClassAwareRegularization(nn.Module):
 
 
 def regularize(net, classifier, num_classes, **terms):
-    """CAR for any segmentation network: `net` as a module that gives CAR's losses as well.
+    """CAR for any segmentation network: wraps `net` so that a call with labels also returns CAR's losses.
 
     classifier: the name of the submodule of `net` whose input `[N, C, h, w]` is regularised, as in
-    `net.get_submodule(name)`: "classifier" in this repository, "classifier.4" in torchvision's. terms: keywords of
-    ClassAwareRegularization.
+    `net.get_submodule(name)`: "classifier" in this repository, "classifier.4" in torchvision's networks. Where it is called
+    several times, the last call counts. terms: keywords of ClassAwareRegularization.
 
-    Called with images alone it is `net`, unchanged. Called with labels int64 `[N, H, W]`, 255 = ignored, it returns a dict
+    Called with images alone the wrapper is `net`, unchanged. Called with labels int64 `[N, H, W]`, 255 = ignored, it returns
+    a dict of scalar losses, CAR's beside those of `net`; if the forward of `net` takes no `labels`, beside the cross entropy
     of
-    scalar losses: those of `net`, if its forward takes `labels`, else "cross_entropy" of what it returns, logits `[N, K, h,
-    w]` or a dict of them, "out" and perhaps "aux" (torchvision's: half of its loss as "auxiliary"); and CAR's.
+    what it returns: logits `[N, K, h, w]`, or torchvision's dict of "out" and perhaps "aux", which is weighted by half.
 
     Raises ValueError for a name that `net` does not have, and in the forward pass where that submodule is not reached, or by
-    something else than a feature map.
+    something else than a feature map. Wrap first, then let DistributedDataParallel or torch.compile wrap that.
     """
     return Regularized(net, classifier, num_classes, terms)
 
@@ -260,14 +279,14 @@ class Regularized(nn.Module):
 
     def __init__(self, net, classifier, num_classes, terms):
         super().__init__()
-        known = dict(net.named_modules())
-        if not classifier or classifier not in known:
-            last = [name for name, module in known.items() if isinstance(module, (nn.Conv2d, nn.Linear))][-4:]
+        modules = dict(net.named_modules())
+        if not classifier or classifier not in modules:
+            last = [name for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))][-4:]
             raise ValueError(f"{type(net).__name__} has no submodule '{classifier}'; its last layers are {', '.join(last)}")
         self.net, self.classifier = net, classifier
-        channels = getattr(known[classifier], "in_channels", getattr(known[classifier], "in_features", None))
+        channels = getattr(modules[classifier], "in_channels", None)
         terms = backbones.check_options(ClassAwareRegularization, terms)
-        self.car = ClassAwareRegularization(num_classes, channels, **terms)
+        self.car = ClassAwareRegularization(num_classes, channels, **terms).to(next(net.parameters()).device)
         self.takes_labels = "labels" in inspect.signature(net.forward).parameters
 
     def forward(self, images, labels=None):
@@ -286,7 +305,7 @@ class Regularized(nn.Module):
 def inputs_of(net, name):
     """The first input of each call of the submodule `name` while the context is open, as a list."""
     seen = []
-    handle = net.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = net.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[:1]))
     try:
         yield seen
     finally:
@@ -321,20 +340,20 @@ def logits_losses(output, labels):
 def pixels_of(side, length):
     """Which pixel of `side` each of the `length` positions of a feature map lies at: int64 `[length]`.
 
-    Position i lies at i·stride, whatever the network added at the end (a k·stride + 1 grid, a multiple of 32), and the last
-    ones may lie behind it: the stride is the power of two that is next to side / length. Where there is none, the positions
-    are spread evenly.
+    The stride is the power of two that is next to side / length, and position i lies at i·stride, the last ones perhaps
+    behind the end, where a network has continued the image (by less than a stride, or to a multiple of 32). Where the map is
+    of neither size its positions are spread evenly.
     """
     stride = 2 ** max(0, math.ceil(math.log2(side / length)))
-    if (length - 1) * stride >= side + 32:
-        return ((torch.arange(length) + 0.5) * (side / length)).long()
-    return torch.arange(length) * stride
+    if (length - 1) * stride < side + stride - 1 or length * stride == -(-side // 32) * 32:
+        return torch.arange(length) * stride
+    return ((torch.arange(length) + 0.5) * (side / length)).long()
 
 
-def labels_at(labels, size):
-    """Labels `[N, H, W]` at the positions of a feature map of `size`: nearest neighbour, `[N, h, w]`."""
+def labels_at(labels, size, shift=0):
+    """Labels `[N, H, W]` at the positions of a feature map of `size`, `shift` pixels on: nearest neighbour, `[N, h, w]`."""
     sides = zip(labels.shape[1:], size)
-    rows, columns = (pixels_of(side, length).clamp(max=side - 1).to(labels.device) for side, length in sides)
+    rows, columns = ((pixels_of(side, length) + shift).clamp(max=side - 1).to(labels.device) for side, length in sides)
     return labels[:, rows[:, None], columns]
 
 
@@ -358,7 +377,7 @@ def pixel_relation(net, image, pixel=None, classifier="classifier"):
     X = feature_map(seen, classifier)[0].float()  # [C, h, w]
     grids = (pixels_of(side, length) for side, length in zip((H, W), X.shape[1:]))
     rows, columns = ((torch.arange(side)[:, None] - grid).abs().argmin(1) for side, grid in zip((H, W), grids))
-    similarity = torch.einsum("c,chw->hw", X[:, rows[row], columns[column]], X).clamp(min=0)
+    similarity = (X[:, rows[row], columns[column]][:, None, None] * X).sum(0).clamp(min=0)
     return (similarity / similarity.max().clamp(min=1e-12))[rows[:, None], columns]
 
 
@@ -386,10 +405,10 @@ def class_dependency(net, pairs, num_classes, classifier="classifier"):
 
 
 class SelfAttention(nn.Module):
-    """Dot-product self-attention (Wang et al., "Non-local Neural Networks", CVPR 2018), the released baseline.
+    """Self-attention (Wang et al., "Non-local Neural Networks", CVPR 2018, "embedded Gaussian"), as in the released code.
 
-    `[N, in_channels, h, w]` -> `[N, 512, h, w]`. Queries and keys of 64 channels, with one initialisation; no scale. The
-    attention is computed in float32: an unscaled product can exceed float16.
+    `[N, in_channels, h, w]` -> `[N, 512, h, w]`. Queries and keys of 64 channels, with one initialisation; no scale, no
+    output projection. In float32: an unscaled product can exceed float16.
     """
 
     def __init__(self, in_channels):
@@ -409,54 +428,61 @@ class SelfAttention(nn.Module):
 class UPer(nn.Module):
     """UPerNet's pyramid pooling on top of a feature pyramid (Xiao et al., "Unified Perceptual Parsing", ECCV 2018).
 
-    Four maps, finest first -> `[N, 4·512, h, w]` of the finest, which its fusing convolution reads. corners: how the maps
-    lie (backbones.Backbone).
+    Four maps, finest first -> `[N, 4·512, h, w]` of the finest, still to be fused by a convolution (CARNet.last). corners:
+    how the maps lie, see backbones.on_grid. pointwise: a 1x1 convolution after the pooling, not 3x3.
     """
 
-    def __init__(self, channels, corners=True):
+    def __init__(self, channels, corners=True, pointwise=False):
         super().__init__()
         self.corners = corners
-        self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), Conv2dNormActivation(channels[-1], 512, 1)) for size in (1, 2, 3, 6)
-        )
-        self.top = Conv2dNormActivation(channels[-1] + 4 * 512, 512, 3)
+        self.pools = nn.ModuleList(Conv2dNormActivation(channels[-1], 512, 1) for _ in (1, 2, 3, 6))
+        self.top = Conv2dNormActivation(channels[-1] + 4 * 512, 512, 1 if pointwise else 3)
         self.lateral = nn.ModuleList(Conv2dNormActivation(c, 512, 1) for c in channels[:-1])
         self.smooth = nn.ModuleList(Conv2dNormActivation(512, 512, 3) for _ in channels[:-1])
 
-    def resize(self, x, like):
-        return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=self.corners)
-
     def forward(self, maps):
         *finer, x = maps
-        pooled = [F.interpolate(pool(x), size=x.shape[2:], mode="bilinear", align_corners=False) for pool in self.pools]
+        pooled = [resize(pool(average(x, size)), x) for pool, size in zip(self.pools, (1, 2, 3, 6))]
         x = self.top(torch.cat([x, *pooled], dim=1))
         pyramid = [x]
         for level, lateral, smooth in reversed(list(zip(finer, self.lateral, self.smooth))):
             lateral = lateral(level)
-            x = lateral + self.resize(x, lateral)
+            x = lateral + resize(x, lateral, self.corners)
             pyramid.insert(0, smooth(x))
-        return torch.cat([self.resize(level, pyramid[0]) for level in pyramid], dim=1)
+        return torch.cat([resize(level, pyramid[0], self.corners) for level in pyramid], dim=1)
+
+
+def resize(x, like, corners=False):
+    """x `[N, C, h, w]` at the size of the map `like`, bilinear."""
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=corners)
+
+
+def average(x, size):
+    """F.adaptive_avg_pool2d(x, size) as matrix products: its own backward pass is not deterministic on CUDA."""
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(side, device=x.device, dtype=x.dtype), size) for side in x.shape[2:])
+    return rows.mT @ x @ columns
 
 
 class OCR(nn.Module):
     """Object-contextual representations (Yuan et al., "Object-Contextual Representations", ECCV 2020, Eqs. 1 to 4).
 
-    `[N, in_channels, h, w]` -> (`[N, 2·512, h, w]`, pixels and their object context, which its fusing 1x1 convolution reads;
-    logits `[N, K, h, w]` of the soft object regions).
+    x `[N, in_channels, h, w]` and the map of the level before -> (pixels and their object context `[N, 2·512, h, w]`, still
+    to be fused by a 1x1 convolution (CARNet.last); logits `[N, K, …]` of the soft object regions, found on the level
+    before).
     """
 
-    def __init__(self, in_channels, num_classes):
+    def __init__(self, in_channels, before_channels, num_classes):
         super().__init__()
         self.pixels = Conv2dNormActivation(in_channels, 512, 3)
-        self.regions = nn.Sequential(Conv2dNormActivation(in_channels, 512, 3), nn.Conv2d(512, num_classes, 1))
+        self.regions = nn.Sequential(Conv2dNormActivation(before_channels, 512, 3), nn.Conv2d(512, num_classes, 1))
         self.phi = nn.Sequential(Conv2dNormActivation(512, 256, 1), Conv2dNormActivation(256, 256, 1))
         self.psi = nn.Sequential(Conv2dNormActivation(512, 256, 1), Conv2dNormActivation(256, 256, 1))
         self.delta, self.rho = Conv2dNormActivation(512, 256, 1), Conv2dNormActivation(256, 512, 1)
 
-    def forward(self, x):
-        coarse, x = self.regions(x), self.pixels(x)
+    def forward(self, x, before):
+        coarse, x = self.regions(before), self.pixels(x)
         with torch.autocast(x.device.type, enabled=False):
-            m = coarse.float().flatten(2).softmax(2)  # [N, K, hw]
+            m = resize(coarse.float(), x, corners=True).flatten(2).softmax(2)  # [N, K, hw]
             f = (m @ x.float().flatten(2).mT).mT.unsqueeze(3)  # the object regions' features  [N, 512, K, 1]
         query, key, value = (y.flatten(2).mT.float() for y in (self.phi(x), self.psi(f), self.delta(f)))
         with torch.autocast(x.device.type, enabled=False):
@@ -479,7 +505,8 @@ class CARNet(nn.Module):
     intra, inter_c2c, inter_c2p: the terms (Table 4.1)
     pointwise: the paper's "A": the last convolution before the classifier is 1x1, not 3x3 (after OCR and CAA it always is)
     centers, decay, epsilon_0, epsilon_1, released: see ClassAwareRegularization
-    channels: of the last convolution; the head's own if None (512; 256 for DeepLabv3 and CAA). Sect. 4.4.2.3 tries 256
+    channels: of the last convolution; the head's own if None (512; 256 for DeepLabv3 and CAA), 256 in Sect. 4.4.2.3
+    pool_pointwise: UPer's convolution after the pooling is 1x1 too (Sect. 4.4.2.3: half a point to one better)
     auxiliary: a loss on the backbone's last map (Table 4.6)
     output_stride: of the backbone; 8, or 32 for UPer, if None (Sect. 4.4.1)
     """
@@ -501,6 +528,7 @@ class CARNet(nn.Module):
         epsilon_1=0.25,
         released=False,
         channels=None,
+        pool_pointwise=False,
         auxiliary=False,
         output_stride=None,
     ):
@@ -508,27 +536,30 @@ class CARNet(nn.Module):
         output_stride = output_stride or (32 if head == "uper" else 8)
         grid = (1, 2, 4) if backbone.startswith("resnet") and output_stride < 32 else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
-        high = self.backbone.channels[-1]
-        heads = {  # name: (head, the channels it gives)
-            "self_attention": (lambda: SelfAttention(high), 512),
-            "fcn": (lambda: Conv2dNormActivation(high, 512, 3), 512),
-            "deeplabv3": (lambda: ksac.ASPP(high, [max(1, rate * 16 // output_stride) for rate in (6, 12, 18)]), 256),
-            "uper": (lambda: UPer(self.backbone.channels, self.backbone.corners), 4 * 512),
-            "ocr": (lambda: OCR(high, num_classes), 2 * 512),
-            "caa": (lambda: caa.CAA(high), 256),
-        }
-        if head not in heads:
-            raise ValueError(f"head={head!r}: it is {', '.join(map(repr, heads))}")
-        make, width = heads[head]
-        self.head, self.released = make(), released
+        levels, corners = self.backbone.channels, self.backbone.corners
+        if head == "self_attention":
+            self.head, width = SelfAttention(levels[-1]), 512
+        elif head == "fcn":
+            self.head, width = Conv2dNormActivation(levels[-1], 512, 3), 512
+        elif head == "deeplabv3":
+            self.head, width = ksac.ASPP(levels[-1], [rate * 16 // output_stride for rate in (6, 12, 18)]), 256
+        elif head == "uper":
+            self.head, width = UPer(levels, corners, pool_pointwise), 4 * 512
+        elif head == "ocr":
+            self.head, width = OCR(levels[-1], levels[-2], num_classes), 2 * 512
+        elif head == "caa":
+            self.head, width = caa.CAA(levels[-1]), 256
+        else:
+            raise ValueError(f"head={head!r}: it is self_attention, fcn, deeplabv3, uper, ocr or caa")
         self.stride = self.backbone.strides[0 if head == "uper" else -1]
         self.linear = nn.Conv2d(width, min(512, width), 1) if released else nn.Identity()
-        width, channels = min(512, width) if released else width, channels or min(512, width)
-        kernel = 1 if pointwise or head in ("ocr", "caa") else 3
-        self.last = Conv2dNormActivation(width, channels, kernel)
+        width = min(512, width) if released else width
+        channels = channels or min(512, width)
+        self.last = Conv2dNormActivation(width, channels, 1 if pointwise or head in ("ocr", "caa") else 3)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
-        layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
+        layers = Conv2dNormActivation(levels[-1], 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         self.auxiliary = nn.Sequential(*layers) if auxiliary and head != "ocr" else None
+        self.regularized = "last" if released else "classifier"  # the terms act on what enters this submodule
         terms = dict(intra=intra, inter_c2c=inter_c2c, inter_c2p=inter_c2p, centers=centers, decay=decay)
         terms |= dict(epsilon_0=epsilon_0, epsilon_1=epsilon_1, released=released)
         self.car = ClassAwareRegularization(num_classes, width if released else channels, **terms)
@@ -536,37 +567,38 @@ class CARNet(nn.Module):
     def forward(self, images, labels=None):
         size, strides, corners = images.shape[2:], self.backbone.strides, self.backbone.corners
         maps = self.backbone(backbones.on_grid(images, strides[-1], corners))
-        coarse = None if self.auxiliary is None else self.auxiliary(maps[-1])
         if isinstance(self.head, OCR):
-            x, coarse = self.head(maps[-1])
+            x, coarse = self.head(maps[-1], maps[-2])
         else:
-            x = self.head(maps if isinstance(self.head, UPer) else maps[-1])
+            x, coarse = self.head(maps if isinstance(self.head, UPer) else maps[-1]), None
         x = self.linear(x)
         features = self.last(x)
         logits = backbones.upsample(self.classifier(features), self.stride, size, corners)
         if labels is None:
             return logits
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
+        if self.auxiliary is not None:
+            coarse = self.auxiliary(maps[-1])
         if coarse is not None:
-            coarse = backbones.upsample(coarse, strides[-1], size, corners)
+            coarse = backbones.upsample(coarse, strides[-2 if isinstance(self.head, OCR) else -1], size, corners)
             losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(coarse, labels)
-        features = x if self.released else features
+        features = x if self.car.released else features
+        shift = 0 if corners else self.stride // 2  # to the middle of a patch
         if isinstance(self.head, UPer):
-            features = F.avg_pool2d(features, 2, ceil_mode=True)
-        return losses | self.car(features, labels_at(labels, features.shape[2:]))
+            features, shift = F.avg_pool2d(features, 2, ceil_mode=True), shift + self.stride // 2
+        return losses | self.car(features, labels_at(labels, features.shape[2:], shift))
 
     def figures(self, image, pixel=None):
         """Fig. 4.4: how similar every pixel is to `pixel` (pixel_relation), a map `[H, W]` in 0…1."""
-        return {"similarity": pixel_relation(self, image, pixel, "last" if self.released else "classifier")}
+        return {"similarity": pixel_relation(self, image, pixel, self.regularized)}
 
 
-# Sect. 4.4.1. SGD, poly decay, synchronized batch norm; Table 4.1's last row. For Table 4.6's last one: --backbone
-# convnext_large --option head=caa --option auxiliary=True --optimizer adam --iterations 40000, and --lr 6e-5, which is open
-# (Swin's own for segmentation).
+# Sect. 4.4.1. SGD, poly decay, synchronized batch norm, stride 8 (CARNet's own); Table 4.1's row R8. For Table 4.6's last
+# row: --backbone convnext_large --option head=caa --option auxiliary=True --optimizer adam --iterations 40000 --lr 6e-5 (the
+# rate is open; Swin's own for segmentation).
 _COMMON = dict(
     backbone="resnet50",
     weights="imagenet",  # open
-    output_stride=8,
     iterations=30_000,
     batch_size=16,
     optimizer="sgd",

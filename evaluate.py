@@ -400,12 +400,13 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
 
 
 def class_dependency(net, dataset, device, amp, workers):
-    """car.class_dependency of a network with a `classifier`, over all of `dataset`: `[K, K]` in 0…1, on the CPU."""
+    """car.class_dependency of a network of this repository, over all of `dataset`: `[K, K]` in 0…1, on the CPU."""
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
     bar = tqdm(loader, desc="class dependency", unit="img", leave=False)
     with autocast(device, amp):
         pairs = ((image.to(device), labels.to(device)) for image, labels in bar)
-        return method_file("car").class_dependency(net, pairs, dataset.num_classes).cpu()
+        name = getattr(net, "regularized", "classifier")
+        return method_file("car").class_dependency(net, pairs, dataset.num_classes, name).cpu()
 
 
 def draw_matrix(values, names, cell=20, margin=120):
@@ -599,9 +600,10 @@ def _split(net, checkpoint, device, rank, args, how):
             dependency = class_dependency(net, dataset, device, args.amp, args.workers)
             draw_matrix(dependency, dataset.classes).save(folder / "class_dependency.png")
             occurs = dependency.amax(1) > 0
-            others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
-            result["class_dependency"] = others.mean().item()
-            print(f"class dependency: {result['class_dependency']:.3f} between two classes, in the mean (of 0…1)")
+            if occurs.sum() > 1:
+                others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
+                result["class_dependency"] = others.mean().item()
+                print(f"class dependency: {others.mean():.3f} between two classes, in the mean (of 0…1)")
         print(f"figures: {folder}")
     about = dict(
         checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name, split=args.split, images=len(dataset)

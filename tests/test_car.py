@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models import segmentation
 
+import backbones
 import caa
 import car
 import ksac
@@ -279,9 +280,20 @@ def test_half_precision_is_computed_in_float32(dtype):
     labels = torch.randint(5, (2, 4, 4))
     module = car.ClassAwareRegularization(5, 16, centers="moving")
     exact = copy.deepcopy(module)(features.float(), labels)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = module(features, labels)
+    centers, _ = car.class_centers(features.float(), labels, 5)
+    with torch.autocast("cpu", dtype):
+        losses, found = module(features, labels), car.class_centers(features, labels, 5)[0]
     assert all(losses[name].dtype == torch.float32 and torch.equal(losses[name], exact[name]) for name in TERMS)
+    assert torch.equal(found, centers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_figures_are_no_rougher_than_the_features(dtype):
+    net, image, labels = Identity().eval(), 300 * torch.rand(1, 3, 9, 9).to(dtype), torch.randint(2, (1, 9, 9))
+    exact = car.class_dependency(net, [(image.float(), labels)], 2), car.pixel_relation(net, image.float())
+    with torch.autocast("cpu", dtype):
+        found = car.class_dependency(net, [(image, labels)], 2), car.pixel_relation(net, image)
+    assert all(torch.equal(a, b) for a, b in zip(found, exact))
 
 
 class Largest(TorchDispatchMode):
@@ -331,18 +343,16 @@ def test_module_gives_the_terms_that_are_on():
 
 def test_moving_average_by_hand():
     module = car.ClassAwareRegularization(3, 1, centers="moving", decay=0.75)
-    labels = torch.tensor([[[0, 1]]])
-    mu = lambda a, b, y=labels: module.moving_average(*seen(maps((a,), (b,)), y))  # noqa: E731
-    seen = lambda x, y: (lambda c, n: (c, n > 0))(*car.class_centers(x.float(), y, 3))  # noqa: E731
-    assert mu(8, 4).flatten().tolist() == [8, 4, 0]  # what is new is taken as it is
-    assert mu(16, 0).flatten().tolist() == [0.75 * 8 + 0.25 * 16, 3, 0]
-    assert mu(2, 4, torch.tensor([[[0, 0]]])).flatten().tolist() == [
-        0.75 * 10 + 0.25 * 3,
-        3,
-        0,
-    ]  # absent: class 1 keeps its own
+
+    def averaged(first, second, labels=(0, 1)):
+        centers, counts = car.class_centers(maps((first,), (second,)).float(), torch.tensor([[labels]]), 3)
+        return module.moving_average(centers, counts > 0).flatten().tolist()
+
+    assert averaged(8, 4) == [8, 4, 0]  # what is new is taken as it is
+    assert averaged(16, 0) == [0.75 * 8 + 0.25 * 16, 3, 0]
+    assert averaged(2, 4, labels=(0, 0)) == [0.75 * 10 + 0.25 * 3, 3, 0]  # absent: class 1 keeps its own
     module.eval()
-    assert mu(0, 0).flatten().tolist() == [0.75 * 8.25, 2.25, 0] and module.mu.flatten().tolist() == [8.25, 3, 0]
+    assert averaged(0, 0) == [0.75 * 8.25, 2.25, 0] and module.mu.flatten().tolist() == [8.25, 3, 0]
 
 
 def test_gradient_flows_through_the_new_part_of_the_moving_average():
@@ -362,7 +372,7 @@ def test_gradient_flows_through_the_new_part_of_the_moving_average():
         (dict(num_classes=1), "at least 2"),
         (dict(num_classes=2, centers="class"), "'batch', 'image' or 'moving'"),
         (dict(num_classes=2, decay=1.0), "below 1"),
-        (dict(num_classes=2, centers="moving"), "give channels"),
+        (dict(num_classes=2, centers="moving"), "needs channels"),
     ],
 )
 def test_module_says_what_it_expects(options, message):
@@ -441,7 +451,9 @@ def test_labels_are_read_where_the_positions_lie(side, stride):
         assert found.tolist() == [[row + 1000 * column for column in at] for row in at]
 
 
-def test_positions_of_no_power_of_two_are_spread_evenly():
+def test_positions_of_other_maps_are_spread_evenly():
+    assert car.pixels_of(224, 16).tolist() == [7 + 14 * i for i in range(16)]  # patches of 14
+    assert car.pixels_of(100, 60).tolist() == [int((i + 0.5) * 100 / 60) for i in range(60)]
     assert car.pixels_of(300, 200).tolist() == [int((i + 0.5) * 1.5) for i in range(200)]
     assert car.pixels_of(7, 7).tolist() == list(range(7)) and car.pixels_of(40, 1).tolist() == [0]
 
@@ -557,6 +569,61 @@ def test_every_head_trains_every_parameter_at_odd_sizes(head, released):
     assert isinstance(net.classifier, nn.Conv2d) and net.classifier.kernel_size == (1, 1)
 
 
+@pytest.mark.parametrize(
+    "backbone, head", [("resnet18", "uper"), ("resnet18", "ocr"), ("resnet18", "fcn"), ("swin_t", "uper")]
+)
+def test_losses_are_those_of_the_logits_and_the_auxiliary_logits(backbone, head):
+    net = car.build(4, backbone, head=head, auxiliary=True).eval()
+    images, labels = torch.randn(1, 3, 50, 70), torch.randint(4, (1, 50, 70))
+    labels[0, :9] = 255
+    with torch.no_grad():
+        losses, logits = net(images, labels), net(images)
+        torch.testing.assert_close(losses["cross_entropy"], F.cross_entropy(logits, labels, ignore_index=255))
+        corners = net.backbone.corners
+        maps = net.backbone(backbones.on_grid(images, net.backbone.strides[-1], corners))
+        if head == "ocr":  # the regions are found on the level before the last
+            coarse, stride = net.head.regions(maps[-2]), net.backbone.strides[-2]
+        else:
+            coarse, stride = net.auxiliary(maps[-1]), net.backbone.strides[-1]
+        coarse = backbones.upsample(coarse, stride, (50, 70), corners)
+        expected = 0.4 * F.cross_entropy(coarse, labels, ignore_index=255)
+        torch.testing.assert_close(losses["auxiliary"], expected)
+        features = caught(net, "classifier", images)
+        expected = backbones.upsample(net.classifier(features), net.stride, (50, 70), corners)
+        torch.testing.assert_close(logits, expected)
+
+
+def test_every_option_reaches_its_place():
+    def parts(**options):
+        with torch.device("meta"):
+            net = car.build(4, "resnet50", **options)
+        return net, net.car
+
+    net, terms = parts()
+    assert (terms.epsilon_0, terms.epsilon_1, terms.centers, terms.released) == (0.5, 0.25, "batch", False)  # Sect. 4.4.1
+    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, True, True) and net.last[0].out_channels == 512
+    assert [block.conv2.dilation[0] for block in net.backbone.body.layer4.children()] == [4, 8, 16]  # multi-grid (1, 2, 4)
+    _, terms = parts(centers="moving", decay=0.8, epsilon_0=0.25, epsilon_1=0.125, inter_c2c=False)
+    assert (terms.centers, terms.decay, terms.epsilon_0, terms.epsilon_1) == ("moving", 0.8, 0.25, 0.125)
+    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, False, True) and terms.mu.shape == (4, 512)
+    assert parts(channels=256)[0].classifier.in_channels == 256
+    net, terms = parts(head="uper", released=True, centers="moving")
+    assert terms.released and terms.mu.shape == (4, 512) and net.linear.out_channels == 512
+    assert net.backbone.strides == (4, 8, 16, 32) and net.head.top[0].kernel_size == (3, 3)
+    assert [conv.dilation[0] for conv in net.backbone.body.layer4.modules() if isinstance(conv, nn.Conv2d)] == [1] * 10
+    assert parts(head="uper", pool_pointwise=True)[0].head.top[0].kernel_size == (1, 1)
+    for stride, rates in ((8, [12, 24, 36]), (16, [6, 12, 18])):
+        branches = parts(head="deeplabv3", output_stride=stride)[0].head.convs[1:-1]
+        assert [branch[0].dilation[0] for branch in branches] == rates
+
+
+def test_recipes_are_the_papers():
+    assert set(car.RECIPES) == {"pascal_context", "coco_stuff10k"}
+    for recipe in car.RECIPES.values():  # Sect. 4.4.1
+        settings = ("iterations", "batch_size", "optimizer", "lr", "weight_decay", "backbone")
+        assert [recipe[name] for name in settings] == [30_000, 16, "sgd", 0.01, 0.001, "resnet50"]
+
+
 def test_without_terms_it_is_the_baseline():
     net = car.build(4, "resnet18", **NONE).train()
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32))
@@ -589,12 +656,14 @@ def test_terms_act_on_what_enters_the_classifier_or_in_the_released_form_on_the_
     assert isinstance(linear, nn.Conv2d) and linear.bias is not None and linear.out_channels == 512
 
 
-def test_upers_features_are_averaged_to_stride_8():
+@pytest.mark.parametrize("backbone, size, start", [("resnet18", (9, 13), 2), ("swin_t", (8, 12), 4)])
+def test_upers_features_are_averaged_to_stride_8_and_labelled_in_the_middle(backbone, size, start):
     images, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
-    net = car.build(4, "resnet18", head="uper").eval()
+    net = car.build(4, backbone, head="uper").eval()
     features = F.avg_pool2d(caught(net, "classifier", images), 2, ceil_mode=True)
-    assert features.shape[2:] == (9, 13)  # of 17 x 25 positions: on_grid continues to 65 x 97 pixels
-    expected = net.car(features, car.labels_at(labels, (9, 13)))
+    assert features.shape[2:] == size
+    rows, columns = ([min(start + 8 * i, side - 1) for i in range(n)] for side, n in zip((64, 96), size))
+    expected = net.car(features, labels[:, rows][:, :, columns])
     losses = net(images, labels)
     assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
 
@@ -611,19 +680,17 @@ def test_self_attention_is_the_unscaled_softmax_with_a_residual():
 
 
 def test_ocr_is_its_papers_equations():
-    head = car.OCR(5, 3).eval()
-    x = torch.randn(1, 5, 2, 3)
-    features, coarse = head(x)
+    head = car.OCR(5, 4, 3).eval()
+    x, before = torch.randn(1, 5, 2, 3), torch.randn(1, 4, 2, 3)
+    features, coarse = head(x, before)
     pixels = head.pixels(x)[0].flatten(1)  # [512, hw]
+    assert torch.equal(coarse, head.regions(before))
     m = torch.softmax(coarse[0].flatten(1), dim=1)  # [K, hw]
     f = torch.stack([sum(m[k, i] * pixels[:, i] for i in range(6)) for k in range(3)])  # Eq. (1)
+    regions = f.T[None, ..., None]
     phi, psi, delta = (
-        g(v)[0].flatten(1)
-        for g, v in (
-            (head.phi, pixels.view(1, 512, 2, 3)),
-            (head.psi, f.T[None, ..., None]),
-            (head.delta, f.T[None, ..., None]),
-        )
+        transform(y)[0].flatten(1)
+        for transform, y in ((head.phi, pixels.view(1, 512, 2, 3)), (head.psi, regions), (head.delta, regions))
     )
     w = torch.softmax(
         torch.stack([torch.stack([phi[:, i] @ psi[:, k] for k in range(3)]) for i in range(6)]), dim=1
@@ -633,16 +700,21 @@ def test_ocr_is_its_papers_equations():
     torch.testing.assert_close(features, torch.cat([pixels.view(1, 512, 2, 3), y], dim=1), atol=1e-5, rtol=1e-4)
 
 
-def test_uper_reads_every_level():
-    head = car.UPer((4, 6, 8, 10)).eval()
-    levels = [torch.randn(1, c, s, s, requires_grad=True) for c, s in zip((4, 6, 8, 10), (17, 9, 5, 3))]
-    out = head(levels)
-    assert out.shape == (1, 4 * 512, 17, 17)
-    for i in range(4):  # level i of the pyramid depends on the levels from i on, up to the coarsest
-        gradients = torch.autograd.grad(
-            out[:, 512 * i : 512 * (i + 1)].square().sum(), levels, retain_graph=True, allow_unused=True
-        )
-        assert [g is not None and g.abs().max().item() > 0 for g in gradients] == [level >= i for level in range(4)]
+@pytest.mark.parametrize("corners", [True, False])
+def test_uper_level_by_level(corners):
+    head = car.UPer((4, 6, 8, 10), corners).eval()
+    x4, x8, x16, x32 = (torch.randn(1, c, s, s + 1) for c, s in zip((4, 6, 8, 10), (17, 9, 5, 7)))
+
+    def up(x, like, corners=corners):
+        return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=corners)
+
+    pooled = [up(pool(F.adaptive_avg_pool2d(x32, s)), x32, False) for pool, s in zip(head.pools, (1, 2, 3, 6))]
+    y32 = head.top(torch.cat([x32, *pooled], 1))
+    y16 = head.lateral[2](x16) + up(y32, x16)
+    y8 = head.lateral[1](x8) + up(y16, x8)
+    y4 = head.lateral[0](x4) + up(y8, x4)
+    pyramid = [head.smooth[0](y4), head.smooth[1](y8), head.smooth[2](y16), y32]
+    torch.testing.assert_close(head([x4, x8, x16, x32]), torch.cat([up(y, x4) for y in pyramid], 1))
 
 
 def test_swin_tiny_with_uper_is_table_4_1s_second_network():
@@ -655,7 +727,7 @@ def test_swin_tiny_with_uper_is_table_4_1s_second_network():
 
 
 def test_options_that_do_not_exist_are_named():
-    with pytest.raises(ValueError, match="head='psp': it is 'self_attention', 'fcn'"):
+    with pytest.raises(ValueError, match="head='psp': it is self_attention, fcn"):
         car.build(4, "resnet18", head="psp")
     with pytest.raises(ValueError, match="CARNet has no option intra_c2p"):
         car.build(4, "resnet18", intra_c2p=False)
@@ -697,9 +769,8 @@ def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
 
 
 def test_fig_4_5_by_hand():
-    # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0), over two images; class 2 does not occur
-    images = [torch.tensor([[[[1.0, 3]], [[0.0, 0]], [[0.0, 0]]]]), torch.tensor([[[[1.0, 9]], [[2.0, 9]], [[0.0, 9]]]])]
-    labels = [torch.tensor([[[0, 0]]]), torch.tensor([[[1, 255]]])]
-    found = car.class_dependency(Identity().eval(), zip(images, labels), 3)
-    # μμᵀ = (4 2 0), (2 5 0), (0 0 0), each row by its greatest
-    torch.testing.assert_close(found.float(), torch.tensor([[1, 0.5, 0], [0.4, 1, 0], [0, 0, 0]]))
+    # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0); class 2: (-1 0 0), over two images; class 3 does not occur
+    images, labels = [maps((1, 0, 0), (3, 0, 0)), maps((1, 2, 0), (-1, 0, 0))], torch.tensor([[[[0, 0]]], [[[1, 2]]]])
+    found = car.class_dependency(Identity().double().eval(), zip(images, labels), 4)
+    # μμᵀ = (4 2 -2), (2 5 -1), (-2 -1 1), each row by its greatest
+    torch.testing.assert_close(found, torch.tensor([[1, 0.5, 0, 0], [0.4, 1, 0, 0], [0, 0, 1, 0], [0] * 4]).double())
