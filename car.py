@@ -264,9 +264,8 @@ def regularize(net, classifier, num_classes, **terms):
     several times, the last call counts. terms: keywords of ClassAwareRegularization.
 
     Called with images alone the wrapper is `net`, unchanged. Called with labels int64 `[N, H, W]`, 255 = ignored, it returns
-    a dict of scalar losses, CAR's beside those of `net`; if the forward of `net` takes no `labels`, beside the cross entropy
-    of
-    what it returns: logits `[N, K, h, w]`, or torchvision's dict of "out" and perhaps "aux", which is weighted by half.
+    a dict of scalar losses: CAR's beside those of `net`. If the forward of `net` takes no `labels`, its own are the cross
+    entropy of what it returns: logits `[N, K, h, w]`, or torchvision's dict of "out" and perhaps "aux", weighted by half.
 
     Raises ValueError for a name that `net` does not have, and in the forward pass where that submodule is not reached, or by
     something else than a feature map. Wrap first, then let DistributedDataParallel or torch.compile wrap that.
@@ -341,11 +340,12 @@ def pixels_of(side, length):
     """Which pixel of `side` each of the `length` positions of a feature map lies at: int64 `[length]`.
 
     The stride is the power of two that is next to side / length, and position i lies at i·stride, the last ones perhaps
-    behind the end, where a network has continued the image (by less than a stride, or to a multiple of 32). Where the map is
-    of neither size its positions are spread evenly.
+    behind the end, where a network has continued the image: by less than a stride, to k·32 + 1 pixels, or to k·32. Where the
+    map has no such size, its positions are spread evenly.
     """
     stride = 2 ** max(0, math.ceil(math.log2(side / length)))
-    if (length - 1) * stride < side + stride - 1 or length * stride == -(-side // 32) * 32:
+    last = (length - 1) * stride
+    if last < side + stride - 1 or last == -(-(side - 1) // 32) * 32 or last + stride == -(-side // 32) * 32:
         return torch.arange(length) * stride
     return ((torch.arange(length) + 0.5) * (side / length)).long()
 

@@ -171,6 +171,7 @@ def resumed(output, given):
         raise Mistake(f"'{path}' is damaged or of another version; start a new run with --init {output}/last.pt") from None
     if "option" in given:  # those of the recipe need not be repeated
         given["option"] = settings["option"] | given["option"]
+    given = json.loads(json.dumps(given))  # as config.json has it: lists, not tuples
     for name, value in given.items():
         if name not in FREE and value != settings[name]:
             raise Mistake(

@@ -440,11 +440,12 @@ def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joi
 # ------------------------------------------------------------------------------------------------ where the labels are
 
 
-@pytest.mark.parametrize("side", [513, 512, 160, 97, 50, 33])
+@pytest.mark.parametrize("side", [513, 512, 360, 160, 97, 50, 33])
 @pytest.mark.parametrize("stride", [4, 8, 16])
 def test_labels_are_read_where_the_positions_lie(side, stride):
     labels = torch.arange(side)[None, :, None].expand(1, side, side) + 1000 * torch.arange(side)
-    for length in ((side - 2) // stride + 2, -(-side // stride), -(-side // 32) * 32 // stride):  # on_grid, plain, patches
+    grids = (side - 2) // stride + 2, (side - 2) // 32 * (32 // stride) + 32 // stride + 1  # on_grid of the stride, of 32
+    for length in (*grids, -(-side // stride), -(-side // 32) * 32 // stride):  # …, plain, patches
         at = [min(i * stride, side - 1) for i in range(length)]
         assert car.pixels_of(side, length).tolist() == [i * stride for i in range(length)]
         found = car.labels_at(labels, (length, length))[0]

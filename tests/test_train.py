@@ -25,7 +25,7 @@ RECIPES = {"folder": dict(iterations=6, lr=0.3, batch_size=4, crop_size=24, opti
 
 class Net(nn.Module):
     # no batch norm: two processes must equal one
-    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False, name="classifier"):
+    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False, name="classifier", pair=()):
         super().__init__()
         self.conv, self.drop, self.fail_at, self.calls = nn.Conv2d(3, width, 3, padding=1), nn.Dropout(drop), fail_at, 0
         self.name = name
@@ -349,6 +349,8 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     line = mistake(capsys, "--lr", "0.1", "--output", folder, "--resume")
     assert "--lr 0.1 differs from this run's 0.3" in line
     assert train.main(["--output", folder, "--resume", "--workers", "1"]) == 0  # nothing left to do
+    assert train.main([*flags, "--option", "pair=(1,2)", "--output", folder + "2"]) == 0
+    assert train.main(["--option", "pair=(1,2)", "--output", folder + "2", "--resume"]) == 0  # config.json has it as a list
     (tmp_path / "run" / "config.json").write_text("{")
     assert "is damaged" in mistake(capsys, "--output", folder, "--resume")
 
