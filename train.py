@@ -55,7 +55,7 @@ SETTINGS = {
     "weights": (None, "of the backbone: none, imagenet, or the path of a state dict"),
     "output_stride": (None, "of the backbone: 32, 16, 8 (the method's own)"),
     "option": ({}, "an option of the method's build, may be repeated"),
-    "car": (False, "class-aware regularization of the features that enter the classifier (car.py)"),
+    "car": (None, "class-aware regularization of what enters the classifier (car.py): paper, or released"),
     "init": (None, "start from the weights of this checkpoint"),
     # how long, how fast
     "iterations": (140, "optimizer steps"),
@@ -102,6 +102,8 @@ def arguments(argv=None):
             parser.add_argument(flag, action="append", metavar="KEY=VALUE", **known)
         elif name == "scale":
             parser.add_argument(flag, nargs=2, type=float, metavar=("LOW", "HIGH"), **known)
+        elif name == "car":
+            parser.add_argument(flag, nargs="?", const="paper", choices=("paper", "released"), **known)
         elif name == "decay_norms":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **known)
         elif isinstance(default, bool):
@@ -435,7 +437,7 @@ def regularized(net, s, num_classes):
     if s["method"] == "car":
         raise Mistake("--car is for the other methods: car has its terms already (--option intra=False leaves one out)")
     try:
-        return evaluate.method_file("car").regularize(net, "classifier", num_classes)
+        return evaluate.method_file("car").regularize(net, "classifier", num_classes, released=s["car"] == "released")
     except ValueError as error:
         raise Mistake(f"--car: {error}; it needs the network's final 1x1 convolution as .classifier") from error
 

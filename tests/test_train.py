@@ -269,6 +269,9 @@ def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, ca
     for name in names:
         assert steps[0][0][name] == pytest.approx(steps[1][0][name], abs=1e-5)
     assert train.main(["--output", str(one), "--resume"]) == 0  # --car is the run's own setting
+    assert train.main([*flags, "released", "--output", str(tmp_path / "released")]) == 0
+    first = [[line for line in train.read_log(tmp_path / name) if "loss" in line][0] for name in ("one", "released")]
+    assert first[0]["inter_c2p"] > first[1]["inter_c2p"] > 0
 
 
 def test_init_carries_the_weights_over_and_names_what_is_new(flags, tmp_path, capsys):
