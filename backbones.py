@@ -95,26 +95,56 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     nodes, channels = _LEVELS[name]
     if nodes is _SWIN and (output_stride < 32 or multi_grid):
         raise ValueError(f"{name} cannot be dilated: its output stride is 32, without multi_grid")
-    if name in ("xception65", "swin_l"):
-        if weights == "imagenet":
-            raise ValueError(f"torchvision has no weights of {name}; give the path of a state dict, see backbones.py")
-        model = Xception65(output_stride, multi_grid or (1, 1, 1)) if name == "xception65" else _swin_l()
-    elif weights == "imagenet":
-        try:
-            model = models.get_model(name, weights="IMAGENET1K_V1")
-        except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: cut short
-            raise ValueError(
-                f"the ImageNet weights of {name} could not be downloaded ({error}); "
-                "give the path of a state dict instead, or leave the weights out"
-            ) from error
+    if name == "xception65":
+        model = _loaded(Xception65(output_stride, multi_grid or (1, 1, 1)), name, weights)
+    elif name == "swin_l":
+        model = _loaded(_swin_l(), name, weights)
     else:
-        model = models.get_model(name, weights=None)
-    if weights not in (None, "imagenet"):
-        load_weights(model, weights)
-    if name != "xception65" and nodes is not _SWIN:
-        _dilate(model, nodes, output_stride, multi_grid)
+        model = _torchvision(name, weights)
+        if nodes is not _SWIN:
+            _dilate(model, nodes, output_stride, multi_grid)
     strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
     return Backbone(model, nodes, channels, strides)
+
+
+def parts(name, weights=None):
+    """A ResNet or MobileNetV2 in parts, for networks that put something in between: (stem, levels, channels).
+
+    stem: images -> stride 4; the four levels follow one another, strides 4, 8, 16, 32; channels: of the stem and of each
+    level. (MobileNetV2's first level is in its stem: as a level of its own it does nothing.) weights: as in `build`.
+    Raises ValueError as `build`, and for a backbone of another kind.
+    """
+    if name.startswith("resnet") and name in _LEVELS:
+        model, channels = _torchvision(name, weights), (64, *_LEVELS[name][1])
+        stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
+        return stem, [model.layer1, model.layer2, model.layer3, model.layer4], channels
+    if name == "mobilenet_v2":
+        features = _torchvision(name, weights).features
+        return features[:4], [nn.Identity(), features[4:7], features[7:14], features[14:]], (24, 24, 32, 96, 1280)
+    known = [known for known in NAMES if known.startswith("resnet")]
+    raise ValueError(f"backbone '{name}': here it is {', '.join(known)} or mobilenet_v2")
+
+
+def _torchvision(name, weights):
+    """torchvision's model of this name with its weights."""
+    if weights != "imagenet":
+        return _loaded(models.get_model(name, weights=None), name, weights)
+    try:
+        return models.get_model(name, weights="IMAGENET1K_V1")
+    except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: cut short
+        raise ValueError(
+            f"the ImageNet weights of {name} could not be downloaded ({error}); "
+            "give the path of a state dict instead, or leave the weights out"
+        ) from error
+
+
+def _loaded(model, name, weights):
+    """The model, with the weights of the path that is given."""
+    if weights == "imagenet":
+        raise ValueError(f"torchvision has no weights of {name}; give the path of a state dict, see backbones.py")
+    if weights is not None:
+        load_weights(model, weights)
+    return model
 
 
 def _swin_l():

@@ -487,25 +487,29 @@ def overlay(image, label, palette):
 
 
 def sheet(rows, titles, classes=(), palette=(), width=240):
-    """A PIL picture: rows of uint8 tiles `[3, h, w]` under their titles, each `width` wide, and a legend of the classes."""
+    """A PIL picture: rows of uint8 tiles `[3, h, w]`, each `width` wide, and a legend of the classes.
+
+    titles: of the columns, or a list for each row.
+    """
     font, line = ImageFont.load_default(13), 20
+    titles = titles if titles and isinstance(titles[0], list) else [titles] + [[]] * (len(rows) - 1)
     tiles = [[Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in row] for row in rows]
     tiles = [[tile.resize((width, max(1, round(tile.height * width / tile.width))), 0) for tile in row] for row in tiles]
-    columns = max(len(titles), *(len(row) for row in tiles))
+    columns = max(len(row) for row in [*tiles, *titles])
     total = columns * (width + 4) + 4
     entries = [*zip(classes, palette), ("ignored", (0, 0, 0))] if classes else []
     across = max(1, total // 120)
-    heights = [max(tile.height for tile in row) + 4 for row in tiles]
-    height = line + 4 + sum(heights) + line * -(-len(entries) // across) + 4
-    canvas = Image.new("RGB", (total, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(titles):
-        draw.text((4 + column * (width + 4), 4), title, "black", font)
-    y = line + 4
-    for row, row_height in zip(tiles, heights):
+    heights = [
+        max(tile.height for tile in row) + 4 + (line if names else 0) for row, names in zip(tiles, titles, strict=True)
+    ]
+    canvas = Image.new("RGB", (total, sum(heights) + line * -(-len(entries) // across) + 8), "white")
+    draw, y = ImageDraw.Draw(canvas), 4
+    for row, names, height in zip(tiles, titles, heights):
+        for column, title in enumerate(names):
+            draw.text((4 + column * (width + 4), y), title, "black", font)
         for column, tile in enumerate(row):
-            canvas.paste(tile, (4 + column * (width + 4), y))
-        y += row_height
+            canvas.paste(tile, (4 + column * (width + 4), y + (line if names else 0)))
+        y += height
     for i, (name, color) in enumerate(entries):
         x, top = 4 + i % across * 120, y + i // across * line
         draw.rectangle((x, top + 4, x + 12, top + 16), tuple(color), "black")

@@ -273,12 +273,12 @@ def autocast(device, amp):
 
 
 def cost(net, size):
-    """(parameters, multiply-adds, multiply-adds of each child) of one image of size x size, in evaluation mode.
+    """(parameters, multiply-adds, multiply-adds of each child) of one image of size (height, width), in evaluation mode.
 
     Multiply-adds are half of what torch.utils.flop_counter counts: matrix products and convolutions, nothing else.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net.eval()(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
+        net.eval()(torch.zeros(1, 3, *size, device=next(net.parameters()).device))
     children = {name: 0 for name, _ in net.named_children()}
     for name, counts in counter.get_flop_counts().items():
         parts = name.split(".")
@@ -288,13 +288,13 @@ def cost(net, size):
 
 
 def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
-    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size` random images.
+    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size` random images of `size`.
 
     It trains `net`: on noise, so use it no more.
     """
     net.to(device, memory_format=torch.channels_last)
-    images = torch.randn(batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(num_classes, (batch_size, size, size), device=device)
+    images = torch.randn(batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (batch_size, *size), device=device)
     optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(amp, device) is torch.float16)
 
@@ -366,8 +366,11 @@ def heat(values, image):
     return torch.from_numpy((0.65 * colors + 0.35 * gray if overlaid else colors).astype(np.uint8))
 
 
-def method_figures(net, image, palette, pixel=None):
-    """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where it has none."""
+def method_figures(net, image, palette, classes, pixel=None):
+    """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where it has none.
+
+    A figure whose key is a class's number gets the class's name.
+    """
     if not hasattr(net, "figures"):
         return [], []
     arguments = {"pixel": pixel} if "pixel" in inspect.signature(net.figures).parameters else {}
@@ -383,7 +386,7 @@ def method_figures(net, image, palette, pixel=None):
         if arguments and m.is_floating_point():  # a red square where the pixel is that the figure is about
             place = (slice(None), slice(max(0, row - 2), row + 3), slice(max(0, column - 2), column + 3))
             tiles[-1][place] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
-    return list(figures), tiles
+    return [classes[name] if isinstance(name, int) else name for name in figures], tiles
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None):
@@ -395,8 +398,10 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     if truth is not None:
         wrong = (prediction.cpu() != truth) & (truth != data.IGNORE)
         titles, tiles = titles + ["errors (white)"], tiles + [(255 * wrong).to(torch.uint8).expand(3, -1, -1)]
-    names, pictures = method_figures(net, image, palette, pixel)
-    return data.sheet([tiles + pictures], titles + names, classes, palette)
+    names, pictures = method_figures(net, image, palette, classes, pixel)
+    titles, tiles = titles + names, tiles + pictures
+    rows = [slice(start, start + 8) for start in range(0, len(tiles), 8)]
+    return data.sheet([tiles[row] for row in rows], [titles[row] for row in rows], classes, palette)
 
 
 def class_dependency(net, dataset, device, amp, workers):
@@ -501,7 +506,8 @@ def _arguments(arguments):
     add("--output-stride", type=int, help="with --method (the method's default)")
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="with --method: its options")
     add("--classes", type=int, default=59, help="with --method: how many (59, as in Pascal Context)")
-    add("--crop-size", type=int, default=513, help="for --cost and --speed: the side of the image (513)")
+    text = "for --cost and --speed: the side of the image, or height and width (513)"
+    add("--crop-size", type=int, nargs="+", default=[513], metavar="N", help=text)
     add("--batch-size", type=int, default=2, help="for --speed: images at a time (2)")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto")
     add("--workers", type=int, default=2)
@@ -516,8 +522,11 @@ def _run(args):
         raise Mistake("give --checkpoint FILE, or --method NAME with --cost or --speed")
     if args.method and (args.images or not (args.cost or args.speed)):
         raise Mistake("--method alone has no trained weights: it goes with --cost or --speed; else give --checkpoint")
-    for flag, value in (("window", args.window), ("classes", args.classes), ("crop-size", args.crop_size)):
+    if len(args.crop_size) > 2:
+        raise Mistake(f"--crop-size {' '.join(map(str, args.crop_size))}: expected one side, or height and width")
+    for flag, value in (("window", args.window), ("classes", args.classes), ("crop-size", min(args.crop_size))):
         at_least(1, flag, value)
+    args.crop_size = (args.crop_size[0], args.crop_size[-1])
     at_least(1, "batch-size", args.batch_size)
     at_least(0, "workers", args.workers)
     if not all(scale > 0 for scale in args.scales):
@@ -547,14 +556,15 @@ def _run(args):
 
 def _cost(net, size):
     parameters, operations, children = cost(net, size)
-    print(f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for {size}x{size}, of which")
+    print(f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for {size[0]}x{size[1]}, of which")
     print("\n".join(f"  {name:<12} {count / 1e9:10.4f} G" for name, count in children.items()))
     return dict(size=size, parameters=parameters, multiply_adds=operations, children=children)
 
 
 def _speed(net, classes, device, args):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.batch_size} images of {args.crop_size}x{args.crop_size}, amp {args.amp}, {name}")
+    height, width = args.crop_size
+    print(f"{args.batch_size} images of {height}x{width}, amp {args.amp}, {name}")
     numbers = {"device": name, "batch_size": args.batch_size, "size": args.crop_size}
     for what, (seconds, peak) in speed(net, classes, args.crop_size, args.batch_size, device, args.amp).items():
         numbers[what] = dict(seconds=seconds, images_per_second=args.batch_size / seconds, peak_bytes=peak)

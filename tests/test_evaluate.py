@@ -138,7 +138,7 @@ def test_windows_overlap_is_averaged():
 
 def test_cost_by_hand():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    parameters, operations, children = evaluate.cost(net, 10)
+    parameters, operations, children = evaluate.cost(net, (10, 10))
     assert parameters == 3 * 8 * 9 + 8 * 2 + 2
     assert children == {"0": 10 * 10 * 3 * 8 * 9, "1": 0, "2": 10 * 10 * 8 * 2}
     assert operations == sum(children.values())
@@ -148,7 +148,12 @@ def test_cost_command_prices_an_untrained_network(capsys):
     arguments = "--method caa --backbone resnet18 --output-stride 32 --cost --crop-size 65 --classes 7 --device cpu".split()
     assert evaluate.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "M parameters" in out and "backbone" in out and "classifier" in out
+    assert "M parameters" in out and "for 65x65" in out and "backbone" in out and "classifier" in out
+    assert evaluate.main("--method ksac --backbone resnet18 --cost --speed --crop-size 33 65 --device cpu".split()) == 0
+    out = capsys.readouterr().out
+    assert "for 33x65" in out and "2 images of 33x65" in out
+    assert evaluate.main("--method caa --cost --crop-size 1 2 3".split()) == 2
+    assert "expected one side, or height and width" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ a trained network

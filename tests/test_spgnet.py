@@ -1,0 +1,500 @@
+"""spgnet.py against the words and figures of its paper, written here over indices, in float64."""
+
+import math
+from datetime import timedelta
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torchvision import models
+
+import backbones
+import evaluate
+import spgnet
+
+
+@pytest.fixture(autouse=True)
+def one_seed_and_one_thread():  # several threads are slower on maps this small
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def resnets(*depths):
+    return tuple(f"resnet{depth}" for depth in depths)
+
+
+def tiny(**options):
+    """Two stages of ResNet-18, narrow decoders."""
+    return spgnet.build(4, "resnet18", **dict(channels=16) | options)
+
+
+def scene(size=(40, 53), n=2):
+    images, labels = torch.randn(n, 3, *size), torch.randint(4, (n, *size))
+    labels[0, :5] = 255
+    return images, labels
+
+
+# -------------------------------------------------------------------------------------------- semantic prediction guidance
+
+
+def guidance(excite, identity=True, D=1, K=2, out=1):
+    return spgnet.SemanticPredictionGuidance(D, K, out, excite, identity).double()
+
+
+def set_to(conv, weight, bias):
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor(weight).double().view_as(conv.weight))
+        conv.bias.copy_(torch.tensor(bias).double())
+
+
+@pytest.mark.parametrize(
+    "excite, identity, expected",
+    [
+        # x_d = (1 2; 3 4), logits x_d and 1 - x_d, their sum times ln 3 is ln 3 everywhere: a sigmoid of 3/4
+        ("sigmoid", True, lambda x: 10 * (x + 0.75 * (2 * x + 1)) + 5),
+        ("sigmoid", False, lambda x: 10 * (0.75 * (2 * x + 1)) + 5),
+        ("softmax", True, lambda x: 10 * (x + 0.25 * (2 * x + 1)) + 5),  # one of four positions each
+        ("softmax", False, lambda x: 10 * (0.25 * (2 * x + 1)) + 5),
+        ("sum", True, lambda x: 10 * (x + math.log(3)) + 5),
+        ("sum", False, lambda x: 10 * math.log(3) + 5 + 0 * x),
+    ],
+)
+def test_fig_3_by_hand_on_two_by_two(excite, identity, expected):
+    module = guidance(excite, identity)
+    set_to(module.logits, [1.0, -1.0], [0.0, 1.0])
+    set_to(module.attention, [math.log(3), math.log(3)], [0.0])
+    set_to(module.out, [10.0], [5.0])
+    if excite != "sum":
+        set_to(module.transform, [2.0], [1.0])
+    x_d = torch.tensor([[[[1.0, 2], [3, 4]]]]).double()
+    out, x_l = module(x_d)
+    assert x_l.tolist() == [[[[1, 2], [3, 4]], [[0, -1], [-2, -3]]]]
+    torch.testing.assert_close(out, expected(x_d))
+
+
+def loop_guidance(module, x_d):
+    """Sect. 3.4, position by position."""
+    N, D, H, W = x_d.shape
+    layers = ("logits", "attention", "transform", "out")
+    w = {n: None if getattr(module, n) is None else getattr(module, n).weight[:, :, 0, 0] for n in layers}
+    b = {n: None if getattr(module, n) is None else getattr(module, n).bias for n in layers}
+    outs = []
+    for n in range(N):
+        before = {}
+        for i, j in product(range(H), range(W)):
+            x_l = w["logits"] @ x_d[n, :, i, j] + b["logits"]
+            before[i, j] = w["attention"] @ x_l + b["attention"]
+        total = sum(torch.exp(v) for v in before.values())
+        for (i, j), v in before.items():
+            if module.excite == "sum":
+                y = v
+            else:
+                m = 1 / (1 + torch.exp(-v)) if module.excite == "sigmoid" else torch.exp(v) / total
+                y = m * (w["transform"] @ x_d[n, :, i, j] + b["transform"])
+            outs.append(w["out"] @ (y + x_d[n, :, i, j] if module.identity else y) + b["out"])
+    return torch.stack(outs).view(N, H, W, -1).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("excite", ["sigmoid", "softmax", "sum"])
+def test_guidance_equals_the_loop_with_gradients(excite, identity):
+    module = guidance(excite, identity, D=5, K=3, out=4)
+    x_d = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+    found, expected = module(x_d)[0], loop_guidance(module, x_d)
+    torch.testing.assert_close(found, expected)
+    pull = torch.randn_like(found)
+    inputs = [x_d, *module.parameters()]
+    for a, b in zip(torch.autograd.grad((found * pull).sum(), inputs), torch.autograd.grad((expected * pull).sum(), inputs)):
+        torch.testing.assert_close(a, b)
+
+
+def test_softmax_mask_sums_to_one_over_the_positions_and_sigmoid_is_a_gate():
+    x_l = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    m = guidance("softmax", D=6, K=3).mask(x_l)
+    torch.testing.assert_close(m.sum((2, 3)), torch.ones(2, 6, dtype=torch.float64))
+    m = guidance("sigmoid", D=6, K=3).mask(10 * x_l)
+    assert 0 < m.min() < 0.1 and 0.9 < m.max() < 1
+
+
+def test_unknown_excitation_is_named():
+    with pytest.raises(ValueError, match="excite='tanh': it is 'sigmoid', 'softmax' or 'sum'"):
+        tiny(excite="tanh")
+
+
+# ----------------------------------------------------------------------------------------------------------- supervision
+
+
+def test_each_stage_has_its_loss_and_the_guidance_its_gradient():
+    net = tiny(backbones=resnets(18, 18, 18)).train()
+    losses = net(*scene())
+    assert list(losses) == ["stage_1", "stage_2", "cross_entropy"]
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_stages_loss_trains_the_stages_up_to_it_alone():
+    net = tiny(backbones=resnets(18, 18)).train()
+    net(*scene())["stage_1"].backward()
+    reached = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None}
+    assert reached == {"stages.0", "guides.0"} and net.guides[0].attention.weight.grad is None
+
+
+def test_without_supervision_its_loss_has_no_gradient():
+    images, labels = scene()
+    with_loss, without = tiny().eval(), tiny(supervise=False).eval()
+    without.load_state_dict(with_loss.state_dict())
+    losses = without(images, labels)
+    assert list(losses) == ["cross_entropy"] and torch.equal(
+        losses["cross_entropy"], with_loss(images, labels)["cross_entropy"]
+    )
+    gradients = []
+    for net in (with_loss, without):
+        loss = sum(net(images, labels).values())
+        gradients.append(torch.autograd.grad(loss, net.guides[0].logits.weight)[0])
+    extra = torch.autograd.grad(with_loss(images, labels)["stage_1"], with_loss.guides[0].logits.weight)[0]
+    torch.testing.assert_close(gradients[0], gradients[1] + extra)
+    assert extra.abs().max() > 1e-4
+
+
+def test_losses_are_those_of_the_logits_at_the_images_size():
+    images, labels = scene()
+    net = tiny(hard_examples=False).eval()
+    losses = net(images, labels)
+    torch.testing.assert_close(losses["cross_entropy"], F.cross_entropy(net(images), labels, ignore_index=255))
+    x_d = net.stages[0](backbones.on_grid(images, 32))[1][0]
+    first = backbones.upsample(net.guides[0].logits(x_d), 4, images.shape[2:])
+    torch.testing.assert_close(losses["stage_1"], F.cross_entropy(first, labels, ignore_index=255))
+    hard = tiny().eval()
+    hard.load_state_dict(net.state_dict())
+    expected = spgnet.online_hard_example_loss(first, labels)
+    torch.testing.assert_close(hard(images, labels)["stage_1"], expected)
+    torch.testing.assert_close(hard(images, labels)["cross_entropy"], spgnet.online_hard_example_loss(net(images), labels))
+
+
+# ------------------------------------------------------------------------------------------------------------ hard pixels
+
+
+def sorted_loss(logits, labels, threshold, minimum):
+    """Image by image: all pixels sorted by their loss, those kept that are hard enough or among the first."""
+    kept = []
+    for image, label in zip(logits, labels):
+        losses = []
+        for i, j in product(*map(range, label.shape)):
+            if label[i, j] != 255:
+                losses.append(-torch.log_softmax(image[:, i, j], 0)[label[i, j]])
+        losses.sort(reverse=True, key=lambda value: value.item())
+        least = math.ceil(minimum * len(losses))  # 0: by the threshold alone
+        kept += [value for rank, value in enumerate(losses) if rank < least or torch.exp(-value) < threshold]
+    return sum(kept) / len(kept) if kept else 0 * logits.sum()
+
+
+@pytest.mark.parametrize("threshold, minimum", [(0.7, 1 / 16), (0.0, 0.3), (0.2, 0.01), (1.1, 0.0), (0.0, 0.0)])
+def test_hard_examples_against_a_sort_with_gradients(threshold, minimum):
+    logits = 3 * torch.randn(2, 3, 5, 6)
+    logits[1] /= 10
+    logits.requires_grad_()
+    labels = torch.randint(3, (2, 5, 6))
+    labels[0, 0], labels[1, :, 0] = 255, 255
+    found = spgnet.online_hard_example_loss(logits, labels, threshold, minimum)
+    expected = sorted_loss(logits, labels, threshold, minimum)
+    torch.testing.assert_close(found, expected)
+    a, b = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    torch.testing.assert_close(a, b)
+    kept = (a.abs().sum(1) > 0).sum().item()
+    least = math.ceil(24 * minimum) + math.ceil(25 * minimum)  # labelled pixels: 24 and 25
+    assert kept == {0.0: least, 1.1: 49}.get(threshold, kept) and least <= kept <= 49
+
+
+def test_hard_examples_by_hand():
+    p = torch.tensor([0.9, 0.8, 0.6, 0.95])  # of the true class; one of four is at least 15 %
+    logits = torch.stack([p.log(), (1 - p).log()])[None, :, None]
+    labels = torch.zeros(1, 1, 4, dtype=torch.int64)
+    assert spgnet.online_hard_example_loss(logits, labels).item() == pytest.approx(-math.log(0.6), rel=1e-5)
+    half = spgnet.online_hard_example_loss(logits, labels, minimum=0.5)
+    assert half.item() == pytest.approx(-(math.log(0.6) + math.log(0.8)) / 2, rel=1e-5)
+
+
+def test_many_pixels_without_any_loss_do_not_join_the_hardest():
+    logits = torch.tensor([[200.0], [0.0]]).expand(2, 64).clone()
+    logits[:, 7] = torch.tensor([0.0, 1.0])
+    loss = spgnet.online_hard_example_loss(logits.view(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64))
+    assert loss.item() == pytest.approx(math.log(1 + math.e) / 10, rel=1e-5)  # 15 % of 64 pixels are 9.6
+
+
+def test_hard_examples_where_nothing_is_labelled():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = spgnet.online_hard_example_loss(logits, torch.full((1, 4, 4), 255))
+    assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hard_examples_of_half_precision_are_float32(dtype):
+    logits, labels = torch.randn(2, 3, 4, 4).to(dtype), torch.randint(3, (2, 4, 4))
+    loss = spgnet.online_hard_example_loss(logits, labels)
+    assert loss.dtype == torch.float32 and loss == spgnet.online_hard_example_loss(logits.float(), labels)
+
+
+def joint_batch():
+    generator = torch.Generator().manual_seed(2)
+    logits = 2 * torch.randn(2, 3, 6, 6, generator=generator)
+    labels = torch.randint(3, (2, 6, 6), generator=generator)
+    labels[1, 2:] = 255
+    return logits, labels
+
+
+def share_of_the_batch(rank, folder):
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    try:
+        logits, labels = (part[rank : rank + 1] for part in joint_batch())
+        logits = logits.clone().requires_grad_()
+        loss = spgnet.online_hard_example_loss(logits, labels)
+        torch.save((loss.detach(), *torch.autograd.grad(loss, logits)), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of_the_batch_of_1(_, folder):
+    share_of_the_batch(1, folder)
+
+
+def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(tmp_path):
+    other = torch.multiprocessing.spawn(share_of_the_batch_of_1, (str(tmp_path),), join=False)
+    share_of_the_batch(0, str(tmp_path))
+    assert other.join(240)
+    (loss0, gradient0), (loss1, gradient1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    logits, labels = joint_batch()
+    logits.requires_grad_()
+    loss = spgnet.online_hard_example_loss(logits, labels)
+    torch.testing.assert_close((loss0 + loss1) / 2, loss.detach())
+    torch.testing.assert_close(torch.cat([gradient0, gradient1]) / 2, torch.autograd.grad(loss, logits)[0])
+
+
+# --------------------------------------------------------------------------------------------------- encoder and decoder
+
+
+def test_residual_block_is_half_as_wide_in_its_middle():
+    block = spgnet.ResidualBlock(64, 128).eval()
+    shapes = [tuple(conv.weight.shape) for conv in (block.conv1, block.conv2, block.conv3, block.downsample[0])]
+    assert shapes == [(64, 64, 1, 1), (64, 64, 3, 3), (128, 64, 1, 1), (128, 64, 1, 1)]
+    assert spgnet.ResidualBlock(128, 128).downsample is None
+    x = torch.randn(1, 64, 3, 4)
+    y = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
+    torch.testing.assert_close(block(x), F.relu(block.bn3(block.conv3(y)) + block.downsample(x)))
+
+
+def test_upsample_module_doubles_adds_and_fuses():
+    module = spgnet.UpsampleModule(6, 8).eval()
+    e, d = torch.randn(1, 6, 9, 5), torch.randn(1, 8, 5, 3)
+    doubled = F.interpolate(d, size=(9, 5), mode="bilinear", align_corners=True)
+    assert torch.equal(doubled[:, :, ::2, ::2], d)  # position i of the coarse map is position 2i of the fine one
+    torch.testing.assert_close(module(e, d), module.fuse(module.reduce(e) + doubled))
+
+
+def test_one_stage_is_its_encoder_decoder():
+    images, labels = scene()
+    net = tiny(backbones=resnets(18), hard_examples=False).eval()
+    stage = net.stages[0]
+    x, encoded = stage.stem(backbones.on_grid(images, 32)), []
+    for level in stage.levels:
+        x = level(x)
+        encoded.append(x)
+    y = stage.image_level(x.mean((2, 3), keepdim=True))
+    assert y.shape == (2, 16, 1, 1)
+    for i in (3, 2, 1, 0):
+        y = stage.upsample[i](encoded[i], y)
+    logits = backbones.upsample(net.classifier(y), 4, images.shape[2:])
+    assert torch.equal(net(images), logits) and len(net.guides) == 0
+    assert list(net(images, labels)) == ["cross_entropy"]
+
+
+def test_later_stages_have_no_stem_and_aggregate_at_each_stride():
+    net = tiny(backbones=resnets(18, 18)).eval()
+    first, second = net.stages
+    assert first.stem is not None and second.stem is None and first.aggregate is None and second.entry == 64
+    previous = first(torch.randn(1, 3, 65, 97))
+    x = z = torch.randn(1, 64, 17, 25)
+    encoded, decoded = second(x, previous)
+    for i, level in enumerate(second.levels):
+        z = level(z) + second.aggregate[i].encoder(previous[0][i]) + second.aggregate[i].decoder(previous[1][i])
+        torch.testing.assert_close(encoded[i], z)
+    assert [tuple(m.shape[2:]) for m in decoded] == [(17, 25), (9, 13), (5, 7), (3, 4)]
+    assert all(m.shape[1] == 16 for m in decoded)
+
+
+def test_switches_take_parts_away():
+    assert tiny(aggregate=False).stages[1].aggregate is None
+    assert isinstance(tiny(guidance=None).guides[0], torch.nn.Conv2d)
+    kinds = [[type(layer).__name__ for layer in tiny(guidance=g).guides[0]] for g in ("se", "ge")]
+    assert kinds == [["SqueezeExcitation", "Conv2d"], ["GatherExcite", "Conv2d"]]
+    assert tiny(guidance="se", channels=64).guides[0][0].fc1.out_channels == 4
+    assert all(list(tiny(guidance=g).train()(*scene())) == ["cross_entropy"] for g in (None, "se", "ge"))
+
+
+def test_gather_excite_gates_by_the_averages_around():
+    x = torch.randn(1, 2, 17, 25)
+    found = spgnet.GatherExcite()(x)
+    for i, j in ((0, 0), (8, 8), (16, 24), (8, 16)):  # every eighth position: the mean of what is within seven of it
+        around = x[0, :, max(0, i - 7) : i + 8, max(0, j - 7) : j + 8].mean((1, 2))
+        torch.testing.assert_close(found[0, :, i, j], x[0, :, i, j] * around.sigmoid())
+    low, high = (x[0, :, max(0, i - 7) : i + 8, 1:16].mean((1, 2)) for i in (0, 8))
+    torch.testing.assert_close(found[0, :, 4, 8], x[0, :, 4, 8] * ((low + high) / 2).sigmoid())
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+SIZES = [
+    (dict(backbones=resnets(18)), 11.7),  # Tables 3, 5, 7
+    (dict(backbones=resnets(18, 18), guidance=None), 23.9),
+    (dict(backbones=resnets(18, 18), excite="sum"), 23.9),
+    (dict(backbones=resnets(18, 18), excite="softmax"), 23.9),
+    (dict(backbones=resnets(18, 18)), 23.9),
+    (dict(backbones=resnets(18, 18, 18)), 36.2),
+    (dict(backbones=resnets(18, 50)), 38.4),  # Table 6
+    (dict(backbones=resnets(50, 18)), 38.0),
+    (dict(backbones=resnets(50, 50)), 55.6),
+    (dict(backbones=resnets(50)), 24.7),  # Table 7
+    (dict(backbones=resnets(101)), 43.7),
+    (dict(backbones=resnets(152)), 59.4),
+    (dict(backbones=resnets(101, 101)), 93.5),
+    (dict(backbones=resnets(50, 50), channels=256), 59.8),  # Tables 1, 9
+    (dict(backbones=resnets(101, 101), channels=256), 97.8),
+]
+
+
+@pytest.mark.parametrize("options, millions", SIZES, ids=str)
+def test_parameters_are_those_of_the_papers_tables_to_two_percent(options, millions):
+    with torch.device("meta"):
+        net = spgnet.build(19, **dict(channels=128) | options)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_the_default_is_the_best_of_table_9():
+    with torch.device("meta"):
+        net = spgnet.build(19)
+    assert len(net.stages) == 2 and net.classifier.in_channels == 256 and net.guides[0].excite == "sigmoid"
+    assert net.guides[0].identity and net.supervise and net.hard_examples
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 50), (1, 33)])
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_logits_have_the_images_size_in_float32(backbone, size):
+    net = spgnet.build(4, backbone, channels=16).eval()
+    logits = net(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 4, *size) and logits.dtype == torch.float32
+
+
+def test_stages_of_different_backbones():
+    net = tiny(backbones=["mobilenet_v2", "resnet18", "resnet34"]).train()
+    losses = net(*scene())
+    sum(losses.values()).backward()
+    assert [stage.entry for stage in net.stages] == [24, 64, 64]
+    assert [stage.widths[-1] for stage in net.stages] == [1280, 512, 512] and len(net.stages[2].levels[2]) == 6
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_one_image_can_be_trained_on():
+    losses = tiny().train()(*scene(size=(64, 64), n=1))
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_bf16_trains():
+    net = tiny().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = net(*scene())
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+
+
+def test_mistakes_name_what_is_expected():
+    with pytest.raises(ValueError, match=r"backbones='resnet18': expected a name for each stage"):
+        tiny(backbones="resnet18")
+    with pytest.raises(ValueError, match="guidance='gate': it is 'spg', 'se', 'ge' or None"):
+        tiny(guidance="gate")
+    with pytest.raises(ValueError, match="SPGNet has no option stages"):
+        tiny(stages=2)
+    with pytest.raises(ValueError, match="channels=24: expected a multiple of 16"):
+        tiny(channels=24)
+    with pytest.raises(ValueError, match="weights 'w.pth' cannot fit resnet18 and resnet34"):
+        tiny(backbones=("resnet18", "resnet34"), weights="w.pth")
+    with pytest.raises(ValueError, match="backbone 'xception65': here it is resnet18, .*or mobilenet_v2"):
+        spgnet.build(4, "xception65")
+
+
+def test_parts_are_the_backbone():
+    for name in ("resnet18", "mobilenet_v2"):
+        torch.manual_seed(3)
+        whole = backbones.build(name).eval()
+        torch.manual_seed(3)
+        stem, levels, channels = backbones.parts(name)
+        x, found = stem.eval()(torch.ones(1, 3, 65, 65)), []
+        assert x.shape[1] == channels[0]
+        for level in levels:
+            found.append(x := level.eval()(x))
+        for a, b in zip(found, whole(torch.ones(1, 3, 65, 65)), strict=True):
+            assert torch.equal(a, b)
+        assert channels[1:] == whole.channels
+
+
+def test_weights_reach_every_stage(tmp_path):
+    state = models.resnet18().state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    net = tiny(weights=str(tmp_path / "w.pth"))
+    for stage in net.stages:
+        assert torch.equal(stage.levels[3][1].conv2.weight, state["layer4.1.conv2.weight"])
+    assert torch.equal(net.stages[0].stem[0].weight, state["conv1.weight"])
+
+
+def test_recipes_are_the_papers():
+    recipe = spgnet.RECIPES["cityscapes"]  # Sect. 4.2
+    settings = ("iterations", "batch_size", "lr", "momentum", "weight_decay", "power", "scale", "scale_step")
+    assert [recipe[name] for name in settings] == [80_000, 8, 0.01, 0.9, 1e-4, 0.9, (0.5, 2.0), 0.25]
+    for name in ("pascal_voc_aug", "pascal_person_part"):  # Sect. 4.6
+        recipe = spgnet.RECIPES[name]
+        assert [recipe[key] for key in ("iterations", "batch_size", "crop_size", "lr")] == [30_000, 28, 513, 0.007]
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_fig_4_takes_the_15_channels_of_the_class():
+    net = tiny(channels=32).eval()
+    image = torch.randn(3, 45, 70)
+    figures = net.figures(image)
+    assert list(figures) == [0, 1, 2, 3]
+    guide = net.guides[0]
+    m = guide.mask(guide.logits(net.stages[0](backbones.on_grid(image[None], 32))[1][0]))[0]
+    for c, found in figures.items():
+        largest = sorted(range(32), key=lambda d: -guide.attention.weight[d, c].item())[:15]
+        norm = torch.sqrt(sum(m[d] ** 2 for d in largest))
+        norm = backbones.upsample(norm[None, None], 4, (45, 70))[0, 0]
+        torch.testing.assert_close(found, (norm - norm.min()) / (norm.max() - norm.min()))
+        assert found.shape == (45, 70) and found.min() == 0 and found.max() == 1
+
+
+def test_figures_of_three_stages_are_the_firsts():
+    net, image = tiny(backbones=resnets(18, 18, 18)).eval(), torch.randn(3, 40, 40)
+    before = net.figures(image)
+    torch.nn.init.normal_(net.guides[1].attention.weight)
+    assert all(torch.equal(before[c], m) for c, m in net.figures(image).items())
+
+
+def test_figures_are_empty_without_guidance():
+    assert all(tiny(**o).eval().figures(torch.randn(3, 40, 40)) == {} for o in (dict(guidance="se"), dict(excite="sum")))
+    assert tiny(backbones=resnets(18)).eval().figures(torch.randn(3, 40, 40)) == {}
+
+
+def test_all_classes_are_on_one_sheet_by_name():
+    net, image = tiny().eval(), torch.randn(3, 40, 50)
+    palette, classes = [(i, i, i) for i in range(4)], ["sky", "road", "car", "tree"]
+    titles, tiles = evaluate.method_figures(net, image, palette, classes)
+    assert titles == classes and all(tile.shape == (3, 40, 50) for tile in tiles)
+    prediction = torch.zeros(40, 50, dtype=torch.int64)
+    one_row = evaluate.figure_sheet(net, image, prediction, palette, classes)
+    net.figures = lambda image: {i: torch.zeros(40, 50) for i in range(11)}
+    two_rows = evaluate.figure_sheet(net, image, prediction, palette, [f"class {i}" for i in range(11)])
+    assert one_row.width == 6 * 244 + 4 and two_rows.width == 8 * 244 + 4 and two_rows.height > one_row.height + 190
