@@ -280,10 +280,12 @@ def cost(net, size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.zeros(1, 3, *size, device=next(net.parameters()).device))
     children = {name: 0 for name, _ in net.named_children()}
-    for name, counts in counter.get_flop_counts().items():
+    flops = counter.get_flop_counts()
+    for name, counts in flops.items():
         parts = name.split(".")
-        if len(parts) == 2 and parts[1] in children:
-            children[parts[1]] = sum(counts.values()) // 2
+        depth = 2 if ".".join(parts[:2]) in flops else 3  # a ModuleList is not called, its members are
+        if len(parts) == depth and parts[1] in children:
+            children[parts[1]] += sum(counts.values()) // 2
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2, children
 
 

@@ -144,6 +144,19 @@ def test_cost_by_hand():
     assert operations == sum(children.values())
 
 
+def test_cost_of_a_list_is_that_of_its_members():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.list = nn.Conv2d(3, 4, 1, bias=False), nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+
+        def forward(self, x):
+            return self.list[1](self.list[0](self.first(x)))
+
+    _, operations, children = evaluate.cost(Net(), (5, 7))
+    assert children == {"first": 35 * 12, "list": 35 * 32} and operations == 35 * 44
+
+
 def test_cost_command_prices_an_untrained_network(capsys):
     arguments = "--method caa --backbone resnet18 --output-stride 32 --cost --crop-size 65 --classes 7 --device cpu".split()
     assert evaluate.main(arguments) == 0
