@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import Conv2dNormActivation
 
 # name -> (the last module of each level, and the channels it gives), finest level first
@@ -46,13 +47,16 @@ _LEVELS = {
         ),
         (256, 728, 728, 2048),
     ),
+    "hrnet_w18": (None, (18, 36, 72, 144)),
+    "hrnet_w32": (None, (32, 64, 128, 256)),
+    "hrnet_w48": (None, (48, 96, 192, 384)),
     "swin_t": (_SWIN, (96, 192, 384, 768)),
     "swin_s": (_SWIN, (96, 192, 384, 768)),
     "swin_b": (_SWIN, (128, 256, 512, 1024)),
     "swin_l": (_SWIN, (192, 384, 768, 1536)),
 }
 NAMES = tuple(_LEVELS)
-_CLASSIFIERS = ("fc.", "classifier.", "head.")
+_CLASSIFIERS = ("fc.", "classifier.", "head.", "incre_modules.", "downsamp_modules.", "final_layer.")
 
 
 class Backbone(nn.Module):
@@ -67,11 +71,12 @@ class Backbone(nn.Module):
         self.channels, self.strides, self.corners = channels, strides, nodes is not _SWIN
         with warnings.catch_warnings():  # "nodes are not present in eval mode": they are not needed
             warnings.simplefilter("ignore")
-            self.body = create_feature_extractor(model, list(nodes))
+            self.body = create_feature_extractor(model, list(nodes)) if nodes else model
         self.norms = None if self.corners else nn.ModuleList(nn.LayerNorm(c) for c in channels)
 
     def forward(self, x):
-        maps = list(self.body(x).values())
+        maps = self.body(x)
+        maps = list(maps.values()) if isinstance(maps, dict) else maps
         if self.norms is not None:  # [N, h, w, C]
             maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps)]
         return maps
@@ -81,8 +86,8 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     """The backbone `name` at `output_stride` 32, 16 or 8.
 
     weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights, as in its own
-    segmentation models), or the path of a state dict with torchvision's names (xception65 and swin_l: a path only;
-    Xception65 has its names).
+    segmentation models), or the path of a state dict with torchvision's names (xception65, HRNets and swin_l:
+    a path only; the classes Xception65 and HRNet say with which names).
     multi_grid: factors of the dilation rates of the last stage's blocks (xception65: of its last three convolutions);
     ResNets and xception65 only; the last factor repeats.
 
@@ -93,12 +98,14 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output stride {output_stride}: {name} has 32, 16 and 8")
     nodes, channels = _LEVELS[name]
-    if nodes is _SWIN and (output_stride < 32 or multi_grid):
+    if nodes in (_SWIN, None) and (output_stride < 32 or multi_grid):
         raise ValueError(f"{name} cannot be dilated: its output stride is 32, without multi_grid")
     if name == "xception65":
         model = _loaded(Xception65(output_stride, multi_grid or (1, 1, 1)), name, weights)
     elif name == "swin_l":
         model = _loaded(_swin_l(), name, weights)
+    elif name.startswith("hrnet"):
+        model = _loaded(HRNet(channels), name, weights)
     else:
         model = _torchvision(name, weights)
         if nodes is not _SWIN:
@@ -257,6 +264,76 @@ class Xception65(nn.Module):
         return self.exit_flow(self.middle_flow(self.entry_flow(x)))
 
 
+class HighResolutionModule(nn.Module):
+    """Four basic blocks on each of several maps, then an exchange among them all (Wang et al., TPAMI 2019, Fig. 3).
+
+    List of maps `[N, channels[i], H / 2^i, …]`, finest first -> the same.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        levels = range(len(channels))
+        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(c, c) for _ in range(4))) for c in channels)
+        self.fuse_layers = nn.ModuleList(
+            nn.ModuleList(self._moved(channels, source, target) for source in levels) for target in levels
+        )
+
+    @staticmethod
+    def _moved(channels, source, target):
+        """From the map `source` to the map `target`: 1x1 and then upsampled, or convolutions of stride 2."""
+        a, b = channels[source], channels[target]
+        if source == target:
+            return None
+        if source > target:
+            return Conv2dNormActivation(a, b, 1, activation_layer=None)
+        steps = [Conv2dNormActivation(a, a, 3, stride=2) for _ in range(target - source - 1)]
+        return nn.Sequential(*steps, Conv2dNormActivation(a, b, 3, stride=2, activation_layer=None))
+
+    def forward(self, maps):
+        maps = [branch(x) for branch, x in zip(self.branches, maps)]
+        fused = []
+        for target, layers in zip(maps, self.fuse_layers):
+            moved = [x if layer is None else layer(x) for x, layer in zip(maps, layers)]
+            how = dict(size=target.shape[2:], mode="bilinear", align_corners=True)
+            fused.append(F.relu(sum(x if x.shape == target.shape else F.interpolate(x, **how) for x in moved)))
+        return fused
+
+
+class HRNet(nn.Module):
+    """High-resolution network (Wang et al., TPAMI 2019): `[N, 3, H, W]` -> four maps, strides 4, 8, 16, 32, finest first.
+
+    The names are those of the authors' ImageNet checkpoints (HRNet-Image-Classification), which load as they are; what
+    belongs to their classifier is dropped. Coarser maps are upsampled bilinearly, as in their code for segmentation.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64)
+        self.conv2, self.bn2 = nn.Conv2d(64, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64)
+        wider = Conv2dNormActivation(64, 256, 1, activation_layer=None)
+        self.layer1 = nn.Sequential(Bottleneck(64, 64, downsample=wider), *(Bottleneck(256, 64) for _ in range(3)))
+        coarser = nn.Sequential(Conv2dNormActivation(256, channels[1], 3, stride=2))
+        self.transition1 = nn.ModuleList([Conv2dNormActivation(256, channels[0], 3), coarser])
+        self.stage2 = nn.Sequential(HighResolutionModule(channels[:2]))
+        self.transition2 = self._coarser(channels[:3])
+        self.stage3 = nn.Sequential(*(HighResolutionModule(channels[:3]) for _ in range(4)))
+        self.transition3 = self._coarser(channels)
+        self.stage4 = nn.Sequential(*(HighResolutionModule(channels) for _ in range(3)))
+
+    @staticmethod
+    def _coarser(channels):
+        """The maps so far as they are (None), and a coarser one made of the last."""
+        coarser = nn.Sequential(Conv2dNormActivation(channels[-2], channels[-1], 3, stride=2))
+        return nn.ModuleList([None] * (len(channels) - 1) + [coarser])
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer1(F.relu(self.bn2(self.conv2(x))))
+        maps = self.stage2([layer(x) for layer in self.transition1])
+        maps = self.stage3([*maps, self.transition2[-1](maps[-1])])
+        return self.stage4([*maps, self.transition3[-1](maps[-1])])
+
+
 def load_weights(model, path):
     """Load the state dict at `path` into `model`; a classifier (and all of the file that lies behind it) may be missing.
 
@@ -309,6 +386,13 @@ class Decoder(nn.Module):
     def forward(self, x, low):
         x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=True)
         return self.fuse(torch.cat([x, self.low(low)], dim=1))
+
+
+def average_pool(x, size):
+    """F.adaptive_avg_pool2d(x, size) as matrix products: its own backward pass is not deterministic on CUDA."""
+    ones = (torch.eye(side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
+    rows, columns = (F.adaptive_avg_pool1d(one, size) for one in ones)
+    return rows.mT @ x @ columns
 
 
 def pixel_cross_entropy(logits, labels, ignore=255):

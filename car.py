@@ -49,7 +49,7 @@ DistributedDataParallel averages them, are those of one process with the joint b
     Tables 4.4, 4.5      head, backbone; epsilon_0=0.25 for its rows marked §; CCNet, DANet, CPNet through `regularize`
     Tables 4.6, 4.7      head, backbone, auxiliary; RECIPES; evaluate.py --scales … --flip
     Table 4.8            train.py --seed --deterministic
-(The backbones HRNet, EfficientNet, ConvNeXt, and Swin at stride 8 are not in backbones.py yet.)
+(The backbones EfficientNet, ConvNeXt, and Swin at stride 8 are not in backbones.py yet.)
 
 To copy: this file, backbones.py, ksac.py and caa.py. What stands above the heads needs backbones.py alone, and down to
 `ClassAwareRegularization` torch alone.
@@ -442,7 +442,7 @@ class UPer(nn.Module):
 
     def forward(self, maps):
         *finer, x = maps
-        pooled = [resize(pool(average(x, size)), x) for pool, size in zip(self.pools, (1, 2, 3, 6))]
+        pooled = [resize(pool(backbones.average_pool(x, size)), x) for pool, size in zip(self.pools, (1, 2, 3, 6))]
         x = self.top(torch.cat([x, *pooled], dim=1))
         pyramid = [x]
         for level, lateral, smooth in reversed(list(zip(finer, self.lateral, self.smooth))):
@@ -455,12 +455,6 @@ class UPer(nn.Module):
 def resize(x, like, corners=False):
     """x `[N, C, h, w]` at the size of the map `like`, bilinear."""
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=corners)
-
-
-def average(x, size):
-    """F.adaptive_avg_pool2d(x, size) as matrix products: its own backward pass is not deterministic on CUDA."""
-    rows, columns = (F.adaptive_avg_pool1d(torch.eye(side, device=x.device, dtype=x.dtype), size) for side in x.shape[2:])
-    return rows.mT @ x @ columns
 
 
 class OCR(nn.Module):

@@ -40,7 +40,7 @@ def meta(*arguments, **options):
 SWIN = ("swin_t", "swin_s", "swin_b", "swin_l")
 
 
-@pytest.mark.parametrize("name", [name for name in backbones.NAMES if name not in SWIN])
+@pytest.mark.parametrize("name", [name for name in backbones.NAMES if not name.startswith(("swin", "hrnet"))])
 @pytest.mark.parametrize("stride", [32, 16, 8])
 def test_four_maps_finest_first_at_their_strides(name, stride):
     with torch.device("meta"):  # shapes only
@@ -88,6 +88,85 @@ def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
         backbones.build("swin_t", 8)
     with pytest.raises(ValueError, match="no weights of swin_l; give the path"):
         backbones.build("swin_l", weights="imagenet")
+
+
+HRNET = {"hrnet_w18": 9_562, "hrnet_w32": 29_306, "hrnet_w48": 65_325}  # thousands of parameters
+
+
+@pytest.mark.parametrize("name", HRNET)
+def test_hrnet_has_four_maps_at_once_and_its_parameters(name):
+    with torch.device("meta"):
+        net = backbones.build(name)
+        maps = net(torch.zeros(2, 3, 65, 97))
+    assert net.strides == (4, 8, 16, 32) and net.corners
+    assert [tuple(m.shape) for m in maps] == [(2, c, -(-65 // s), -(-97 // s)) for c, s in zip(net.channels, net.strides)]
+    assert sum(p.numel() for p in net.parameters()) / 1000 == pytest.approx(HRNET[name], abs=1)
+
+
+def test_hrnet_names_follow_the_authors_checkpoints(tmp_path):
+    expected = {
+        "conv1.weight": (64, 3, 3, 3),
+        "bn2.running_var": (64,),
+        "layer1.0.downsample.0.weight": (256, 64, 1, 1),
+        "layer1.3.bn3.bias": (256,),
+        "transition1.0.0.weight": (18, 256, 3, 3),
+        "transition1.1.0.0.weight": (36, 256, 3, 3),
+        "stage2.0.branches.1.3.conv2.weight": (36, 36, 3, 3),
+        "stage2.0.fuse_layers.0.1.0.weight": (18, 36, 1, 1),
+        "stage2.0.fuse_layers.1.0.0.0.weight": (36, 18, 3, 3),
+        "transition2.2.0.0.weight": (72, 36, 3, 3),
+        "stage3.3.fuse_layers.2.0.0.1.weight": (18,),
+        "stage3.3.fuse_layers.2.0.1.0.weight": (72, 18, 3, 3),
+        "transition3.3.0.1.bias": (144,),
+        "stage4.2.fuse_layers.3.0.2.0.weight": (144, 18, 3, 3),
+        "stage4.2.fuse_layers.0.3.1.running_mean": (18,),
+        "stage4.2.branches.3.3.bn2.weight": (144,),
+    }
+    state = backbones.build("hrnet_w18").body.state_dict()
+    assert {name: tuple(state[name].shape) for name in expected} == expected
+    assert (
+        len({name.split(".")[0] for name in state}) == 11
+    )  # conv1, bn1, conv2, bn2, layer1, three transitions, three stages
+    rest = {
+        "incre_modules.0.0.conv1.weight": torch.zeros(2),
+        "final_layer.0.weight": torch.zeros(2),
+        "classifier.bias": torch.zeros(2),
+    }
+    torch.save(state | rest, tmp_path / "w.pth")
+    again = backbones.build("hrnet_w18", weights=tmp_path / "w.pth").body.state_dict()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    with pytest.raises(ValueError, match="no weights of hrnet_w18; give the path"):
+        backbones.build("hrnet_w18", weights="imagenet")
+
+
+def test_high_resolution_modules_exchange_all_with_all():
+    module = backbones.HighResolutionModule((2, 3, 4)).eval()
+    maps = [torch.randn(1, c, s, 2 * s - 1) for c, s in zip((2, 3, 4), (9, 5, 3))]
+    a, b, c = (branch(m) for branch, m in zip(module.branches, maps))
+    f = module.fuse_layers
+
+    def up(x, like):
+        return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=True)
+
+    expected = [
+        F.relu(a + up(f[0][1](b), a) + up(f[0][2](c), a)),
+        F.relu(up(f[1][0](a), b) + b + up(f[1][2](c), b)),
+        F.relu(up(f[2][0](a), c) + f[2][1](b) + c),
+    ]
+    for found, y in zip(module(maps), expected, strict=True):
+        torch.testing.assert_close(found, y)
+    assert f[0][0] is None and f[2][0][0][2].__class__ is nn.ReLU and len(f[2][0][1]) == 2 and len(f[0][1]) == 2
+
+
+def test_hrnet_grows_by_one_map_a_stage():
+    net = backbones.build("hrnet_w18").body.eval()
+    x = images = torch.randn(1, 3, 64, 64)
+    x = net.layer1(F.relu(net.bn2(net.conv2(F.relu(net.bn1(net.conv1(x)))))))
+    maps = net.stage2([net.transition1[0](x), net.transition1[1](x)])
+    maps = net.stage3(maps + [net.transition2[2](maps[1])])
+    maps = net.stage4(maps + [net.transition3[3](maps[2])])
+    assert all(torch.equal(a, b) for a, b in zip(net(images), maps, strict=True))
+    assert net.layer1[0].downsample[-1].__class__ is nn.BatchNorm2d
 
 
 def test_channels_are_those_of_the_papers():
@@ -566,6 +645,15 @@ def test_without_corners_position_i_covers_the_pixels_from_i_times_stride_on(siz
     inner = found[stride // 2 : images.shape[2] - stride // 2, stride // 2 : images.shape[3] - stride // 2]
     assert found.shape == size
     assert torch.allclose(inner, ramp[stride // 2 :, stride // 2 :][: inner.shape[0], : inner.shape[1]], atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_average_pool_is_torchs_with_its_gradient(size):
+    x = torch.randn(2, 3, 7, 11, dtype=torch.float64, requires_grad=True)
+    found, expected = backbones.average_pool(x, size), F.adaptive_avg_pool2d(x, size)
+    torch.testing.assert_close(found, expected)
+    pull = torch.randn_like(found)
+    torch.testing.assert_close(*(torch.autograd.grad((y * pull).sum(), x)[0] for y in (found, expected)))
 
 
 def test_upsampled_logits_are_float32():

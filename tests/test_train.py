@@ -100,7 +100,7 @@ def test_the_papers_recipe_is_taken():
 
 
 def test_every_recipe_names_known_settings_only():
-    for method in ("caa", "ksac", "car", "spgnet"):
+    for method in ("caa", "ksac", "car", "spgnet", "pyramid_fuse"):
         for dataset in evaluate.method_file(method).RECIPES:
             settings, origin = train.resolve({"method": method, "dataset": dataset})
             assert origin["lr"] == f"recipe {method}/{dataset}"

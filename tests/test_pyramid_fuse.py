@@ -1,0 +1,578 @@
+"""pyramid_fuse.py against the definitions and equations of its paper, written here cell by cell."""
+
+import math
+from datetime import timedelta
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import backbones
+import evaluate
+import pyramid_fuse as pf
+
+
+@pytest.fixture(autouse=True)
+def one_seed_and_one_thread():  # several threads are slower on maps this small
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+X = 255
+# An 8x8 map: a uniform quarter of class 0, one with a border between 1 and 2, one of class 1 with a pixel that is not
+# labelled, one of two classes with one.
+MAP = torch.tensor(
+    [
+        [0, 0, 0, 0, 1, 1, 2, 2],
+        [0, 0, 0, 0, 1, 1, 2, 2],
+        [0, 0, 0, 0, 1, 2, 2, 2],
+        [0, 0, 0, 0, 1, 2, 2, 2],
+        [1, 1, 1, 1, 2, 2, X, 2],
+        [1, 1, 1, X, 2, 2, 2, 0],
+        [1, 1, 1, 1, 0, 0, X, X],
+        [1, 1, 1, 1, 0, 0, X, X],
+    ]
+)[None]
+STRIDES = (8, 4, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ ground truth
+
+
+def test_pyramid_labels_by_hand():
+    semantic, unity = pf.pyramid_labels(MAP, STRIDES)
+    assert unity[0].tolist() == [[[0]]] and semantic[0].tolist() == [[[X]]]
+    assert unity[1].tolist() == [[[1, 0], [X, 0]]] and semantic[1].tolist() == [[[0, X], [X, X]]]
+    # the finest: the pixel at the lower right of each cell's middle
+    assert semantic[2].tolist() == [[[0, 0, 1, 2], [0, 0, 2, 2], [1, X, 2, 0], [1, 1, 0, X]]]
+
+
+def cell_by_cell(labels, strides):
+    """App. B's three cases."""
+    N, H, W = labels.shape
+    semantic, unity = [], []
+    for stride in strides[:-1]:
+        y = torch.full((N, H // stride, W // stride), X)
+        u = y.clone()
+        for n, i, j in product(range(N), range(H // stride), range(W // stride)):
+            cell = labels[n, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride].flatten().tolist()
+            classes = set(cell) - {X}
+            if len(classes) > 1:
+                u[n, i, j] = 0
+            elif X not in cell:
+                u[n, i, j], y[n, i, j] = 1, cell[0]
+        semantic.append(y)
+        unity.append(u)
+    middle = strides[-1] // 2
+    return [*semantic, labels[:, middle :: strides[-1], middle :: strides[-1]]], unity
+
+
+@pytest.mark.parametrize("strides", [(32, 16, 8, 4), (32, 4), (16, 8, 4), (32, 16, 8, 1)])
+def test_pyramid_labels_are_the_three_cases_of_appendix_b(strides):
+    labels = torch.randint(3, (2, 8, 12)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels[:, 32:, 32:64] = 1
+    labels[0, torch.randint(64, (9,)), torch.randint(96, (9,))] = X
+    labels[1, :8] = X
+    labels[1, 32:, 64:] = 2
+    labels[1, 40, 70] = X
+    for found, expected in zip(pf.pyramid_labels(labels, strides), cell_by_cell(labels, strides)):
+        assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert {0, 1, 255} == set(pf.pyramid_labels(labels, strides)[1][0].flatten().tolist())
+
+
+def test_labels_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="labels of 32x48: expected multiples of the coarsest stride, 32"):
+        pf.pyramid_labels(torch.zeros(1, 32, 48, dtype=torch.int64))
+
+
+# -------------------------------------------------------------------------------------------------------------- relabelling
+
+
+def test_relabelling_by_hand():
+    semantic, unity = pf.pyramid_labels(MAP, STRIDES)
+    # the whole is a mix-cell; of its quarters the first is a true positive, the second and third false positives
+    prob = [torch.tensor([[[0.95]]]), torch.tensor([[[0.9, 0.95], [0.99, 0.1]]])]
+    found, u = pf.relabel(semantic, unity, prob)
+    assert found[0].tolist() == semantic[0].tolist() and found[1].tolist() == semantic[1].tolist()
+    assert u[0].tolist() == [[[0]]] and u[1].tolist() == unity[1].tolist()
+    assert found[2].tolist() == [[[X, X, 1, 2], [X, X, 2, 2], [1, X, 2, 0], [1, 1, 0, X]]]
+    missed, _ = pf.relabel(
+        semantic, unity, [prob[0], torch.zeros(1, 2, 2)]
+    )  # a false negative: the finer level must learn it
+    assert torch.equal(missed[2], semantic[2])
+    simple, _ = pf.relabel(semantic, unity, [prob[0], torch.zeros(1, 2, 2)], policy="ground_truth")
+    assert torch.equal(simple[2], found[2])
+    naive, _ = pf.relabel(semantic, unity, prob, policy="naive")
+    assert all(torch.equal(a, b) for a, b in zip(naive, semantic))
+
+
+def ancestors(i, j, level, strides):
+    """The cells above (i, j) of a level, coarse to fine: (level, row, column)."""
+    return [(k, i * strides[level] // strides[k], j * strides[level] // strides[k]) for k in range(level)]
+
+
+def big_scene():
+    strides = (32, 16, 8, 4)
+    labels = torch.randint(2, (2, 4, 6)).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    labels[:, 32:, :32] = 2
+    labels[0, 3, 5] = labels[1, 40, 70] = X
+    labels[:, ::7, 50] = 3
+    semantic, unity = pf.pyramid_labels(labels, strides)
+    return strides, semantic, unity, [torch.rand(u.shape) for u in unity]
+
+
+@pytest.mark.parametrize("policy", pf.POLICIES)
+def test_relabelling_looks_at_every_ancestor(policy):
+    strides, semantic, unity, prob = big_scene()
+    found, kept = pf.relabel(semantic, unity, prob, 0.5, policy)
+    changed = 0
+    for level in range(4):
+        for n, i, j in product(*map(range, semantic[level].shape)):
+            done = False
+            for k, a, b in ancestors(i, j, level, strides):
+                settled = unity[k][n, a, b] == 1 and (policy == "ground_truth" or prob[k][n, a, b] >= 0.5)
+                done = done or (settled and policy != "naive")
+            assert found[level][n, i, j] == (X if done else semantic[level][n, i, j])
+            if level < 3:
+                assert kept[level][n, i, j] == (X if done else unity[level][n, i, j])
+            changed += bool(done)
+    assert (changed > 0) == (policy != "naive")
+
+
+def test_nothing_below_a_dont_care_cell_is_relabelled():
+    labels = torch.zeros(1, 32, 32, dtype=torch.int64)
+    labels[0, 0, 0] = X
+    semantic, unity = pf.pyramid_labels(labels)
+    prob = [torch.ones(u.shape) for u in unity]
+    for policy in pf.POLICIES:
+        found, kept = pf.relabel(semantic, unity, prob, policy=policy)
+        assert found[1][0, 0, 0] == X and kept[1][0, 0, 0] == X  # its own ground truth
+        assert torch.equal(found[3][0, :2, :2], semantic[3][0, :2, :2]) and found[3][0, 0, 0] == 0
+
+
+def test_unknown_policy_is_named():
+    semantic, unity = pf.pyramid_labels(MAP, STRIDES)
+    with pytest.raises(ValueError, match="policy='best': it is 'true_positive', 'ground_truth', 'naive'"):
+        pf.relabel(semantic, unity, [torch.zeros(u.shape) for u in unity], policy="best")
+
+
+# -------------------------------------------------------------------------------------------------------------------- fusion
+
+
+def test_eq_2_by_hand():
+    levels = [torch.full((1, 1, 2**i, 2**i), float(i)) for i in range(3)]
+    prob = [torch.tensor([[[0.2]]]), torch.tensor([[[0.9, 0.89], [0.0, 1.0]]])]
+    assert pf.fuse(levels, prob)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [2, 2, 1, 1], [2, 2, 1, 1]]
+    prob[0][:] = 0.9  # at least τ: the coarsest cell is taken
+    assert pf.fuse(levels, prob).unique().tolist() == [0]
+
+
+def test_eq_2_equals_its_sum_with_gradients():
+    L, tau = 4, 0.6
+    semantic = [torch.randn(2, 3, 2**i, 3 * 2**i, dtype=torch.float64, requires_grad=True) for i in range(L)]
+    prob = [torch.rand(2, 2**i, 3 * 2**i) for i in range(L - 1)] + [torch.ones(2, 8, 24)]
+    expected = torch.zeros(2, 3, 8, 24, dtype=torch.float64)
+    for i, j in product(range(8), range(24)):
+        for n in range(2):
+            for level in range(L):
+                by = 2 ** (L - 1 - level)
+                here = prob[level][n, i // by, j // by] >= tau
+                before = all(prob[k][n, i // 2 ** (L - 1 - k), j // 2 ** (L - 1 - k)] < tau for k in range(level))
+                if here and before:
+                    expected[n, :, i, j] = expected[n, :, i, j] + semantic[level][n, :, i // by, j // by]
+    found = pf.fuse(semantic, prob[:-1], tau)
+    assert torch.equal(found, expected)
+    pull = torch.randn_like(found)
+    for a, b in zip(
+        torch.autograd.grad((found * pull).sum(), semantic), torch.autograd.grad((expected * pull).sum(), semantic)
+    ):
+        torch.testing.assert_close(a, b)
+        assert b.abs().max() > 0
+
+
+def test_thresholds_at_their_ends():
+    strides, _, unity, prob = big_scene()
+    semantic = [torch.randn(2, 3, *u.shape[1:]) for u in unity] + [torch.randn(2, 3, 16, 24)]
+    coarsest = semantic[0].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert torch.equal(pf.fuse(semantic, prob, 0.0), coarsest)
+    assert torch.equal(pf.fuse(semantic, prob, 1.01), semantic[-1])
+    assert pf.chosen_level(prob, semantic[-1], 0.0).unique().tolist() == [0]
+    assert pf.chosen_level(prob, semantic[-1], 1.01).unique().tolist() == [3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_eq_1_by_hand():
+    quarter = torch.tensor([[[[0.25]], [[0.75]]]]).log()
+    semantic_logits = [quarter, quarter.expand(1, 2, 2, 2)]
+    semantic = [torch.tensor([[[0]]]), torch.tensor([[[1, X], [X, 1]]])]
+    prob, unity = (
+        [torch.tensor([[[0.2]]]), torch.tensor([[[0.5, 0.125]]])],
+        [torch.tensor([[[1]]]), torch.tensor([[[X, 0]]])],
+    )
+    losses = pf.pyramid_loss(semantic_logits, prob, semantic, unity)
+    assert losses["semantic"].item() == pytest.approx((math.log(4) + math.log(4 / 3)) / 2, rel=1e-5)
+    assert losses["unity"].item() == pytest.approx((math.log(5) + math.log(8 / 7)) / 2, rel=1e-5)
+
+
+def test_eq_1_equals_torchs_losses_with_gradients():
+    semantic_logits = [torch.randn(2, 3, s, s, requires_grad=True) for s in (1, 2, 4, 8)]
+    prob = [torch.rand(2, s, s).requires_grad_() for s in (1, 2, 4)]
+    semantic = [torch.randint(3, (2, s, s)) for s in (1, 2, 4, 8)]
+    unity = [torch.randint(2, (2, s, s)) for s in (1, 2, 4)]
+    semantic[3][0], unity[2][1, 0] = X, X
+    losses = pf.pyramid_loss(semantic_logits, prob, semantic, unity)
+    ce = sum(F.cross_entropy(a, b, ignore_index=X) for a, b in zip(semantic_logits, semantic)) / 4
+    bce = sum(F.binary_cross_entropy(a[b != X], b[b != X].float()) for a, b in zip(prob, unity)) / 3
+    for name, expected, inputs in (("semantic", ce, semantic_logits), ("unity", bce, prob)):
+        torch.testing.assert_close(losses[name], expected)
+        for a, b in zip(torch.autograd.grad(losses[name], inputs), torch.autograd.grad(expected, inputs)):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_all_ignored_is_0_and_certain_probabilities_stay_finite():
+    logits, prob = [torch.randn(1, 3, 1, 1), torch.randn(1, 3, 2, 2)], [torch.tensor([[[1.0]]]).requires_grad_()]
+    nothing = [torch.full((1, 1, 1), X), torch.full((1, 2, 2), X)]
+    assert sum(pf.pyramid_loss(logits, prob, nothing, nothing[:1]).values()) == 0
+    loss = pf.pyramid_loss(logits, prob, nothing, [torch.tensor([[[0]]])])["unity"]
+    assert loss.isfinite() and loss > 10 and torch.autograd.grad(loss, prob)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_losses_are_float32(dtype):
+    logits, prob = [torch.randn(1, 3, 2, 2).to(dtype), torch.randn(1, 3, 4, 4).to(dtype)], [torch.rand(1, 2, 2).to(dtype)]
+    labels = [torch.randint(3, (1, 2, 2)), torch.randint(3, (1, 4, 4))]
+    losses = pf.pyramid_loss(logits, prob, labels, [torch.randint(2, (1, 2, 2))])
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+
+
+def joint_batch():
+    generator = torch.Generator().manual_seed(3)
+    logits = [torch.randn(2, 3, s, s, generator=generator) for s in (1, 2)]
+    prob = [torch.rand(2, 1, 1, generator=generator)]
+    semantic = [torch.tensor([[[X]], [[1]]]), torch.tensor([[[0, 1], [2, X]], [[X, X], [X, 0]]])]
+    return logits, prob, semantic, [torch.tensor([[[0]], [[X]]])]
+
+
+def share_of_the_batch(rank, folder):
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    try:
+        torch.save(pf.pyramid_loss(*([x[rank : rank + 1] for x in part] for part in joint_batch())), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of_the_batch_of_1(_, folder):
+    share_of_the_batch(1, folder)
+
+
+def test_two_processes_have_the_loss_of_the_joint_batch(tmp_path):
+    other = torch.multiprocessing.spawn(share_of_the_batch_of_1, (str(tmp_path),), join=False)
+    share_of_the_batch(0, str(tmp_path))
+    assert other.join(240)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = pf.pyramid_loss(*joint_batch())
+    assert all((first[name] + second[name]).item() / 2 == pytest.approx(expected[name].item()) for name in expected)
+
+
+# --------------------------------------------------------------------------------------------------------------------- heads
+
+
+def test_unity_head_takes_the_pixel_least_like_its_centroid():
+    head = pf.UnityHead(5, (4, 2), channels=3).double()
+    x = torch.randn(2, 5, 4, 8, dtype=torch.float64)
+    reduce, embed, same = (
+        (c.weight[:, :, 0, 0], 0.3 if c.bias is None else c.bias) for c in (head.reduce, head.embed, head.same)
+    )
+    for found, k in zip(head(x), (4, 2), strict=True):
+        assert found.shape == (2, 4 // k, 8 // k)
+        for n, a, b in product(range(2), range(4 // k), range(8 // k)):
+            cell = x[n, :, a * k : (a + 1) * k, b * k : (b + 1) * k].flatten(1).T  # [k², 5]
+            x_u = cell @ reduce[0].T + reduce[1]
+            centroid = embed[0] @ x_u.mean(0) + embed[1]
+            difference = x_u @ embed[0].T + embed[1] - centroid
+            probabilities = torch.sigmoid(difference @ same[0].T + same[1])
+            torch.testing.assert_close(found[n, a, b], probabilities.min())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_confident_mistakes_keep_their_gradient_in_half_precision(dtype):
+    head = pf.UnityHead(4, (2,), channels=3)
+    torch.nn.init.constant_(head.same.bias, 9.0)
+    x = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        prob = head(x)
+    assert prob[0].dtype == torch.float32
+    loss = pf.pyramid_loss([torch.zeros(1, 2, 1, 1)], prob, [torch.full((1, 1, 1), X)], [torch.zeros(1, 2, 2).long()])[
+        "unity"
+    ]
+    assert loss.item() == pytest.approx(9, rel=1e-3)
+    assert torch.autograd.grad(loss, head.same.bias)[0].item() == pytest.approx(1, rel=1e-2)
+
+
+def test_eqs_6_10_pool_has_110_tokens():
+    x = torch.randn(1, 2, 9, 13)
+    found = pf.PyramidPool()(x)
+    expected = torch.cat([F.adaptive_avg_pool2d(x, bins).flatten(2) for bins in (1, 3, 6, 8)], 2)
+    assert found.shape == (1, 2, 110)
+    torch.testing.assert_close(found, expected)
+
+
+def test_eqs_8_9_aggregation_equals_the_loop():
+    block = pf.ContextAggregation(4).double().eval()
+    x, theta = torch.randn(1, 4, 2, 3, dtype=torch.float64), torch.randn(1, 4, 5, dtype=torch.float64)
+    w = {n: getattr(block, n).weight.flatten(1) for n in ("query", "key", "value")}
+    b = {n: getattr(block, n).bias for n in w}
+    attended = torch.zeros(4, 2, 3, dtype=torch.float64)
+    for i, j in product(range(2), range(3)):
+        q = w["query"] @ x[0, :, i, j] + b["query"]
+        energy = torch.stack([q @ (w["key"] @ theta[0, :, t] + b["key"]) for t in range(5)]) / math.sqrt(4)
+        a = energy.softmax(0)
+        attended[:, i, j] = sum(a[t] * (w["value"] @ theta[0, :, t] + b["value"]) for t in range(5))
+    expected = block.aggregate(torch.cat([attended[None], x], 1))
+    torch.testing.assert_close(block(x, theta), expected)
+
+
+def test_eqs_10_11_update_joins_new_and_old_context():
+    block = pf.ContextUpdate(4).eval()
+    x, theta = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 110)
+    joint = torch.cat([pf.PyramidPool()(x), theta], 1)[..., None]
+    torch.testing.assert_close(block(x, theta), block.update(joint)[..., 0])
+
+
+def test_eqs_3_to_7_coarse_to_fine():
+    head = pf.SemanticHead(6, (8, 4, 2, 1), channels=4).eval()
+    x = torch.randn(1, 6, 8, 16)
+    x4 = head.reduce(x)
+    theta = head.pool(x4)
+    for i, (k, found) in enumerate(zip((8, 4, 2, 1), head(x), strict=True)):
+        refined = head.aggregate[i](F.avg_pool2d(x4, k), theta)  # Eqs. (3), (4)
+        if i < 3:
+            theta = head.update[i](refined, theta)  # Eq. (5)
+        torch.testing.assert_close(found, head.project[i](refined))
+
+
+def test_anl_refines_the_finest_level_or_each():
+    x = torch.randn(1, 6, 8, 8)
+    one, each = (pf.SemanticHead(6, (2, 1), context, 2, channels=4).eval() for context in ("anl", "anl_multi"))
+    refined = one.aggregate[0](one.reduce(x), one.pool(one.reduce(x)))
+    for found, k, project in zip(one(x), (2, 1), one.project, strict=True):
+        torch.testing.assert_close(found, project(F.avg_pool2d(refined, k)))
+    for found, k, block, project in zip(each(x), (2, 1), each.aggregate, each.project, strict=True):
+        level = F.avg_pool2d(each.reduce(x), k)
+        torch.testing.assert_close(found, project(block(level, each.pool(level))))
+
+
+def test_decoder_has_hrnets_last_stage():
+    with torch.device("meta"):
+        decoder = pf.ResNetDecoder((256, 512, 1024, 2048))
+        last = backbones.build("hrnet_w48").body.stage4
+        maps = decoder([torch.zeros(1, c, 64 // s, 96 // s) for c, s in zip((256, 512, 1024, 2048), (4, 8, 16, 32))])
+    assert [tuple(m.shape) for m in maps] == [(1, c, 64 // s, 96 // s) for c, s in zip((48, 96, 192, 384), (4, 8, 16, 32))]
+    assert [p.shape for p in decoder.fuse.parameters()] == [p.shape for p in last.parameters()]
+    assert sum(maps_.shape[1] for maps_ in maps) == 720  # D
+
+
+# ------------------------------------------------------------------------------------------------------------------- network
+
+EXPERIMENTS = dict(
+    A=dict(context=None, output="single"),
+    B=dict(context="anl", output="single"),
+    C=dict(output="single"),
+    D=dict(context=None, policy="naive"),
+    E=dict(context=None, policy="ground_truth"),
+    F=dict(context=None),
+    G=dict(context="anl"),
+    H=dict(context="anl_multi"),
+    I=dict(),
+    J=dict(output="auxiliary"),
+    K=dict(strides=(32, 4)),
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_of_table_a_trains_every_parameter(name):
+    net = pf.build(4, "resnet18", **EXPERIMENTS[name]).train()
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64))
+    for side, top in ((32, 0), (16, 32), (8, 48)):  # every level has unity-cells of its own
+        blocks = torch.randint(4, (2, 1, 64 // side)) if side < 32 else torch.ones(2, 1, 2, dtype=torch.int64)
+        labels[:, top : top + side] = blocks.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    losses = net(images, labels)
+    single = {"A": ["semantic"], "B": ["semantic"], "C": ["semantic"], "J": ["semantic", "auxiliary"]}
+    assert list(losses) == single.get(name, ["semantic", "unity"])
+    sum(losses.values()).backward()
+    for key, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all()
+        assert p.grad.abs().max() > 0 or key.endswith("key.bias")  # the softmax takes no notice of a key's bias
+    assert net.eval()(images).shape == (2, 4, 64, 64) and net.classifier.kernel_size == (1, 1)
+
+
+def test_losses_are_of_the_relabelled_pyramids():
+    images, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
+    labels[:, :40, :70] = 1
+    for policy in pf.POLICIES:
+        net = pf.build(4, "resnet18", context=None, policy=policy, threshold=0.3).eval()
+        semantic, prob = net.pyramids(images)
+        truth, unity = pf.relabel(*pf.pyramid_labels(labels), prob, 0.3, policy)
+        expected = pf.pyramid_loss(semantic, prob, truth, unity)
+        losses = net(images, labels)
+        assert all(torch.equal(losses[name], expected[name]) for name in expected)
+
+
+def mixed(images):
+    """A network whose threshold lies so that several levels are chosen."""
+    net = pf.build(4, "resnet18").eval()
+    torch.nn.init.normal_(net.unity.same.weight)
+    prob = net.pyramids(images)[1]
+    net.threshold = prob[1].median().item()
+    assert len(pf.chosen_level(prob, images[:, :, ::4, ::4], net.threshold).unique()) > 1
+    return net
+
+
+def test_logits_are_the_fused_levels_upsampled():
+    images = torch.randn(1, 3, 64, 96)
+    net = mixed(images)
+    semantic, prob = net.pyramids(images)
+    fused = pf.fuse(semantic, prob, net.threshold)
+    torch.testing.assert_close(net(images), F.interpolate(fused, size=(64, 96), mode="bilinear"))
+    maps = net.decoder(net.backbone(images))
+    joint = torch.cat([F.interpolate(m, size=(16, 24), mode="bilinear") for m in maps], 1)
+    torch.testing.assert_close(prob, net.unity(joint))
+    found = [net.semantic(joint)[i] for i in range(4)]
+    torch.testing.assert_close(semantic[3], net.classifier(found[3]))
+    torch.testing.assert_close(semantic[1], net.coarse_classifiers[1](found[1]))
+    single = pf.build(4, "resnet18", output="auxiliary").eval()
+    expected = F.interpolate(single.pyramids(images)[0][-1], size=(64, 96), mode="bilinear")
+    torch.testing.assert_close(single(images), expected)
+
+
+def test_auxiliary_levels_weigh_two_fifths_of_their_mean():
+    net = pf.build(4, "resnet18", output="auxiliary").eval()
+    images, labels = torch.randn(1, 3, 64, 64), torch.randint(4, (1, 2, 2)).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    semantic, _ = net.pyramids(images)
+    truth, _ = pf.pyramid_labels(labels)
+    ce = [F.cross_entropy(y, label, ignore_index=X) for y, label in zip(semantic, truth)]
+    losses = net(images, labels)
+    torch.testing.assert_close(losses["semantic"], ce[3])
+    torch.testing.assert_close(losses["auxiliary"], 0.4 * sum(ce[:3]) / 3)
+
+
+@pytest.mark.parametrize(
+    "size, fitted", [((64, 96), (64, 96)), ((50, 79), (64, 64)), ((47, 33), (32, 32)), ((5, 1), (32, 32))]
+)
+def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted):
+    net = pf.build(4, "resnet18", context=None).eval()
+    images, labels = torch.randn(1, 3, *size), torch.randint(4, (1, *size))
+    assert net.fitted(images).shape[2:] == fitted
+    logits = net(images)
+    assert logits.shape == (1, 4, *size) and logits.dtype == torch.float32
+    inner = F.interpolate(images, size=fitted, mode="bilinear")
+    expected = F.interpolate(net(inner), size=size, mode="bilinear")
+    torch.testing.assert_close(logits, expected)
+    rows, columns = ([int((i + 0.5) * side / n) for i in range(n)] for side, n in zip(size, fitted))
+    losses, expected = net(images, labels), net(inner, labels[:, rows][:, :, columns])
+    assert all(torch.equal(losses[name], expected[name]) for name in losses)
+
+
+def test_sides_half_way_between_are_enlarged():
+    net = pf.build(4, "resnet18", output="single", context=None)
+    assert [net.fitted(torch.zeros(1, 3, side, 32)).shape[2] for side in (48, 80, 79)] == [64, 96, 64]
+
+
+def test_hrnet_needs_no_decoder_and_has_720_channels():
+    with torch.device("meta"):
+        net, small = pf.build(4, "hrnet_w48"), pf.build(4, "hrnet_w18")
+    assert net.decoder is None and net.semantic.reduce.in_channels == 720 and net.unity.reduce.out_channels == 64
+    assert net.semantic.reduce.out_channels == 512 and small.semantic.reduce.in_channels == 270
+    assert net.threshold == 0.9 and net.strides == (32, 16, 8, 4)
+
+
+def test_bf16_trains():
+    net = pf.build(4, "resnet18").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = net(torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64)))
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(strides=(32, 8)), "the last 4"),
+        (dict(strides=32), "the last 4"),
+        (dict(threshold="high"), "threshold='high': expected a number"),
+        (dict(strides=(8, 32, 4)), "coarse to fine"),
+        (dict(output="both"), "'pyramid', 'single' or 'auxiliary'"),
+        (dict(policy="best"), "'true_positive', 'ground_truth', 'naive'"),
+        (dict(context="ocr"), "'ours', 'anl', 'anl_multi' or None"),
+        (dict(context="anl_multi", output="single"), "take 'anl'"),
+        (dict(levels=3), "SpecializeAndFuse has no option levels"),
+    ],
+)
+def test_mistakes_name_what_is_expected(options, message):
+    with pytest.raises(ValueError, match=message):
+        pf.build(4, "resnet18", **options)
+
+
+def test_recipes_are_the_papers():
+    settings = {name: (r["lr"], r["iterations"]) for name, r in pf.RECIPES.items()}
+    assert settings["ade20k"] == (0.02, round(120 * 20_210 / 16)) and settings["coco_stuff10k"] == (0.001, 110 * 9_000 // 16)
+    assert settings["pascal_context"] == (0.001, 200 * 4_998 // 16)
+    for r in pf.RECIPES.values():
+        assert (r["backbone"], r["momentum"], r["power"]) == ("hrnet_w48", 0.9, 0.9)
+        assert (r["batch_size"], r["crop_size"], r["weight_decay"], r["scale"], r["color"]) == (
+            16,
+            512,
+            1e-4,
+            (0.5, 2.0),
+            "brightness",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ figures and analysis
+
+
+def test_fig_a_greys_what_is_done_by_coarser():
+    image = torch.randn(3, 64, 96)
+    net = mixed(image[None])
+    figures = net.figures(image)
+    names = [f"{what} {s}" for what in ("semantic", "unity", "chosen") for s in (32, 16, 8, 4) if (what, s) != ("unity", 4)]
+    assert list(figures) == [*names, "level", "fused"]
+    chosen = torch.stack([figures[f"chosen {s}"] for s in (32, 16, 8, 4)])
+    assert ((chosen != X).sum(0) == 1).all()  # each cell is taken from one level
+    assert torch.equal(chosen.amin(0), figures["fused"]) and len(figures["level"].unique()) > 1
+    assert torch.equal((chosen != X).int().argmax(0), (3 * figures["level"]).round().long())
+    assert figures["unity 8"].shape == (8, 12) and 0 <= figures["unity 8"].min() <= figures["unity 8"].max() <= 1
+    assert pf.build(4, "resnet18", output="single").eval().figures(image) == {}
+    palette = [(i, i, i) for i in range(4)]
+    titles, tiles = evaluate.method_figures(net, image, palette, ["a", "b", "c", "d"])
+    assert titles == list(figures) and len(tiles) == 13
+
+
+def test_table_9_by_hand():
+    class Net(torch.nn.Module):
+        strides, threshold = (8, 4), 0.5
+
+        def fitted(self, images):
+            return images
+
+        def pyramids(self, images):
+            coarse = torch.tensor([[[[9.0, 0]], [[0, 9.0]]]])  # class 0, class 1
+            fine = torch.tensor([[[[9.0, 0, 9, 9]] * 2, [[0, 9.0, 0, 0]] * 2]])  # 0 1 0 0
+            return [coarse, fine], [torch.tensor([[[0.9, 0.1]]])]  # the left half by the coarse level
+
+    labels = torch.zeros(1, 8, 16, dtype=torch.int64)  # all is class 0
+    labels[:, :, 15] = X
+    table, difference = pf.levels_compared(Net(), [(torch.zeros(1, 3, 8, 16), labels)], 2)
+    # rows: the level that predicts; columns: the level that is chosen
+    assert table[0, 0] == 1 and table[0, 1] == 0  # coarse: class 0 on the left, class 1 on the right
+    assert table[1, 0] == 0.25 and table[1, 1] == 1  # fine: half of the left half wrong, IoU 1/2 and 0
+    # fused: all right. The coarse level is right on 64 of 120 pixels; class 1 is predicted where it never is
+    torch.testing.assert_close(difference[0, 0].item(), 64 / 120 - 1)
+    assert difference[0, 1].isnan()  # the fused prediction has no class 1, nor has the truth
