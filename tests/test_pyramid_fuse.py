@@ -269,14 +269,8 @@ def share_of_the_batch(rank, folder):
         dist.destroy_process_group()
 
 
-def share_of_the_batch_of_1(_, folder):
-    share_of_the_batch(1, folder)
-
-
 def test_two_processes_have_the_loss_of_the_joint_batch(tmp_path):
-    other = torch.multiprocessing.spawn(share_of_the_batch_of_1, (str(tmp_path),), join=False)
-    share_of_the_batch(0, str(tmp_path))
-    assert other.join(240)
+    torch.multiprocessing.spawn(share_of_the_batch, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     expected = pf.pyramid_loss(*joint_batch())
     assert all((first[name] + second[name]).item() / 2 == pytest.approx(expected[name].item()) for name in expected)
