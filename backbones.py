@@ -450,6 +450,18 @@ def one_image(net, image):
     return image.reshape(1, *image.shape[-3:])
 
 
+def one_pixel(pixel, size):
+    """(row, column) of the pixel that a figure is about: `pixel`, or the centre of an image of `size` if None.
+
+    ValueError where it lies outside.
+    """
+    H, W = size
+    row, column = (H // 2, W // 2) if pixel is None else pixel
+    if not (0 <= row < H and 0 <= column < W):
+        raise ValueError(f"pixel ({row}, {column}) lies outside the image: it has {H} rows and {W} columns")
+    return row, column
+
+
 def check_options(network, options):
     """`options`, if each is a keyword-only argument of the class `network`; else a ValueError that lists those."""
     parameters = inspect.signature(network).parameters.values()

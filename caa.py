@@ -345,9 +345,7 @@ class CAANet(nn.Module):
             branches = {name: backbones.upsample(y, self.stride, size) for name, y in self.head(x)[1].items()}
             labels = {f"{name} attention": y.argmax(1)[0] for name, y in branches.items()}
             return labels | {"prediction": self(image).argmax(1)[0]}
-        row, column = (H // 2, W // 2) if pixel is None else pixel
-        if not (0 <= row < H and 0 <= column < W):
-            raise ValueError(f"pixel ({row}, {column}) lies outside the image: it has {H} rows and {W} columns")
+        row, column = backbones.one_pixel(pixel, size)
         rows, columns = ((torch.arange(side) + self.stride // 2) // self.stride for side in size)  # the nearest position
         maps = attended(self.head.attention, self.head.reduce(x), rows[row], columns[column])
         return {name: (m / m.max())[rows[:, None], columns] for name, m in maps.items()}

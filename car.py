@@ -49,7 +49,7 @@ DistributedDataParallel averages them, are those of one process with the joint b
     Tables 4.4, 4.5      head, backbone; epsilon_0=0.25 for its rows marked §; CCNet, DANet, CPNet through `regularize`
     Tables 4.6, 4.7      head, backbone, auxiliary; RECIPES; evaluate.py --scales … --flip
     Table 4.8            train.py --seed --deterministic
-(The backbones EfficientNet, ConvNeXt, and Swin at stride 8 are not in backbones.py yet.)
+(EfficientNet, ConvNeXt, Swin at stride 8, and OCR on HRNet's four maps together are not there yet.)
 
 To copy: this file, backbones.py, ksac.py and caa.py. What stands above the heads needs backbones.py alone, and down to
 `ClassAwareRegularization` torch alone.
@@ -369,9 +369,7 @@ def pixel_relation(net, image, pixel=None, classifier="classifier"):
     """
     image = backbones.one_image(net, image)
     H, W = image.shape[2:]
-    row, column = (H // 2, W // 2) if pixel is None else pixel
-    if not (0 <= row < H and 0 <= column < W):
-        raise ValueError(f"pixel ({row}, {column}) lies outside the image: it has {H} rows and {W} columns")
+    row, column = backbones.one_pixel(pixel, (H, W))
     with inputs_of(net, classifier) as seen:
         net(image)
     X = feature_map(seen, classifier)[0].float()  # [C, h, w]
@@ -589,7 +587,7 @@ class CARNet(nn.Module):
 
 # Sect. 4.4.1. SGD, poly decay, synchronized batch norm, stride 8 (CARNet's own); Table 4.1's row R8. For Table 4.6's last
 # row: --backbone convnext_large --option head=caa --option auxiliary=True --optimizer adam --iterations 40000 --lr 6e-5 (the
-# rate is open; Swin's own for segmentation).
+# rate is open, Swin's own for segmentation; the backbone is to come).
 _COMMON = dict(
     backbone="resnet50",
     weights="imagenet",  # open

@@ -72,9 +72,8 @@ def pyramid_labels(labels, strides=(32, 16, 8, 4)):
     """Sect. 3.1, App. B: (semantic, unity), the ground truth of each level.
 
     labels `[N, H, W]`, H and W multiples of strides[0] -> semantic: for each level `[N, H/s, W/s]`, the class of a
-    unity-cell;
-    unity: for all but the finest `[N, H/s, W/s]`, 1 unity-cell, 0 mix-cell. 255: the class of a mix-cell, and both where a
-    cell holds pixels that are not labelled and at most one class. ValueError for another size.
+    unity-cell; unity: for all but the finest `[N, H/s, W/s]`, 1 unity-cell, 0 mix-cell. 255: the class of a mix-cell, and
+    both where a cell holds pixels that are not labelled and at most one class. ValueError for another size.
     """
     H, W = labels.shape[1:]
     if H % strides[0] or W % strides[0]:
@@ -165,8 +164,7 @@ def pyramid_loss(semantic_logits, unity_prob, semantic, unity):
 
 
 class UnityHead(nn.Module):
-    """Sect. 4.1: X `[N, D, h, w]` -> for each of the coarser levels `[N, h/k, w/k]`, the probability of a unity-cell,
-    float32.
+    """Sect. 4.1: X `[N, D, h, w]` -> for each coarser level float32 `[N, h/k, w/k]`, the probability of a unity-cell.
 
     factors: k of each, cells of the finest level on a side, as in (8, 4, 2). The module's docstring has the algebra.
     """

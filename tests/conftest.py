@@ -1,12 +1,44 @@
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_seed_and_one_thread():  # several threads are slower on maps this small
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """A function of `share`, which stands in a module: the results of share(0) and share(1) in a process group of two."""
+
+    def run(share):
+        torch.multiprocessing.spawn(process, (share, str(tmp_path)), nprocs=2)
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+    return run
+
+
+def process(rank, share, folder):
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    try:
+        torch.save(share(rank), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

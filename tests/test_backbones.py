@@ -1,9 +1,7 @@
-from datetime import timedelta
 from urllib.error import URLError
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
@@ -13,13 +11,7 @@ import backbones
 SMALL = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
 
 
-@pytest.fixture(autouse=True)
-def one_seed_and_one_thread():  # several threads are slower on maps this small
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
 
 
 def kernels(module):
@@ -550,23 +542,14 @@ def test_half_precision_logits_give_a_float32_loss(dtype):
     assert loss.item() == pytest.approx(literal_cross_entropy(half.double(), labels).item(), rel=1e-6)
 
 
-def share_of_the_batch(rank, folder):
+def share_of_the_batch(rank):
     """The losses and gradients of one of two processes, whose share is image `rank` of each batch."""
-    store, limit = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
-    try:
-        results = []
-        for logits, labels in joint_batches():
-            logits = logits.detach()[rank : rank + 1].requires_grad_()
-            loss = backbones.pixel_cross_entropy(logits, labels[rank : rank + 1])
-            results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
-        torch.save(results, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def share_of_the_batch_of_1(_, folder):
-    share_of_the_batch(1, folder)
+    results = []
+    for logits, labels in joint_batches():
+        logits = logits.detach()[rank : rank + 1].requires_grad_()
+        loss = backbones.pixel_cross_entropy(logits, labels[rank : rank + 1])
+        results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+    return results
 
 
 def joint_batches():
@@ -578,11 +561,8 @@ def joint_batches():
     return [(logits, unequal), (logits, one_empty), (logits, torch.full_like(labels, 255))]
 
 
-def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
-    other = torch.multiprocessing.spawn(share_of_the_batch_of_1, (str(tmp_path),), join=False)
-    share_of_the_batch(0, str(tmp_path))
-    assert other.join(240)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_two_processes_equal_one_with_the_joint_batch(two_processes):
+    first, second = two_processes(share_of_the_batch)
     counts = []
     for (logits, labels), (loss0, gradient0), (loss1, gradient1) in zip(joint_batches(), first, second, strict=True):
         loss = backbones.pixel_cross_entropy(logits, labels)

@@ -2,12 +2,10 @@
 
 import copy
 import math
-from datetime import timedelta
 from itertools import product
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,13 +22,7 @@ NONE = dict(intra=False, inter_c2c=False, inter_c2p=False)
 HEADS = ("self_attention", "fcn", "deeplabv3", "uper", "ocr", "caa")
 
 
-@pytest.fixture(autouse=True)
-def one_seed_and_one_thread():  # several threads are slower on maps this small
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
 
 
 def scene(n=2, c=3, h=2, w=3, classes=3):
@@ -405,20 +397,14 @@ def terms_of(features, labels, options):
     return {name: loss.detach() for name, loss in losses.items()}, gradient, centers, counts, module.state_dict()
 
 
-def share_of_the_batch(rank, folder):
-    store, limit = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
-    try:
-        features, labels = joint_batch()
-        results = [terms_of(features[rank : rank + 1], labels[rank : rank + 1], options) for options in CASES]
-        torch.save(results, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def share_of_the_batch(rank):
+    features, labels = joint_batch()
+    results = [terms_of(features[rank : rank + 1], labels[rank : rank + 1], options) for options in CASES]
+    return results
 
 
-def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joint_batch(tmp_path):
-    torch.multiprocessing.spawn(share_of_the_batch, (str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joint_batch(two_processes):
+    results = two_processes(share_of_the_batch)
     for options, first, second in zip(CASES, *results, strict=True):
         losses, gradient, centers, counts, state = terms_of(*joint_batch(), options)
         for name in TERMS:  # train.py logs the mean over the processes

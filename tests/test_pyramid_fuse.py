@@ -1,26 +1,17 @@
 """pyramid_fuse.py against the definitions and equations of its paper, written here cell by cell."""
 
 import math
-from datetime import timedelta
 from itertools import product
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import backbones
 import evaluate
 import pyramid_fuse as pf
 
-
-@pytest.fixture(autouse=True)
-def one_seed_and_one_thread():  # several threads are slower on maps this small
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
 
 
 X = 255
@@ -260,18 +251,12 @@ def joint_batch():
     return logits, prob, semantic, [torch.tensor([[[0]], [[X]]])]
 
 
-def share_of_the_batch(rank, folder):
-    store, limit = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
-    try:
-        torch.save(pf.pyramid_loss(*([x[rank : rank + 1] for x in part] for part in joint_batch())), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def share_of_the_batch(rank):
+    return pf.pyramid_loss(*([x[rank : rank + 1] for x in part] for part in joint_batch()))
 
 
-def test_two_processes_have_the_loss_of_the_joint_batch(tmp_path):
-    torch.multiprocessing.spawn(share_of_the_batch, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_two_processes_have_the_loss_of_the_joint_batch(two_processes):
+    first, second = two_processes(share_of_the_batch)
     expected = pf.pyramid_loss(*joint_batch())
     assert all((first[name] + second[name]).item() / 2 == pytest.approx(expected[name].item()) for name in expected)
 

@@ -1,12 +1,10 @@
 """spgnet.py against the words and figures of its paper, written here over indices, in float64."""
 
 import math
-from datetime import timedelta
 from itertools import product
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision import models
 
@@ -14,14 +12,7 @@ import backbones
 import evaluate
 import spgnet
 
-
-@pytest.fixture(autouse=True)
-def one_seed_and_one_thread():  # several threads are slower on maps this small
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
 
 
 def resnets(*depths):
@@ -247,21 +238,15 @@ def joint_batch():
     return logits, labels
 
 
-def share_of_the_batch(rank, folder):
-    store, limit = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
-    try:
-        logits, labels = (part[rank : rank + 1] for part in joint_batch())
-        logits = logits.clone().requires_grad_()
-        loss = spgnet.online_hard_example_loss(logits, labels)
-        torch.save((loss.detach(), *torch.autograd.grad(loss, logits)), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def share_of_the_batch(rank):
+    logits, labels = (part[rank : rank + 1] for part in joint_batch())
+    logits = logits.clone().requires_grad_()
+    loss = spgnet.online_hard_example_loss(logits, labels)
+    return (loss.detach(), *torch.autograd.grad(loss, logits))
 
 
-def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(tmp_path):
-    torch.multiprocessing.spawn(share_of_the_batch, (str(tmp_path),), nprocs=2)
-    (loss0, gradient0), (loss1, gradient1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(two_processes):
+    (loss0, gradient0), (loss1, gradient1) = two_processes(share_of_the_batch)
     logits, labels = joint_batch()
     logits.requires_grad_()
     loss = spgnet.online_hard_example_loss(logits, labels)
