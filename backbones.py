@@ -15,6 +15,7 @@ To copy: this file stands alone.
 """
 
 import inspect
+import re
 import warnings
 from collections import OrderedDict
 from urllib.error import URLError
@@ -30,7 +31,8 @@ from torchvision.ops import Conv2dNormActivation
 
 # name -> (the last module of each level, and the channels it gives), finest level first
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
-_SWIN = ("features.1", "features.3", "features.5", "features.7")
+_PATCHES = ("features.1", "features.3", "features.5", "features.7")  # what cuts the image into patches
+_EFFICIENT = ("features.2", "features.3", "features.5", "features.8")
 _LEVELS = {
     "resnet18": (_RESNET, (64, 128, 256, 512)),
     "resnet34": (_RESNET, (64, 128, 256, 512)),
@@ -50,10 +52,16 @@ _LEVELS = {
     "hrnet_w18": (None, (18, 36, 72, 144)),
     "hrnet_w32": (None, (32, 64, 128, 256)),
     "hrnet_w48": (None, (48, 96, 192, 384)),
-    "swin_t": (_SWIN, (96, 192, 384, 768)),
-    "swin_s": (_SWIN, (96, 192, 384, 768)),
-    "swin_b": (_SWIN, (128, 256, 512, 1024)),
-    "swin_l": (_SWIN, (192, 384, 768, 1536)),
+    "efficientnet_b5": (_EFFICIENT, (40, 64, 176, 2048)),
+    "efficientnet_b7": (_EFFICIENT, (48, 80, 224, 2560)),
+    "convnext_tiny": (_PATCHES, (96, 192, 384, 768)),
+    "convnext_small": (_PATCHES, (96, 192, 384, 768)),
+    "convnext_base": (_PATCHES, (128, 256, 512, 1024)),
+    "convnext_large": (_PATCHES, (192, 384, 768, 1536)),
+    "swin_t": (_PATCHES, (96, 192, 384, 768)),
+    "swin_s": (_PATCHES, (96, 192, 384, 768)),
+    "swin_b": (_PATCHES, (128, 256, 512, 1024)),
+    "swin_l": (_PATCHES, (192, 384, 768, 1536)),
 }
 NAMES = tuple(_LEVELS)
 _CLASSIFIERS = ("fc.", "classifier.", "head.", "incre_modules.", "downsamp_modules.", "final_layer.")
@@ -62,32 +70,38 @@ _CLASSIFIERS = ("fc.", "classifier.", "head.", "incre_modules.", "downsamp_modul
 class Backbone(nn.Module):
     """A model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]), …]`.
 
-    `body` keeps the model's parameter names. corners: how the maps lie on the image, see `on_grid`; a Swin Transformer's
-    (corners=False) take images of multiples of 32, and get a layer norm each, as for its authors' segmentation.
+    `body` keeps the model's parameter names. corners: how the maps lie on the image, see `on_grid`, which `grid` is for. A
+    Swin Transformer's or ConvNeXt's (corners=False, grid 32) take images of multiples of 32, and get a layer norm each, as
+    for their authors' segmentation. jpu: the last level is that of JointPyramidUpsampling.
     """
 
-    def __init__(self, model, nodes, channels, strides):
+    def __init__(self, model, nodes, channels, strides, jpu=False):
         super().__init__()
-        self.channels, self.strides, self.corners = channels, strides, nodes is not _SWIN
+        self.corners, self.grid = nodes is not _PATCHES, strides[-1]
+        self.channels_last = isinstance(model, models.SwinTransformer)
         with warnings.catch_warnings():  # "nodes are not present in eval mode": they are not needed
             warnings.simplefilter("ignore")
             self.body = create_feature_extractor(model, list(nodes)) if nodes else model
-        self.norms = None if self.corners else nn.ModuleList(nn.LayerNorm(c) for c in channels)
+        self.norms = None if self.corners else nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in channels)
+        self.jpu = JointPyramidUpsampling(channels[1:]) if jpu else None
+        self.channels = (*channels[:3], self.jpu.channels) if jpu else channels
+        self.strides = (*strides[:3], strides[1]) if jpu else strides
 
     def forward(self, x):
         maps = self.body(x)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
-        if self.norms is not None:  # [N, h, w, C]
+        if self.norms is not None:
+            maps = maps if self.channels_last else [m.permute(0, 2, 3, 1) for m in maps]
             maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps)]
-        return maps
+        return maps if self.jpu is None else [*maps[:3], self.jpu(maps[1:])]
 
 
 def build(name, output_stride=32, weights=None, multi_grid=None):
-    """The backbone `name` at `output_stride` 32, 16 or 8.
+    """The backbone `name` at `output_stride` 32, 16 or 8 (HRNets: 32; Swin Transformers and ConvNeXts: 32 or 8).
 
     weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights, as in its own
-    segmentation models), or the path of a state dict with torchvision's names (xception65, HRNets and swin_l:
-    a path only; the classes Xception65 and HRNet say with which names).
+    segmentation models), or the path of a state dict with torchvision's names; of a Swin Transformer or ConvNeXt also the
+    authors' checkpoint. (xception65, HRNets and swin_l: a path only; the classes Xception65 and HRNet say with which names.)
     multi_grid: factors of the dilation rates of the last stage's blocks (xception65: of its last three convolutions);
     ResNets and xception65 only; the last factor repeats.
 
@@ -98,8 +112,10 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output stride {output_stride}: {name} has 32, 16 and 8")
     nodes, channels = _LEVELS[name]
-    if nodes in (_SWIN, None) and (output_stride < 32 or multi_grid):
-        raise ValueError(f"{name} cannot be dilated: its output stride is 32, without multi_grid")
+    jpu = nodes is _PATCHES and output_stride == 8
+    if nodes in (_PATCHES, None) and (output_stride < 32 and not jpu or multi_grid):
+        also = ", or 8 by Joint Pyramid Upsampling" if nodes else ""
+        raise ValueError(f"{name} cannot be dilated: its output stride is 32{also}, without multi_grid")
     if name == "xception65":
         model = _loaded(Xception65(output_stride, multi_grid or (1, 1, 1)), name, weights)
     elif name == "swin_l":
@@ -108,10 +124,10 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
         model = _loaded(HRNet(channels), name, weights)
     else:
         model = _torchvision(name, weights)
-        if nodes is not _SWIN:
+        if nodes is not _PATCHES:
             _dilate(model, nodes, output_stride, multi_grid)
-    strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
-    return Backbone(model, nodes, channels, strides)
+    strides = tuple(min(stride, 32 if jpu else output_stride) for stride in (4, 8, 16, 32))
+    return Backbone(model, nodes, channels, strides, jpu)
 
 
 def parts(name, weights=None):
@@ -174,8 +190,8 @@ def _dilate(model, nodes, output_stride, multi_grid):
             applied = before if conv.stride[0] > 1 else rate
             if stride > output_stride:
                 conv.stride = (1, 1)
-            if conv.kernel_size[0] > 1:  # 3x3
-                conv.dilation = conv.padding = (applied, applied)
+            if (reach := conv.kernel_size[0] // 2) > 0:
+                conv.dilation, conv.padding = (applied, applied), (applied * reach, applied * reach)
     if multi_grid:
         if nodes is not _RESNET:
             raise ValueError("multi_grid multiplies the rates of the last blocks of a ResNet or xception65")
@@ -184,6 +200,32 @@ def _dilate(model, nodes, output_stride, multi_grid):
             for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
                 if conv.kernel_size[0] > 1:
                     conv.dilation = conv.padding = (rate * factor, rate * factor)
+
+
+class JointPyramidUpsampling(nn.Module):
+    """A map of stride 8 for what cannot be dilated (Wu et al., "FastFCN: Rethinking Dilated Convolution", 2019, Fig. 3).
+
+    Maps of strides 8, 16, 32 of patches -> `[N, 4·512, H/8, W/8]`: each reduced to 512, and four separable convolutions of
+    rates 1, 2, 4, 8 on all of them at stride 8.
+    """
+
+    def __init__(self, channels, width=512):
+        super().__init__()
+        self.reduce = nn.ModuleList(Conv2dNormActivation(c, width, 3) for c in channels)
+        together, self.channels = len(channels) * width, 4 * width
+        self.dilated = nn.ModuleList(
+            nn.Sequential(
+                Conv2dNormActivation(together, together, 3, dilation=rate, groups=together, activation_layer=None),
+                Conv2dNormActivation(together, width, 1),
+            )
+            for rate in (1, 2, 4, 8)
+        )
+
+    def forward(self, maps):
+        finest, *coarser = (reduce(m) for reduce, m in zip(self.reduce, maps))
+        how = dict(size=finest.shape[2:], mode="bilinear", align_corners=False)
+        x = torch.cat([finest, *(F.interpolate(m, **how) for m in coarser)], dim=1)
+        return torch.cat([layer(x) for layer in self.dilated], dim=1)
 
 
 def _normed(inputs, outputs, kernel, activation=None, **how):
@@ -334,8 +376,43 @@ class HRNet(nn.Module):
         return self.stage4([*maps, self.transition3[-1](maps[-1])])
 
 
+# The authors' names -> torchvision's. Each after a name that only they have.
+_AUTHORS = {
+    "patch_embed.proj.weight": (  # Swin Transformer
+        (r"patch_embed\.proj", "features.0.0"),
+        (r"patch_embed\.norm", "features.0.2"),
+        (r"layers\.(\d)\.blocks", lambda found: f"features.{2 * int(found[1]) + 1}"),
+        (r"layers\.(\d)\.downsample", lambda found: f"features.{2 * int(found[1]) + 2}"),
+        (r"\.mlp\.fc1", ".mlp.0"),
+        (r"\.mlp\.fc2", ".mlp.3"),
+    ),
+    "downsample_layers.0.0.weight": (  # ConvNeXt
+        (r"downsample_layers\.(\d)", lambda found: f"features.{2 * int(found[1])}"),
+        (r"stages\.(\d)", lambda found: f"features.{2 * int(found[1]) + 1}"),
+        (r"\.dwconv", ".block.0"),
+        (r"\.norm\.", ".block.2."),
+        (r"\.pwconv1", ".block.3"),
+        (r"\.pwconv2", ".block.5"),
+        (r"\.gamma", ".layer_scale"),
+        (r"^norm\.", "classifier.0."),
+    ),
+}
+_FORM = ("num_batches_tracked", "relative_position_index", "attn_mask")
+
+
+def _torchvision_names(state):
+    """The state dict of an authors' checkpoint with torchvision's names; others as they are."""
+    for mark, names in _AUTHORS.items():
+        if mark in state:
+            for pattern, name in names:
+                state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    return {key: x.reshape(-1, 1, 1) if key.endswith("layer_scale") else x for key, x in state.items()}
+
+
 def load_weights(model, path):
     """Load the state dict at `path` into `model`; a classifier (and all of the file that lies behind it) may be missing.
+
+    A file of the authors of Swin Transformer or ConvNeXt, {"model": state dict} with their names, is as good.
 
     Raises ValueError that lists the keys and shapes that differ, FileNotFoundError where there is no file.
     """
@@ -346,11 +423,12 @@ def load_weights(model, path):
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({reason})") from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items()):
         raise ValueError(f"'{path}' holds no state dict (names to tensors)")
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith(_CLASSIFIERS)}
-    state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    own, state = _features(model.state_dict()), _features(_torchvision_names(state))
+    missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
     shapes = [
         f"{key} {list(state[key].shape)} in the file, {list(own[key].shape)} in the network"
@@ -366,6 +444,11 @@ def load_weights(model, path):
     model.load_state_dict(state, strict=False)
 
 
+def _features(state):
+    """The state dict without the classifier, and without what the network's form alone settles."""
+    return {key: x for key, x in state.items() if not key.startswith(_CLASSIFIERS) and not key.endswith(_FORM)}
+
+
 def _few(names, most=4):
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
@@ -374,17 +457,18 @@ class Decoder(nn.Module):
     """DeepLabv3+'s: x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256, H, W]`.
 
     Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 2; with plain 3x3 convolutions, as
-    Table 2.1 of the thesis prices them.
+    Table 2.1 of the thesis prices them. corners: how the maps lie, see `on_grid`.
     """
 
-    def __init__(self, channels, low_channels):
+    def __init__(self, channels, low_channels, corners=True):
         super().__init__()
+        self.corners = corners
         self.low = Conv2dNormActivation(low_channels, 48, 1)
         self.fuse = nn.Sequential(Conv2dNormActivation(channels + 48, 256, 3), Conv2dNormActivation(256, 256, 3))
         self.channels = 256
 
     def forward(self, x, low):
-        x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=True)
+        x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=self.corners)
         return self.fuse(torch.cat([x, self.low(low)], dim=1))
 
 

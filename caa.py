@@ -305,28 +305,30 @@ class CAANet(nn.Module):
             self.head = DualAttention(high, num_classes, dual, attention)
         else:
             self.head = CAA(high, attention, channelization, channel_layers, channel_width, se)
-        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
+        corners = self.backbone.corners
+        self.decoder = backbones.Decoder(self.head.channels, low, corners) if decoder else None
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
         layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         self.auxiliary = nn.Sequential(*layers) if auxiliary else None
 
     def forward(self, images, labels=None):
-        size = images.shape[2:]
-        maps = self.backbone(backbones.on_grid(images, self.stride))
+        size, corners = images.shape[2:], self.backbone.corners
+        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
         features = self.head(maps[-1])
         features, branches = features if isinstance(self.head, DualAttention) else (features, {})
         stride = self.stride
         if self.decoder is not None:
             features, stride = self.decoder(features, maps[0]), 4
-        logits = backbones.upsample(self.classifier(self.dropout(features)), stride, size)
+        logits = backbones.upsample(self.classifier(self.dropout(features)), stride, size, corners)
         if labels is None:
             return logits
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
         for name, branch in branches.items():
-            losses[name] = backbones.pixel_cross_entropy(backbones.upsample(branch, self.stride, size), labels)
+            branch = backbones.upsample(branch, self.stride, size, corners)
+            losses[name] = backbones.pixel_cross_entropy(branch, labels)
         if self.auxiliary is not None:
-            auxiliary = backbones.upsample(self.auxiliary(maps[-1]), self.stride, size)
+            auxiliary = backbones.upsample(self.auxiliary(maps[-1]), self.stride, size, corners)
             losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(auxiliary, labels)
         return losses
 
@@ -339,14 +341,16 @@ class CAANet(nn.Module):
         and of the whole (Figs. 3.3, 3.4).
         """
         image = backbones.one_image(self, image)
-        H, W = size = image.shape[2:]
-        x = self.backbone(backbones.on_grid(image, self.stride))[-1]
+        size, corners = image.shape[2:], self.backbone.corners
+        x = self.backbone(backbones.on_grid(image, self.backbone.grid, corners))[-1]
         if isinstance(self.head, DualAttention):
-            branches = {name: backbones.upsample(y, self.stride, size) for name, y in self.head(x)[1].items()}
+            logits = self.head(x)[1].items()
+            branches = {name: backbones.upsample(y, self.stride, size, corners) for name, y in logits}
             labels = {f"{name} attention": y.argmax(1)[0] for name, y in branches.items()}
             return labels | {"prediction": self(image).argmax(1)[0]}
         row, column = backbones.one_pixel(pixel, size)
-        rows, columns = ((torch.arange(side) + self.stride // 2) // self.stride for side in size)  # the nearest position
+        shift = self.stride // 2 if corners else 0
+        rows, columns = ((torch.arange(side) + shift) // self.stride for side in size)  # the nearest position
         maps = attended(self.head.attention, self.head.reduce(x), rows[row], columns[column])
         return {name: (m / m.max())[rows[:, None], columns] for name, m in maps.items()}
 
@@ -386,7 +390,7 @@ RECIPES = {
     "pascal_context": _COMMON | dict(iterations=40_000),  # Sect. 3.4.2
     "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),  # Sects. 3.4.1.3, 3.4.4
-    # Sect. 3.4.5 names the backbone (not in backbones.py yet); iterations are open: SegFormer's, with whom it compares
+    # Sect. 3.4.5 names the backbone; iterations are open: SegFormer's, with whom it compares
     "coco_stuff164k": _COMMON | dict(iterations=80_000, backbone="efficientnet_b5"),
 }
 

@@ -49,7 +49,7 @@ DistributedDataParallel averages them, are those of one process with the joint b
     Tables 4.4, 4.5      head, backbone; epsilon_0=0.25 for its rows marked §; CCNet, DANet, CPNet through `regularize`
     Tables 4.6, 4.7      head, backbone, auxiliary; RECIPES; evaluate.py --scales … --flip
     Table 4.8            train.py --seed --deterministic
-(EfficientNet, ConvNeXt, Swin at stride 8, and OCR on HRNet's four maps together are not there yet.)
+(OCR on HRNet's four maps together is not there.)
 
 To copy: this file, backbones.py, ksac.py and caa.py. What stands above the heads needs backbones.py alone, and down to
 `ClassAwareRegularization` torch alone.
@@ -406,12 +406,13 @@ class SelfAttention(nn.Module):
     """Self-attention (Wang et al., "Non-local Neural Networks", CVPR 2018, "embedded Gaussian"), as in the released code.
 
     `[N, in_channels, h, w]` -> `[N, 512, h, w]`. Queries and keys of 64 channels, with one initialisation; no scale, no
-    output projection. In float32: an unscaled product can exceed float16.
+    output projection. In float32: an unscaled product can exceed float16. reduce: what stands before it, a 3x3 convolution
+    if None.
     """
 
-    def __init__(self, in_channels):
+    def __init__(self, in_channels, reduce=None):
         super().__init__()
-        self.reduce = Conv2dNormActivation(in_channels, 512, 3)
+        self.reduce = reduce or Conv2dNormActivation(in_channels, 512, 3)
         self.query, self.key, self.value = nn.Conv2d(512, 64, 1), nn.Conv2d(512, 64, 1), nn.Conv2d(512, 512, 1)
         self.key.load_state_dict(self.query.state_dict())
 
@@ -558,7 +559,7 @@ class CARNet(nn.Module):
 
     def forward(self, images, labels=None):
         size, strides, corners = images.shape[2:], self.backbone.strides, self.backbone.corners
-        maps = self.backbone(backbones.on_grid(images, strides[-1], corners))
+        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
         if isinstance(self.head, OCR):
             x, coarse = self.head(maps[-1], maps[-2])
         else:
@@ -587,7 +588,7 @@ class CARNet(nn.Module):
 
 # Sect. 4.4.1. SGD, poly decay, synchronized batch norm, stride 8 (CARNet's own); Table 4.1's row R8. For Table 4.6's last
 # row: --backbone convnext_large --option head=caa --option auxiliary=True --optimizer adam --iterations 40000 --lr 6e-5 (the
-# rate is open, Swin's own for segmentation; the backbone is to come).
+# rate is open, Swin's own for segmentation).
 _COMMON = dict(
     backbone="resnet50",
     weights="imagenet",  # open

@@ -219,16 +219,21 @@ _LAYOUTS = {"camvid": _camvid, "folder": _folder}
 # -------------------------------------------------------------------------------------------------------- augmentation
 
 
-class RandomScaledCrop(v2.Transform):
-    """Scale by a random factor and take a random `crop_size` square: the source window is cut out, and that resized.
+def _sides(size):
+    """(height, width) of a square's side, or of both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
-    scale: range of the factor; step: 0, or its grid (0.1: 0.5, 0.6, …). Where the scaled image is smaller than the
-    crop, all of that side is kept (PadTo fills it up).
+
+class RandomScaledCrop(v2.Transform):
+    """Scale by a random factor and take a random crop: the source window is cut out, and that resized.
+
+    crop_size: a side, or (height, width); scale: range of the factor; step: 0, or its grid (0.1: 0.5, 0.6, …). Where the
+    scaled image is smaller than the crop, all of that side is kept (PadTo fills it up).
     """
 
     def __init__(self, crop_size, scale=(0.5, 2.0), step=0.0):
         super().__init__()
-        self.crop_size, self.scale, self.step = crop_size, scale, step
+        self.crop_size, self.scale, self.step = _sides(crop_size), scale, step
 
     def make_params(self, inputs):
         low, high = self.scale
@@ -237,9 +242,9 @@ class RandomScaledCrop(v2.Transform):
         else:
             factor = low + (high - low) * torch.rand(()).item()
         window = []
-        for side in inputs[0].shape[-2:]:
-            source = min(side, max(1, round(self.crop_size / factor)))
-            size = self.crop_size if source < side else max(1, min(self.crop_size, round(side * factor)))
+        for side, crop in zip(inputs[0].shape[-2:], self.crop_size):
+            source = min(side, max(1, round(crop / factor)))
+            size = crop if source < side else max(1, min(crop, round(side * factor)))
             window.append((torch.randint(side - source + 1, ()).item(), source, size))
         return dict(zip(("rows", "columns"), window))
 
@@ -269,16 +274,16 @@ class RandomBrightness(v2.Transform):
 
 
 class PadTo(v2.Transform):
-    """Pad to a square at the right and the bottom: images with 0, which is the mean after normalising, labels with 255."""
+    """Pad to `size` (a side, or height and width) at the right and the bottom: images with 0, the mean, labels with 255."""
 
     def __init__(self, size):
         super().__init__()
-        self.size = size
+        self.size = _sides(size)
 
     def transform(self, inpt, params):
         height, width = inpt.shape[-2:]
         fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else 0.0
-        return TF.pad(inpt, [0, 0, self.size - width, self.size - height], fill=fill)
+        return TF.pad(inpt, [0, 0, self.size[1] - width, self.size[0] - height], fill=fill)
 
 
 _COLOR = {"none": (), "brightness": (RandomBrightness,), "photometric": (v2.RandomPhotometricDistort,)}

@@ -163,7 +163,7 @@ class KSACNet(nn.Module):
         low, *_, high = self.backbone.channels
         rates = [max(1, rate * 16 // output_stride) for rate in rates]
         self.head = FCN(high) if head == "fcn" else {"ksac": KSAC, "aspp": ASPP}[head](high, rates)
-        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
+        self.decoder = backbones.Decoder(self.head.channels, low, self.backbone.corners) if decoder else None
         self.stride = 4 if decoder else self.backbone.strides[-1]
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
 
@@ -174,11 +174,12 @@ class KSACNet(nn.Module):
                     "the image-level branch has one value of a channel in an image, and batch norm needs more than 1 value "
                     "per channel: take a batch of at least two images for each process, or head='fcn'"
                 )
-        maps = self.backbone(backbones.on_grid(images, self.backbone.strides[-1]))
+        corners = self.backbone.corners
+        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
         x = self.head(maps[-1])
         if self.decoder is not None:
             x = self.decoder(x, maps[0])
-        logits = backbones.upsample(self.classifier(x), self.stride, images.shape[2:])
+        logits = backbones.upsample(self.classifier(x), self.stride, images.shape[2:], corners)
         if labels is None:
             return logits
         return {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
@@ -193,7 +194,7 @@ class KSACNet(nn.Module):
         image = backbones.one_image(self, image)
         if isinstance(self.head, FCN):
             return {}
-        x = self.backbone(backbones.on_grid(image, self.backbone.strides[-1]))[-1]
+        x = self.backbone(backbones.on_grid(image, self.backbone.grid, self.backbone.corners))[-1]
         return {f"rate {rate}": _tiled(y[0, :25]) for rate, y in zip(self.head.rates, self.head.pyramid(x))}
 
 

@@ -69,7 +69,7 @@ SETTINGS = {
     "decay_norms": (True, "false leaves the decay off norms and biases"),
     "bn_momentum": (0.1, "share of the new batch in the running statistics of batch norm"),
     # augmentation
-    "crop_size": (96, "side of the square training crop"),
+    "crop_size": (96, "of the training crop: its side, or height and width"),
     "scale": ((0.75, 1.5), "range of the random scale"),
     "scale_step": (0.0, "grid of that scale, 0: none"),
     "color": ("none", "none, brightness or photometric"),
@@ -102,6 +102,8 @@ def arguments(argv=None):
             parser.add_argument(flag, action="append", metavar="KEY=VALUE", **known)
         elif name == "scale":
             parser.add_argument(flag, nargs=2, type=float, metavar=("LOW", "HIGH"), **known)
+        elif name == "crop_size":
+            parser.add_argument(flag, nargs="+", type=int, metavar="N", **known)
         elif name == "car":
             parser.add_argument(flag, nargs="?", const="paper", choices=("paper", "released"), **known)
         elif name == "decay_norms":
@@ -118,6 +120,8 @@ def arguments(argv=None):
     output, resume = given.pop("output"), given.pop("resume")
     if "option" in given:
         given["option"] = evaluate.parse_options(given["option"])
+    if "crop_size" in given and len(given["crop_size"]) == 1:
+        given["crop_size"] = given["crop_size"][0]
     if given.get("weights") == "none":
         given["weights"] = None
     return given, output, resume
@@ -148,8 +152,13 @@ def resolve(given):
 
 def checked(settings):
     """The settings, if all numbers are in their ranges."""
-    for name in ("iterations", "batch_size", "crop_size", "eval_every", "save_every"):
+    for name in ("iterations", "batch_size", "eval_every", "save_every"):
         evaluate.at_least(1, name.replace("_", "-"), settings[name])
+    sides = [settings["crop_size"]] if isinstance(settings["crop_size"], int) else list(settings["crop_size"])
+    if len(sides) > 2:
+        raise Mistake(f"--crop-size {' '.join(map(str, sides))}: expected one side, or height and width")
+    evaluate.at_least(1, "crop-size", min(sides))
+    settings["crop_size"] = sides if len(sides) == 2 else sides[0]
     for name in ("seed", "workers", "lr", "power", "momentum", "weight_decay", "bn_momentum", "scale_step", "halve_every"):
         evaluate.at_least(0, name.replace("_", "-"), settings[name])
     low, high = settings["scale"]

@@ -1,3 +1,4 @@
+import math
 from urllib.error import URLError
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.ops import SqueezeExcitation
 
 import backbones
 
@@ -29,10 +31,10 @@ def meta(*arguments, **options):
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
-SWIN = ("swin_t", "swin_s", "swin_b", "swin_l")
+PATCHES = [name for name in backbones.NAMES if name.startswith(("swin", "convnext"))]
 
 
-@pytest.mark.parametrize("name", [name for name in backbones.NAMES if not name.startswith(("swin", "hrnet"))])
+@pytest.mark.parametrize("name", [name for name in backbones.NAMES if not name.startswith(("swin", "convnext", "hrnet"))])
 @pytest.mark.parametrize("stride", [32, 16, 8])
 def test_four_maps_finest_first_at_their_strides(name, stride):
     with torch.device("meta"):  # shapes only
@@ -43,28 +45,114 @@ def test_four_maps_finest_first_at_their_strides(name, stride):
     assert isinstance(maps, list) and [tuple(m.shape) for m in maps] == sizes
 
 
-@pytest.mark.parametrize("name", SWIN)
-def test_swin_has_four_maps_of_images_of_multiples_of_32(name):
+@pytest.mark.parametrize("stride", [32, 8])
+@pytest.mark.parametrize("name", PATCHES)
+def test_networks_of_patches_have_four_maps_of_images_of_multiples_of_32(name, stride):
     with torch.device("meta"):
-        net = backbones.build(name)
+        net = backbones.build(name, stride)
         maps = net(torch.zeros(2, 3, 64, 96))
-    assert net.strides == (4, 8, 16, 32) and not net.corners and backbones.build("resnet18").corners
+    assert net.strides == (4, 8, 16, stride) and net.grid == 32 and not net.corners and backbones.build("resnet18").corners
+    assert net.channels[-1] == (2048 if stride == 8 else {"t": 768, "s": 768, "b": 1024, "l": 1536}[name.split("_")[1][0]])
     assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(net.channels, net.strides)]
 
 
-def test_swin_is_torchvisions_with_a_norm_for_each_level(tmp_path):
-    model = changed(models.swin_t())
+@pytest.mark.parametrize("name", ["swin_t", "convnext_tiny"])
+def test_networks_of_patches_are_torchvisions_with_a_norm_for_each_level(tmp_path, name):
+    model = changed(models.get_model(name))
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    net = backbones.build("swin_t", weights=tmp_path / "w.pth").eval()
+    net = backbones.build(name, weights=tmp_path / "w.pth").eval()
+    for i, norm in enumerate(net.norms):
+        nn.init.constant_(norm.weight, i + 2.0)
     x = images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         found, expected = net(images), []
         for i, stage in enumerate(model.features):
             x = stage(x)
             if i % 2:
-                expected.append(F.layer_norm(x, x.shape[-1:]).permute(0, 3, 1, 2))
+                y = x if name == "swin_t" else x.permute(0, 2, 3, 1)
+                expected.append((i // 2 + 2) * F.layer_norm(y, y.shape[-1:], eps=1e-6).permute(0, 3, 1, 2))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def authors_swin(state):
+    """torchvision's state dict of Swin-T with the names of its authors' checkpoint, and the buffers of that."""
+    names = {}
+    for key, value in state.items():
+        part = key.split(".")
+        number = int(part[1]) if part[0] == "features" else None
+        if number == 0:
+            key = "patch_embed." + {"0": "proj.", "2": "norm."}[part[2]] + part[3]
+        elif number is not None and number % 2:
+            block = ".".join(part[3:]).replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
+            key = f"layers.{number // 2}.blocks.{part[2]}.{block}"
+        elif number is not None:
+            key = f"layers.{number // 2 - 1}.downsample.{'.'.join(part[2:])}"
+        if key.endswith("relative_position_index"):
+            value = value.reshape(49, 49)
+        names[key] = value
+    return names | {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
+
+
+def authors_convnext(state):
+    names = {}
+    layers = {"block.0": "dwconv", "block.2": "norm", "block.3": "pwconv1", "block.5": "pwconv2"}
+    for key, value in state.items():
+        part = key.split(".")
+        if part[0] == "classifier":
+            key = {"0": "norm.", "2": "head."}[part[1]] + part[2]
+        elif int(part[1]) % 2 == 0:
+            key = f"downsample_layers.{int(part[1]) // 2}.{'.'.join(part[2:])}"
+        elif part[3] == "layer_scale":
+            key, value = f"stages.{int(part[1]) // 2}.{part[2]}.gamma", value.flatten()
+        else:
+            key = f"stages.{int(part[1]) // 2}.{part[2]}.{layers[part[3] + '.' + part[4]]}.{part[5]}"
+        names[key] = value
+    return names
+
+
+@pytest.mark.parametrize("name, renamed", [("swin_t", authors_swin), ("convnext_tiny", authors_convnext)])
+def test_authors_checkpoints_load_as_they_are(tmp_path, name, renamed):
+    model = changed(models.get_model(name))
+    state = renamed(model.state_dict())
+    known = "layers.2.blocks.5.mlp.fc2.bias" if name == "swin_t" else "stages.2.8.pwconv1.bias"
+    assert known in state and not any(key.startswith(("features", "classifier")) for key in state)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    net = backbones.build(name, weights=tmp_path / "w.pth")
+    loaded = net.body.state_dict()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.items()) and len(loaded) > 150
+    state.pop(known)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"1 missing from the file \(features.5.(5.mlp.3|8.block.3).bias\)"):
+        backbones.build(name, weights=tmp_path / "w.pth")
+
+
+def test_joint_pyramid_upsampling_by_its_words():
+    jpu = backbones.JointPyramidUpsampling((2, 3, 4), width=2).double().eval()
+    maps = [torch.randn(1, c, s, 2 * s, dtype=torch.double) for c, s in ((2, 8), (3, 4), (4, 2))]
+
+    def reduced(x, layer):  # convolution, batch norm with its first statistics, ReLU
+        return F.relu(F.conv2d(x, layer[0].weight, padding=1) / math.sqrt(1 + 1e-5))
+
+    a, b, c = (reduced(x, layer) for x, layer in zip(maps, jpu.reduce))
+    together = torch.cat(
+        [a, F.interpolate(b, size=(8, 16), mode="bilinear"), F.interpolate(c, size=(8, 16), mode="bilinear")], 1
+    )
+    parts = []
+    for rate, (depthwise, pointwise) in zip((1, 2, 4, 8), jpu.dilated):
+        y = F.conv2d(together, depthwise[0].weight, padding=rate, dilation=rate, groups=6) / math.sqrt(1 + 1e-5)
+        parts.append(F.relu(F.conv2d(y, pointwise[0].weight) / math.sqrt(1 + 1e-5)))
+    found = jpu(maps)
+    assert found.shape == (1, 8, 8, 16) == (1, jpu.channels, 8, 16)
+    torch.testing.assert_close(found, torch.cat(parts, 1))
+    with pytest.raises(ValueError, match="its output stride is 32, or 8 by Joint Pyramid Upsampling"):
+        backbones.build("swin_t", 16)
+
+
+def test_efficientnets_kernels_of_5_are_dilated_too():
+    body = meta("efficientnet_b5", 8)
+    five = [m for m in body.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (5, 5)]
+    assert {(m.dilation, m.padding) for m in five} == {((1, 1), (2, 2)), ((2, 2), (4, 4)), ((4, 4), (8, 8))}
 
 
 def test_swin_l_has_its_papers_size():
@@ -77,7 +165,9 @@ def test_swin_l_has_its_papers_size():
 
 def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
     with pytest.raises(ValueError, match="swin_t cannot be dilated: its output stride is 32"):
-        backbones.build("swin_t", 8)
+        backbones.build("swin_t", 16)
+    with pytest.raises(ValueError, match="without multi_grid"):
+        backbones.build("convnext_tiny", 8, multi_grid=(1, 2, 4))
     with pytest.raises(ValueError, match="no weights of swin_l; give the path"):
         backbones.build("swin_l", weights="imagenet")
 
@@ -169,14 +259,23 @@ def test_channels_are_those_of_the_papers():
     assert channels["mobilenet_v2"] == (24, 32, 96, 1280)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "xception65"])
+def without_squeezing(net):
+    """The network without squeeze-and-excitation, whose mean is over other samples where there are more."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, SqueezeExcitation):
+                setattr(module, name, nn.Identity())
+    return net
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "xception65", "efficientnet_b5"])
 def test_dilated_network_computes_the_same_samples_only_denser(name):
-    plain = backbones.build(name, 32).eval()
+    plain = without_squeezing(backbones.build(name, 32)).eval()
     images = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
         expected = plain(images)
         for stride in (16, 8):
-            dense = backbones.build(name, stride).eval()
+            dense = without_squeezing(backbones.build(name, stride)).eval()
             dense.load_state_dict(plain.state_dict())
             for old, new, a, b in zip(expected, dense(images), plain.strides, dense.strides):
                 sampled = new[:, :, :: a // b, :: a // b]

@@ -805,6 +805,25 @@ def test_figures_of_dual_attention_are_label_maps_of_its_branches(design, branch
 # ---------------------------------------------------------------------------------------------------------------- build
 
 
+@pytest.mark.parametrize("backbone, decoder", [("swin_t", False), ("convnext_tiny", True)])
+def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder):
+    net = caa.build(3, backbone, decoder=decoder).eval()
+    caught = []
+    net.classifier.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    images = torch.randn(1, 3, 65, 40)
+    with torch.no_grad():
+        logits = net(images)
+        stride, size = (4, (24, 16)) if decoder else (8, (12, 8))  # of the image at 96x64
+        assert caught[0].shape[2:] == size
+        whole = F.interpolate(caught[0], scale_factor=stride, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(logits, whole[:, :, :65, :40])
+        shapes = {tuple(m.shape) for m in net.figures(images[0], (7, 39)).values()}
+        assert shapes == {(65, 40)} and net.figures(images[0], (7, 39))["column attention"][:, 31].max() == 0
+        assert net.figures(images[0], (7, 39))["column attention"][:, 32].max() > 0  # pixels 32 to 39 are one patch
+        losses = net(images, torch.randint(3, (1, 65, 40)))
+    assert sorted(losses) == ["auxiliary", "cross_entropy"] and all(loss.isfinite() for loss in losses.values())
+
+
 def test_unknown_option_lists_the_known_ones_with_their_defaults():
     with pytest.raises(ValueError) as error:
         caa.build(3, "resnet18", heads=8)

@@ -707,6 +707,18 @@ def test_swin_tiny_with_uper_is_table_4_1s_second_network():
     assert net.eval()(images).shape == (2, 4, 65, 40) and net.stride == 4
 
 
+def test_caa_on_swin_with_jpu_is_table_4_6s_network():
+    net = car.build(4, "swin_t", head="caa", auxiliary=True).eval()
+    images, labels = torch.randn(2, 3, 65, 40), torch.randint(4, (2, 65, 40))
+    assert net.stride == 8 and net.backbone.jpu is not None
+    features = caught(net, "classifier", images)
+    assert features.shape[2:] == (12, 8)  # of 96x64
+    rows, columns = ([min(4 + 8 * i, side - 1) for i in range(n)] for side, n in ((65, 12), (40, 8)))  # middles of patches
+    expected = net.car(features, labels[:, rows][:, :, columns])
+    losses = net(images, labels)
+    assert all(torch.equal(losses[term], expected[term]) for term in TERMS) and losses["auxiliary"] > 0
+
+
 def test_options_that_do_not_exist_are_named():
     with pytest.raises(ValueError, match="head='psp': it is self_attention, fcn"):
         car.build(4, "resnet18", head="psp")

@@ -386,6 +386,17 @@ def test_at_factor_1_the_crop_is_a_cut_of_the_image():
         assert torch.equal(new_label, label[top : top + 16, left : left + 16])
 
 
+def test_crops_can_be_wider_than_high():
+    image, label = tensors(torch.zeros(3, 30, 90, dtype=torch.uint8), torch.zeros(30, 90))
+    crop = data.RandomScaledCrop((8, 16), (1.0, 1.0))
+    params = crop.make_params([image])
+    assert params["rows"][1:] == (8, 8) and params["columns"][1:] == (16, 16)
+    assert crop(image, label)[0].shape == (3, 8, 16)
+    dataset = data.dataset("shapes", train=True, crop_size=(48, 130))  # wider than the images: filled up
+    image, label = dataset[0]
+    assert image.shape == (3, 48, 130) and label.shape == (48, 130) and (label[:, -1] == 255).any()
+
+
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_cutting_first_equals_resizing_the_whole_image_first(factor):
     generator = torch.Generator().manual_seed(0)

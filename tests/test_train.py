@@ -100,7 +100,7 @@ def test_the_papers_recipe_is_taken():
 
 
 def test_every_recipe_names_known_settings_only():
-    for method in ("caa", "ksac", "car", "spgnet", "pyramid_fuse"):
+    for method in ("caa", "ksac", "car", "spgnet", "pyramid_fuse", "hfgd"):
         for dataset in evaluate.method_file(method).RECIPES:
             settings, origin = train.resolve({"method": method, "dataset": dataset})
             assert origin["lr"] == f"recipe {method}/{dataset}"
@@ -359,6 +359,23 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     assert train.main(["--option", "pair=(1,2)", "--output", folder + "2", "--resume"]) == 0  # config.json has it as a list
     (tmp_path / "run" / "config.json").write_text("{")
     assert "is damaged" in mistake(capsys, "--output", folder, "--resume")
+
+
+def test_crops_have_one_side_or_two(flags, tmp_path, capsys):
+    sides = {"24": 24, "24 32": [24, 32]}
+    for text, expected in sides.items():
+        settings, _ = train.resolve(train.arguments([*flags, "--crop-size", *text.split()])[0])
+        assert settings["crop_size"] == expected
+    assert "--crop-size 1 2 3: expected one side, or height and width" in mistake(
+        capsys, *flags, *"--crop-size 1 2 3".split()
+    )
+    assert "--crop-size 0: expected a number of at least 1" in mistake(capsys, *flags, *"--crop-size 24 0".split())
+    folder = str(tmp_path / "run")
+    assert train.main([*flags, "--crop-size", "24", "32", "--output", folder]) == 0
+    assert train.main(["--output", folder, "--resume", "--crop-size", "24", "32"]) == 0
+    assert "--crop-size 24 differs from this run's [24, 32]" in mistake(
+        capsys, "--output", folder, "--resume", "--crop-size", "24"
+    )
 
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):

@@ -1,0 +1,324 @@
+"""High-level Feature Guided Decoder (HFGD).
+
+Ye Huang, Di Kang, Shenghua Gao, Wen Li, Lixin Duan: "HFGD: High-level Feature Guided Decoder for Semantic Segmentation",
+https://arxiv.org/abs/2303.08646.
+
+The idea: a backbone's last map is coarse (output stride 32), but its features are nearly those that classify; the finer maps
+have the details, and a gap to the classes. So the class kernels, the last 1x1 convolution, learn from the coarse features
+alone. An upsampling head learns to give features that the same kernels classify at a fine stride. What it learns stays in
+it: no gradient goes from it to the kernels, to the encoder or to the backbone.
+
+Who receives gradient from which loss (Fig. 3); each cell has a test:
+
+                         backbone   encoder   class kernels   upsampler, axial attention
+    coarse                   x         x            x
+    fine                                                                 x
+    CAR's three, auxiliary   x         x
+    without guidance there is no "coarse", and "fine" trains all:
+    fine                     x         x            x                    x
+
+    Sect. 3.1, Fig. 3   stopped gradients               -> HFGD.forward
+    Sect. 3.1           class kernels reused            -> HighLevelFeatureGuidedModule
+    Sect. 3.2           context-augmented encoder       -> ContextAugmentedEncoder
+    Sect. 3.3           SemanticFPN, Ultra SemanticFPN  -> SemanticFPN, UltraSemanticFPN
+    Figs. 4, 5          predictions beside each other   -> compared, HFGD.figures
+The paper numbers no equation.
+
+What the paper leaves open, and what was chosen here:
+- Losses: "coarse" and "fine" are cross entropies of the logits, upsampled to the labels, with weight 1; CAR's are car.py's.
+- CAR acts on the encoder's 256 channels, which enter the class kernels, as in car.py; released=True: in front of the
+  trailing convolution, as the authors' CAR does. Without guidance, where the class kernels read the upsampler, likewise.
+- The upsampler's coarsest input is the encoder's output. SemanticFPN adds maps top-down like FPN (Kirillov et al., "Panoptic
+  Feature Pyramid Networks", CVPR 2019), but without FPN's 3x3 convolution on each of the sums: Table 5's 45.65 G leave no
+  room for their 12.2. Batch norm and ReLU follow each convolution; maps are upsampled bilinearly.
+- Axial attention is caa.py's without channelization, on 256 channels, added to its input as car.py adds its self-attention.
+- ASPP's rates are 3, 6, 9 at stride 32. All but "identity" end with 256 channels; "identity" too where it is guided.
+
+    Table 1     encoder, upsampler=None or "sfpn", guided=False
+    Table 2     upsampler="sfpn", guided=False; axial=False; both on
+    Table 3     upsampler
+    Table 4     encoder, upsampler, guided=False or True
+    Table 5     output_stride; SemanticFPN is encoder="identity", upsampler="sfpn", guided=False
+    Tables 6-9  RECIPES, output_stride; evaluate.py --scales … --flip
+    Table 10    backbone (ConvNeXt V2 is not in backbones.py)
+
+To copy: this file, backbones.py, car.py, caa.py, and ksac.py, which car.py imports. SemanticFPN and what stands above it
+need torch and torchvision alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
+
+import backbones
+import caa
+import car
+
+# ---------------------------------------------------------------------------------------------------------- upsampling
+
+
+class Twice(nn.Module):
+    """`[N, C, h, w]` -> twice the resolution, bilinear: 2h - 1 rows, or 2h with corners=False (see backbones.on_grid)."""
+
+    def __init__(self, corners):
+        super().__init__()
+        self.corners = corners
+
+    def forward(self, x):
+        size = [2 * side - self.corners for side in x.shape[2:]]
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=self.corners)
+
+
+class SemanticFPN(nn.Module):
+    """Four maps of strides 4, 8, 16, 32, finest first -> `[N, 256, h, w]`, at stride 4 / 2^blocks.
+
+    A leading convolution on each map (`kernel` 1x1), added up from the coarsest down; then a branch of convolutions, each
+    with an upsampling, from every stride to 4, where the finest has one without; the branches are added. blocks: more of
+    them for every branch. corners: how the maps lie, see backbones.on_grid.
+    """
+
+    def __init__(self, channels, corners=True, kernel=1, blocks=0):
+        super().__init__()
+        self.twice, self.channels = Twice(corners), 256
+        self.leading = nn.ModuleList(Conv2dNormActivation(c, 256, kernel) for c in channels)
+        self.branches = nn.ModuleList()
+        for level in range(len(channels)):
+            ups = [self.twice] * level or [nn.Identity()]
+            ups += [self.twice] * blocks
+            layers = [layer for up in ups for layer in (Conv2dNormActivation(256, 256, 3), up)]
+            self.branches.append(nn.Sequential(*layers))
+
+    def forward(self, maps):
+        x = self.leading[-1](maps[-1])
+        total = self.branches[-1](x)
+        for leading, branch, level in list(zip(self.leading, self.branches, maps))[-2::-1]:
+            x = leading(level) + self.twice(x)
+            total = total + branch(x)
+        return total
+
+
+class UltraSemanticFPN(SemanticFPN):
+    """Sect. 3.3: SemanticFPN with leading 3x3 convolutions and, for output_stride 2 or 1, one or two blocks more."""
+
+    def __init__(self, channels, output_stride=4, corners=True):
+        if output_stride not in (4, 2, 1):
+            raise ValueError(f"output_stride={output_stride!r}: it is 4, 2 or 1")
+        super().__init__(channels, corners, kernel=3, blocks={4: 0, 2: 1, 1: 2}[output_stride])
+
+
+# ------------------------------------------------------------------------------------------------------------- guidance
+
+
+class ContextAugmentedEncoder(nn.Module):
+    """Sect. 3.2, Table 1: a backbone's maps -> (Z `[N, channels, h, w]` at the last one's size, losses).
+
+    encoder: "ours", two 1x1 convolutions, self-attention, a trailing 1x1 convolution; "self_attention" (car.py's: one 3x3
+    convolution before it); "ocr" (car.py's); "aspp" (torchvision's); "identity", the last map as it is, or where `project`
+    behind a 1x1 convolution. channels: of Z, 256; for "identity" as it is the last map's.
+    losses(labels, …) is a dict: CAR's of "ours"; "auxiliary", the cross entropy of OCR's regions times 0.4.
+    """
+
+    def __init__(self, backbone, num_classes, encoder="ours", project=True, released=False):
+        super().__init__()
+        before, last = backbone.channels[-2:]
+        self.stride, self.corners = backbone.strides[-1], backbone.corners
+        if encoder == "ours":
+            leading = Conv2dNormActivation(last, 512, 1), Conv2dNormActivation(512, 512, 1)
+            self.body, width = car.SelfAttention(512, nn.Sequential(*leading)), 512
+        elif encoder == "self_attention":
+            self.body, width = car.SelfAttention(last), 512
+        elif encoder == "ocr":
+            self.body, width = car.OCR(last, before, num_classes), 1024
+        elif encoder == "aspp":
+            self.body, width = ASPP(last, (3, 6, 9), 256), 256
+        elif encoder == "identity":
+            self.body, width = nn.Identity(), last
+        else:
+            raise ValueError(f"encoder={encoder!r}: it is 'ours', 'identity', 'aspp', 'ocr' or 'self_attention'")
+        done = encoder == "aspp" or encoder == "identity" and not project
+        self.linear = nn.Conv2d(width, width, 1) if released and encoder == "ours" else nn.Identity()
+        self.last = nn.Identity() if done else Conv2dNormActivation(width, 256, 1)
+        self.channels = width if done else 256
+        regularized = width if released else 256
+        self.car = car.ClassAwareRegularization(num_classes, regularized, released=released) if encoder == "ours" else None
+
+    def forward(self, maps):
+        """(Z, what `losses` needs)"""
+        if isinstance(self.body, car.OCR):
+            x, regions = self.body(maps[-1], maps[-2])
+        else:
+            x, regions = self.linear(self.body(maps[-1])), None
+        z = self.last(x)
+        return z, (x if self.car is not None and self.car.released else z, regions)
+
+    def losses(self, seen, labels):
+        """dict of scalars; seen: what `forward` gave beside Z; labels int64 `[N, H, W]`, 255 = ignored."""
+        features, regions = seen
+        if self.car is not None:
+            shift = 0 if self.corners else self.stride // 2  # to the middle of a patch
+            return self.car(features, car.labels_at(labels, features.shape[2:], shift))
+        if regions is None:
+            return {}
+        regions = backbones.upsample(regions, self.stride // 2, labels.shape[1:], self.corners)
+        return {"auxiliary": 0.4 * backbones.pixel_cross_entropy(regions, labels)}
+
+
+class HighLevelFeatureGuidedModule(nn.Module):
+    """Sect. 3.1: U `[N, 256, h, w]` of the upsampler -> logits `[N, K, h, w]`.
+
+    kernels: the 1x1 convolution of 256 to K channels that is trained elsewhere. axial: axial attention on U, which takes the
+    gradient of one pixel to all others (Table 2).
+    """
+
+    def __init__(self, axial=True):
+        super().__init__()
+        self.attention = caa.SpatialAttention(256, channelization=False) if axial else None
+
+    def forward(self, u, kernels):
+        u = u if self.attention is None else u + self.attention(u)
+        return F.conv2d(u, kernels.weight.detach(), kernels.bias.detach())
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+class HFGD(nn.Module):
+    """Backbone, context-augmented encoder, upsampler, guided module (Fig. 3).
+
+    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`, the fine ones. net(images, labels), labels
+    int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "coarse", "fine", CAR's "intra_c2p", "inter_c2c", "inter_c2p"
+    with the encoder "ours", "auxiliary" with "ocr". Without guidance no "coarse"; without upsampler no "fine".
+
+    output_stride: of the fine logits, 4, 2 or 1 (Tables 5, 8)
+    encoder: "ours", "identity", "aspp", "ocr", "self_attention" (Table 1)
+    upsampler: "usfpn", "sfpn" (stride 4 only), or None: the coarse logits (Tables 1, 3)
+    guided: gradients are stopped and the class kernels reused (Tables 2, 4); axial: with axial attention
+    released: CAR as in its authors' code, see car.py
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        backbone="resnet50",
+        weights=None,
+        *,
+        output_stride=4,
+        encoder="ours",
+        upsampler="usfpn",
+        guided=True,
+        axial=True,
+        released=False,
+    ):
+        super().__init__()
+        self.backbone = backbones.build(backbone, 32, weights)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6  # Sect. 4
+        self.guided, corners = guided and upsampler is not None, self.backbone.corners
+        self.encoder = ContextAugmentedEncoder(self.backbone, num_classes, encoder, self.guided, released)
+        levels = (*self.backbone.channels[:-1], self.encoder.channels)
+        if upsampler == "usfpn":
+            self.upsampler = UltraSemanticFPN(levels, output_stride, corners)
+        elif upsampler == "sfpn":
+            if output_stride != 4:
+                raise ValueError(f"output_stride={output_stride!r}: upsampler='sfpn' has 4; 2 and 1 are U-SFPN's, 'usfpn'")
+            self.upsampler = SemanticFPN(levels, corners)
+        elif upsampler is None:
+            self.upsampler, output_stride = None, self.backbone.strides[-1]
+        else:
+            raise ValueError(f"upsampler={upsampler!r}: it is 'usfpn', 'sfpn' or None")
+        self.guide = HighLevelFeatureGuidedModule(axial) if self.guided else None
+        self.stride = output_stride
+        self.classifier = nn.Conv2d((self.upsampler or self.encoder).channels, num_classes, 1)  # the class kernels
+
+    def forward(self, images, labels=None):
+        size, corners = images.shape[2:], self.backbone.corners
+        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
+        z, seen = self.encoder(maps)
+        logits = {}
+        if self.upsampler is None or self.guided and labels is not None:
+            logits["coarse"] = self.classifier(z), self.backbone.strides[-1]
+        if self.guided:
+            u = self.upsampler([level.detach() for level in (*maps[:-1], z)])
+            logits["fine"] = self.guide(u, self.classifier), self.stride
+        elif self.upsampler is not None:
+            logits["fine"] = self.classifier(self.upsampler([*maps[:-1], z])), self.stride
+        logits = {name: backbones.upsample(y, stride, size, corners) for name, (y, stride) in logits.items()}
+        if labels is None:
+            return logits.popitem()[1]
+        losses = {name: backbones.pixel_cross_entropy(y, labels) for name, y in logits.items()}
+        return losses | self.encoder.losses(seen, labels)
+
+    @torch.no_grad()
+    def figures(self, image):
+        """As Figs. 4, 5, of one image `[3, H, W]` or `[1, 3, H, W]`: the label maps of the coarse features and of the fine
+        ones, by the same class kernels, `compared`. Empty without guidance. ValueError in training mode.
+        """
+        image = backbones.one_image(self, image)
+        if not self.guided:
+            return {}
+        size, corners = image.shape[2:], self.backbone.corners
+        z = self.encoder(self.backbone(backbones.on_grid(image, self.backbone.grid, corners)))[0]
+        coarse = backbones.upsample(self.classifier(z), self.backbone.strides[-1], size, corners)
+        predictions = {"coarse": coarse, f"stride {self.stride}": self(image)}
+        return compared({name: y.argmax(1)[0] for name, y in predictions.items()})
+
+
+def compared(predictions):
+    """Figs. 4, 5: label maps, and enlarged, of each, where they differ the most.
+
+    predictions: name -> int64 `[H, W]`, two or more -> the same, "difference" (`[H, W]`, the share of 0…1 of the pairs that
+    disagree there), and "NAME, enlarged" (`[H/4, W/4]`), the same window of all. For SemanticFPN and two HFGDs, say:
+
+        nets = {name: evaluate.load(evaluate.read_checkpoint(f"runs/{name}/last.pt")) for name in ("sfpn", "os4", "os2")}
+        pictures = hfgd.compared({name: net(image[None]).argmax(1)[0] for name, net in nets.items()})
+        tiles = [data.photograph(image), *(data.colorize(p.long(), val.palette) for p in pictures.values())]
+        data.sheet([tiles], ["image", *pictures], val.classes, val.palette).save("compared.png")
+    """
+    maps = list(predictions.values())
+    pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]
+    difference = torch.stack(pairs).float().mean(0)
+    size = [max(1, side // 4) for side in difference.shape]
+    where = F.avg_pool2d(difference[None], size, stride=1)[0]
+    row, column = divmod(where.argmax().item(), where.shape[1])
+    window = slice(row, row + size[0]), slice(column, column + size[1])
+    enlarged = {f"{name}, enlarged": p[window] for name, p in predictions.items()}
+    return predictions | {"difference": difference} | enlarged
+
+
+# Sect. 4. Crops but Cityscapes' and the scales are open: CAR's, of the same authors.
+_ABLATION = dict(
+    backbone="resnet50",
+    weights="imagenet",
+    iterations=30_000,
+    batch_size=16,
+    optimizer="sgd",
+    lr=0.01,
+    power=0.9,  # open
+    momentum=0.9,  # open
+    weight_decay=1e-4,
+    bn_momentum=0.0003,  # "Batch Norm Decay 0.9997"
+    crop_size=513,
+    scale=(0.5, 2.0),
+    scale_step=0.1,
+    color="brightness",  # open; photometric distortion is off
+)
+_SOTA = _ABLATION | dict(
+    backbone="convnext_large", iterations=40_000, optimizer="adamw", lr=4e-5, weight_decay=0.05, color="photometric"
+)
+RECIPES = {
+    # Sect. 5.1 to 5.5. For Sect. 5.6, Table 6: --backbone convnext_large --iterations 40000 --optimizer adamw --lr 4e-5
+    # --weight-decay 0.05 --color photometric; swin_l too has 40000 iterations
+    "pascal_context": _ABLATION,
+    "coco_stuff164k": _SOTA,  # Sect. 6
+    # Sect. 7.2; at --output-stride 2 with --iterations 80000. For Sect. 7.1, Table 8: --backbone resnet50 --iterations 30000
+    # --optimizer sgd --lr 0.01 --weight-decay 1e-4 --color brightness
+    "cityscapes": _SOTA | dict(crop_size=(513, 1025), iterations=60_000),
+}
+
+
+def build(num_classes, backbone="resnet50", *, weights=None, **options):
+    """An HFGD; `options` are its keywords, the paper's final setting by default. ValueError for an unknown one."""
+    return HFGD(num_classes, backbone, weights, **backbones.check_options(HFGD, options))

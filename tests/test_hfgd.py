@@ -1,0 +1,469 @@
+"""hfgd.py against the words and figures of its paper: who learns from what, and what is computed, written here anew."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbones
+import caa
+import car
+import evaluate
+import hfgd
+
+pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
+
+CAR = ["inter_c2c", "inter_c2p", "intra_c2p"]
+ENCODERS = ("ours", "identity", "aspp", "ocr", "self_attention")
+
+
+def scene(h=64, w=64, n=2, classes=3):
+    images = torch.randn(n, 3, h, w)
+    labels = torch.randint(0, classes, (n, h, w))
+    labels[:, :5] = 255
+    return images, labels
+
+
+def network(**options):
+    return hfgd.build(3, "resnet18", **options)
+
+
+def seen_by(module):
+    """What enters the module, one by one."""
+    seen = []
+    module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------------ who learns what
+
+
+def learners(net, loss):
+    """The parts of the network that receive gradient from the loss."""
+    net.zero_grad()
+    loss.backward(retain_graph=True)
+    parts = dict(
+        backbone=net.backbone, encoder=net.encoder, kernels=net.classifier, upsampler=net.upsampler, guide=net.guide
+    )
+    return {
+        name
+        for name, part in parts.items()
+        if part is not None and any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+    }
+
+
+def test_guided_each_loss_trains_what_the_table_says():
+    net = network()
+    losses = net(*scene(128, 128))
+    assert sorted(losses) == ["coarse", "fine", *CAR] and all(loss > 0 for loss in losses.values())
+    assert learners(net, losses["coarse"]) == {"backbone", "encoder", "kernels"}
+    assert learners(net, losses["fine"]) == {"upsampler", "guide"}
+    for name in CAR:
+        assert learners(net, losses[name]) == {"backbone", "encoder"}
+
+
+def test_fine_loss_reaches_every_weight_of_the_upsampler_and_the_attention():
+    net = network(output_stride=2)
+    losses = net(*scene())
+    losses["fine"].backward()
+    weights = [*net.upsampler.parameters(), *net.guide.parameters()]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in weights if p.ndim > 1)
+    assert all(p.grad is None for part in (net.backbone, net.encoder, net.classifier) for p in part.parameters())
+
+
+def test_unguided_the_fine_loss_trains_all():
+    net = network(guided=False)
+    losses = net(*scene(128, 128))
+    assert sorted(losses) == ["fine", *CAR] and all(loss > 0 for loss in losses.values())
+    assert learners(net, losses["fine"]) == {"backbone", "encoder", "kernels", "upsampler"}
+    assert learners(net, losses["inter_c2p"]) == {"backbone", "encoder"}
+
+
+def test_guided_regions_of_ocr_train_backbone_and_encoder():
+    net = network(encoder="ocr")
+    losses = net(*scene())
+    assert sorted(losses) == ["auxiliary", "coarse", "fine"]
+    assert learners(net, losses["auxiliary"]) == {"backbone", "encoder"}
+    assert learners(net, losses["fine"]) == {"upsampler", "guide"}
+
+
+def test_without_upsampler_the_coarse_loss_is_all():
+    net = network(upsampler=None)  # guided or not: there is nothing to guide
+    losses = net(*scene())
+    assert sorted(losses) == ["coarse", *CAR] and net.guide is None and net.stride == 32
+    assert learners(net, losses["coarse"]) == {"backbone", "encoder", "kernels"}
+
+
+def test_class_kernels_step_as_without_upsampler():
+    images, labels = scene()
+    torch.manual_seed(1)
+    net = network()
+    torch.manual_seed(2)
+    alone = network(upsampler=None)
+    shared = {key: value for key, value in net.state_dict().items() if key in alone.state_dict()}
+    alone.load_state_dict(shared)
+    for other in (net, alone):
+        sum(other(images, labels).values()).backward()
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(net.get_parameter(name).grad, parameter.grad, msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------- the kernels
+
+
+def test_guided_logits_by_hand():
+    kernels = nn.Conv2d(256, 2, 1)
+    u = torch.zeros(1, 256, 1, 2)
+    u[0, 0], u[0, 255] = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
+    nn.init.zeros_(kernels.weight)
+    with torch.no_grad():
+        kernels.weight[0, 0] = kernels.weight[1, 255] = 2.0
+        kernels.weight[1, 0] = -1.0
+        kernels.bias.copy_(torch.tensor([0.5, 0.0]))
+    found = hfgd.HighLevelFeatureGuidedModule(axial=False)(u, kernels)
+    # class 0: 2·1 + 0.5, 2·2 + 0.5; class 1: -1 + 2·3, -2 + 2·5
+    assert found.tolist() == [[[[2.5, 4.5]], [[5.0, 8.0]]]]
+
+
+@pytest.mark.parametrize("axial", [False, True])
+def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
+    net = network(axial=axial).eval()
+    images = torch.randn(1, 3, 65, 97)
+    u = []
+    net.upsampler.register_forward_hook(lambda module, inputs, output: u.append(output))
+    logits = net(images)
+    x = u[0].double()
+    if axial:
+        attention = net.guide.attention.double()
+        col = caa.axial_attention(attention.theta(x), "column")
+        row = caa.axial_attention(attention.phi(x), "row")
+        value = attention.g(x)
+        y = torch.zeros_like(x)
+        for i in range(x.shape[2]):  # the column step of every row, then the row step
+            y[0, :, i] = torch.einsum("jm,cmj->cj", col[0, :, i], value[0])
+        z = torch.zeros_like(x)
+        for j in range(x.shape[3]):
+            z[0, :, :, j] = torch.einsum("in,cin->ci", row[0, :, j], y[0])
+        x = x + z
+    W, b = net.classifier.weight[:, :, 0, 0].double(), net.classifier.bias.double()
+    expected = torch.einsum("kc,ncij->nkij", W, x) + b[:, None, None]
+    assert expected.shape == (1, 3, 17, 25)
+    torch.testing.assert_close(logits[:, :, ::4, ::4].double(), expected, rtol=1e-4, atol=1e-4)  # position i at pixel 4i
+
+
+@pytest.mark.parametrize("axial", [False, True])
+def test_axial_attention_takes_the_gradient_of_one_pixel_to_all(axial):
+    guide = hfgd.HighLevelFeatureGuidedModule(axial).double()
+    u = torch.rand(1, 256, 5, 6, dtype=torch.double, requires_grad=True)
+    logits = guide(u, nn.Conv2d(256, 2, 1).double())
+    reached = torch.autograd.grad(logits[0, 1, 2, 3], u)[0].abs().amax(1)[0] > 0
+    assert reached.all() if axial else reached.nonzero().tolist() == [[2, 3]]
+
+
+def test_evaluation_does_not_need_the_coarse_logits():
+    net = network().eval()
+    images, labels = scene(64, 96)
+    seen = seen_by(net.classifier)
+    logits = net(images)
+    assert not seen
+    losses = net(images, labels)
+    assert len(seen) == 1 and seen[0].shape == (2, 256, 3, 4)  # the coarse features alone
+    assert losses["fine"].item() == pytest.approx(F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5)
+    coarse = backbones.upsample(F.conv2d(seen[0], net.classifier.weight, net.classifier.bias), 32, (64, 96))
+    assert losses["coarse"].item() == pytest.approx(F.cross_entropy(coarse, labels, ignore_index=255).item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- upsampling
+
+
+def kernel_sizes(module):
+    return [m.kernel_size[0] for m in module.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_blocks_of_semantic_fpn_by_hand():
+    # from stride 4: one convolution, from 8: one, from 16: two, from 32: three
+    plain = hfgd.SemanticFPN((8, 16, 32, 64))
+    assert [kernel_sizes(branch) for branch in plain.branches] == [[3], [3], [3, 3], [3, 3, 3]]
+    assert kernel_sizes(plain.leading) == [1, 1, 1, 1]
+    assert all(m.out_channels == 256 for m in plain.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize("stride, counts", [(4, [1, 1, 2, 3]), (2, [2, 2, 3, 4]), (1, [3, 3, 4, 5])])
+def test_blocks_of_ultra_semantic_fpn_by_hand(stride, counts):
+    with torch.device("meta"):
+        ultra = hfgd.UltraSemanticFPN((8, 16, 32, 64), stride)
+    assert [len(kernel_sizes(branch)) for branch in ultra.branches] == counts
+    assert kernel_sizes(ultra.leading) == [3, 3, 3, 3]
+
+
+def literal_fpn(net, maps, corners, blocks):
+    """The pyramid as Sect. 3.3 and its source say it, with the weights of `net` and untouched batch norms."""
+
+    def layer(conv, x):
+        return F.relu(F.conv2d(x, conv.weight, padding=conv.kernel_size[0] // 2) / math.sqrt(1 + 1e-5))
+
+    def twice(x):
+        h, w = x.shape[2:]
+        size = (2 * h - 1, 2 * w - 1) if corners else (2 * h, 2 * w)
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=corners)
+
+    convs = [[m for m in branch.modules() if isinstance(m, nn.Conv2d)] for branch in net.branches]
+    total, above = 0, None
+    for level in (3, 2, 1, 0):
+        x = layer(net.leading[level][0], maps[level])
+        above = x if above is None else x + twice(above)
+        y = above
+        for i, conv in enumerate(convs[level]):
+            y = layer(conv, y)
+            if i >= len(convs[level]) - blocks or level > 0:
+                y = twice(y)
+        total = total + y
+    return total
+
+
+@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize("stride", [None, 4, 2, 1])
+def test_semantic_fpn_equals_its_words(stride, corners):
+    channels = (3, 4, 5, 6)
+    if stride is None:
+        net = hfgd.SemanticFPN(channels, corners)
+    else:
+        net = hfgd.UltraSemanticFPN(channels, stride, corners)
+    net = net.double().eval()
+    sizes = ((9, 17), (5, 9), (3, 5), (2, 3)) if corners else ((8, 16), (4, 8), (2, 4), (1, 2))
+    maps = [torch.randn(1, c, *size, dtype=torch.double, requires_grad=True) for c, size in zip(channels, sizes)]
+    blocks = {None: 0, 4: 0, 2: 1, 1: 2}[stride]
+    found, expected = net(maps), literal_fpn(net, maps, corners, blocks)
+    h, w = sizes[0]
+    scale = 2**blocks
+    assert found.shape == (1, 256, *((scale * (s - 1) + 1 if corners else scale * s) for s in (h, w)))
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), maps) for y in (found, expected))
+    for a, b in zip(ours, theirs):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
+def test_twice_keeps_positions_in_place():
+    ramp = torch.arange(4.0).expand(1, 1, 2, 4)
+    assert hfgd.Twice(corners=True)(ramp)[0, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    # patches: their halves lie a quarter to the left and to the right
+    assert hfgd.Twice(corners=False)(ramp)[0, 0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_t", "convnext_tiny"])
+@pytest.mark.parametrize("stride", [4, 2, 1])
+def test_odd_sizes_at_every_output_stride(backbone, stride):
+    net = hfgd.build(3, backbone, output_stride=stride).eval()
+    images, labels = scene(45, 70, n=1)
+    with torch.no_grad():
+        assert net(images).shape == (1, 3, 45, 70) and net(images).dtype == torch.float32
+        assert all(loss.isfinite() for loss in net(images, labels).values())
+
+
+# -------------------------------------------------------------------------------------------------------------- encoder
+
+
+def test_ours_is_two_pointwise_convolutions_attention_and_a_pointwise_one():
+    net = network()
+    assert kernel_sizes(net.encoder) == [1] * 6  # two leading; query, key, value; trailing
+    widths = [m.out_channels for m in net.encoder.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [512, 512, 64, 64, 512, 256] and isinstance(net.encoder.body, car.SelfAttention)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("upsampler", [None, "sfpn", "usfpn"])
+def test_every_encoder_stands_under_every_upsampler(encoder, upsampler):
+    for guided in (False, True):
+        net = network(encoder=encoder, upsampler=upsampler, guided=guided)
+        losses = net(*scene())
+        names = {"coarse"} if upsampler is None else {"coarse", "fine"} if guided else {"fine"}
+        names |= {"ours": set(CAR), "ocr": {"auxiliary"}}.get(encoder, set())
+        assert set(losses) == names and all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
+        width = 512 if encoder == "identity" and not net.guided else 256
+        assert net.encoder.channels == width
+        assert net.classifier.in_channels == (width if upsampler is None else 256)
+
+
+def test_identity_is_the_last_map_itself():
+    net = network(encoder="identity", upsampler=None).eval()
+    maps, seen = net.backbone(torch.randn(1, 3, 65, 65)), seen_by(net.classifier)
+    z, _ = net.encoder(maps)
+    assert z is maps[-1] and not list(net.encoder.parameters())
+    images = torch.randn(1, 3, 65, 65)
+    net(images)
+    assert torch.equal(seen[0], net.backbone(images)[-1])
+
+
+def test_aspp_is_torchvisions_at_the_rates_of_stride_32():
+    net = network(encoder="aspp")
+    rates = [m.dilation[0] for m in net.encoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert type(net.encoder.body).__module__.startswith("torchvision") and rates == [3, 6, 9]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_car_acts_on_what_the_encoder_gives(guided):
+    net = network(guided=guided)
+    images, labels = scene(65, 65)
+    z = []
+    net.encoder.register_forward_hook(lambda module, inputs, output: z.append(output[0]))
+    losses = net(images, labels)
+    coarse = labels[:, ::32, ::32]
+    mu, _ = car.class_centers(z[0], coarse, 3)
+    assert losses["intra_c2p"].item() == pytest.approx(car.intra_center_to_pixel(z[0], coarse, mu).item(), rel=1e-5)
+    assert losses["inter_c2c"].item() == pytest.approx(car.inter_center_to_center(mu).item(), rel=1e-5)
+    assert losses["inter_c2p"].item() == pytest.approx(car.inter_center_to_pixel(z[0], coarse, mu).item(), rel=1e-5)
+
+
+def test_released_car_acts_before_the_trailing_convolution():
+    net = network(released=True)
+    images, labels = scene(65, 65)
+    seen = seen_by(net.encoder.last)
+    losses = net(images, labels)
+    coarse = labels[:, ::32, ::32]
+    mu, _ = car.class_centers(seen[0], coarse, 3)
+    assert seen[0].shape[1] == 512
+    expected = car.inter_center_to_pixel(seen[0], coarse, mu, released=True)
+    assert losses["inter_c2p"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert learners(net, losses["inter_c2p"]) == {"backbone", "encoder"}
+
+
+def test_labels_of_patches_are_those_of_their_middles():
+    net = hfgd.build(64, "swin_t").eval()
+    labels = torch.arange(64).repeat(64, 1)[None]  # the class is the column
+    z = []
+    net.encoder.register_forward_hook(lambda module, inputs, output: z.append(output[0]))
+    with torch.no_grad():
+        losses = net(torch.randn(1, 3, 64, 64), labels)
+        middle = labels[:, 16::32, 16::32]
+        assert middle.tolist() == [[[16, 48], [16, 48]]]
+        mu, _ = car.class_centers(z[0], middle, 64)
+    assert losses["intra_c2p"].item() == pytest.approx(car.intra_center_to_pixel(z[0], middle, mu).item(), rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+def test_any_networks_regularizer_finds_the_coarse_features():
+    net = car.regularize(network(encoder="identity"), "classifier", 3, released=True)
+    losses = net(*scene())
+    assert sorted(losses) == ["coarse", "fine", *CAR]
+    for name in CAR:
+        losses[name].backward(retain_graph=True)
+    assert all(p.grad is None for p in net.net.upsampler.parameters())
+
+
+def test_nothing_labelled_gives_zero_losses_and_gradients():
+    net = network()
+    images, labels = scene()
+    losses = net(images, torch.full_like(labels, 255))
+    assert losses["coarse"] == losses["fine"] == losses["intra_c2p"] == 0
+    (losses["coarse"] + losses["fine"]).backward()
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())
+
+
+def test_one_image_trains_and_an_absent_class_does_no_harm():
+    net = network()
+    images, labels = scene(64, 64, n=1, classes=2)
+    assert all(loss.isfinite() for loss in net(images, labels).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_float32_losses_and_logits(dtype):
+    net = network(output_stride=2)
+    with torch.autocast("cpu", dtype=dtype):
+        losses = net(*scene())
+        logits = net.eval()(torch.randn(1, 3, 64, 64))
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values()) and logits.dtype == torch.float32
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
+
+def test_layer_norms_have_the_papers_epsilon():
+    with torch.device("meta"):
+        net = hfgd.build(3, "swin_t")
+    assert {module.eps for module in net.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(encoder="ppm"), "encoder='ppm': it is 'ours', 'identity', 'aspp', 'ocr' or 'self_attention'"),
+        (dict(upsampler="unet"), "upsampler='unet': it is 'usfpn', 'sfpn' or None"),
+        (dict(output_stride=8), "output_stride=8: it is 4, 2 or 1"),
+        (dict(upsampler="sfpn", output_stride=2), "upsampler='sfpn' has 4; 2 and 1 are U-SFPN's"),
+        (dict(guide=True), "HFGD has no option guide; its options and defaults are output_stride=4, encoder='ours'"),
+    ],
+)
+def test_wrong_options_say_what_there_is(options, message):
+    with pytest.raises(ValueError, match=message):
+        network(**options)
+
+
+def test_parameters_of_the_upsamplers_by_hand():
+    # leading: ΣC·256·k² + 2·256 each; blocks: 256·256·9 + 2·256 each
+    channels = (64, 128, 256, 256)
+    for net, kernel, blocks in (
+        (hfgd.SemanticFPN(channels), 1, 7),
+        (hfgd.UltraSemanticFPN(channels), 9, 7),
+        (hfgd.UltraSemanticFPN(channels, 2), 9, 11),
+        (hfgd.UltraSemanticFPN(channels, 1), 9, 15),
+    ):
+        expected = sum(channels) * 256 * kernel + 4 * 512 + blocks * (256 * 256 * 9 + 512)
+        assert sum(p.numel() for p in net.parameters()) == expected
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_compared_by_hand():
+    a = torch.zeros(8, 8, dtype=torch.long)
+    b, c = a.clone(), a.clone()
+    b[0, 0] = 1  # one pixel here
+    b[4:6, 3:5] = 2  # and a whole window there
+    c[5, 4] = 1
+    pictures = hfgd.compared({"a": a, "b": b, "c": c})
+    assert list(pictures) == ["a", "b", "c", "difference", "a, enlarged", "b, enlarged", "c, enlarged"]
+    assert pictures["b, enlarged"].tolist() == [[2, 2], [2, 2]] and pictures["c, enlarged"].tolist() == [[0, 0], [0, 1]]
+    assert pictures["a, enlarged"].tolist() == [[0, 0], [0, 0]]
+    # of the three pairs, two disagree where b alone differs, three where b and c do, each otherwise
+    difference = pictures["difference"]
+    assert difference[0, 0].item() == pytest.approx(2 / 3) and difference[5, 4] == 1 and difference[7, 7] == 0
+
+
+def test_figures_show_the_coarse_and_the_fine_prediction():
+    net = network(output_stride=2).eval()
+    image = torch.randn(3, 44, 70)
+    pictures = net.figures(image)
+    assert list(pictures) == ["coarse", "stride 2", "difference", "coarse, enlarged", "stride 2, enlarged"]
+    assert torch.equal(pictures["stride 2"], net(image[None]).argmax(1)[0])
+    x = F.conv2d(
+        net.encoder(net.backbone(backbones.on_grid(image[None], 32)))[0], net.classifier.weight, net.classifier.bias
+    )
+    assert torch.equal(pictures["coarse"], backbones.upsample(x, 32, (44, 70)).argmax(1)[0])
+    assert pictures["coarse, enlarged"].shape == (11, 17)
+    titles, tiles = evaluate.method_figures(net, image, [(0, 0, 0)] * 3, ["a", "b", "c"])
+    assert titles == list(pictures) and all(tile.dtype == torch.uint8 for tile in tiles)
+
+
+def test_figures_need_guidance_and_evaluation_mode():
+    assert network(guided=False).eval().figures(torch.randn(3, 33, 33)) == {}
+    with pytest.raises(ValueError, match=r"net.eval\(\)"):
+        network().figures(torch.randn(3, 33, 33))
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_recipes_are_the_papers():
+    context, stuff, city = (hfgd.RECIPES[name] for name in ("pascal_context", "coco_stuff164k", "cityscapes"))
+    for recipe in (context, stuff, city):
+        assert (recipe["batch_size"], recipe["bn_momentum"], recipe["power"]) == (16, 0.0003, 0.9)
+    keys = ("backbone", "optimizer", "lr", "weight_decay", "iterations", "color")
+    assert [context[key] for key in keys] == ["resnet50", "sgd", 0.01, 1e-4, 30_000, "brightness"]
+    assert [stuff[key] for key in keys] == ["convnext_large", "adamw", 4e-5, 0.05, 40_000, "photometric"]
+    assert [city[key] for key in keys] == ["convnext_large", "adamw", 4e-5, 0.05, 60_000, "photometric"]
+    assert city["crop_size"] == (513, 1025) and context["crop_size"] == 513
