@@ -443,10 +443,11 @@ def make_net(s, num_classes, resumes, device, world):
 
 def regularized(net, s, num_classes):
     """--car: what trains is `net` with the terms of car.py, what is saved and evaluated is `net`."""
-    if s["method"] == "car":
-        raise Mistake("--car is for the other methods: car has its terms already (--option intra=False leaves one out)")
+    car = evaluate.method_file("car")
+    if any(isinstance(module, car.ClassAwareRegularization) for module in net.modules()):
+        raise Mistake(f"--car: this network of {s['method']} has CAR's terms already; leave --car out")
     try:
-        return evaluate.method_file("car").regularize(net, "classifier", num_classes, released=s["car"] == "released")
+        return car.regularize(net, "classifier", num_classes, released=s["car"] == "released")
     except ValueError as error:
         raise Mistake(f"--car: {error}; it needs the network's final 1x1 convolution as .classifier") from error
 

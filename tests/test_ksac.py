@@ -399,6 +399,6 @@ def test_recipes_are_those_of_sect_2_3():
 
 def test_stands_on_what_cannot_be_dilated():
     net = ksac.build(3, "swin_t", output_stride=8, decoder=True).eval()
-    assert net.head.rates == [12, 24, 36]
+    assert list(net.head.rates) == [12, 24, 36]
     with torch.no_grad():
         assert net(torch.randn(1, 3, 65, 40)).shape == (1, 3, 65, 40)

@@ -342,7 +342,9 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "--lr -1.0: expected a number of at least 0" in mistake(capsys, *flags, "--lr", "-1")
     assert "weights is no --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
     assert "cannot be built with the options width='wide'" in mistake(capsys, *flags, "--option", "width=wide")
-    assert "car has its terms already" in mistake(capsys, "--method", "car", "--car", "--backbone", "resnet18")
+    for method in ("car", "hfgd"):
+        line = mistake(capsys, "--method", method, "--car", "--backbone", "resnet18", "--output", str(tmp_path / method))
+        assert f"--car: this network of {method} has CAR's terms already; leave --car out" in line
     assert "--car: Net has no submodule 'classifier'" in mistake(capsys, *flags, "--car", "--option", "name=cls")
     small = [*flags, "--batch-size", "1", "--option", "norm=true", "--output", str(tmp_path / "small")]
     assert "take a --batch-size of at least 2" in mistake(capsys, *small)
