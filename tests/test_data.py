@@ -1,3 +1,7 @@
+import sys
+import types
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -156,9 +160,9 @@ def test_file_that_vanished_is_a_mistake_naming_it(tmp_path):
 
 
 def test_missing_folder_is_a_mistake_naming_it(tmp_path):
-    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "no such folder")
+    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "not there")
     save(tmp_path / "train/a.png", photo())
-    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "trainannot", "no such folder")
+    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "trainannot", "not there")
 
 
 def test_empty_folder_is_a_mistake_naming_it(tmp_path):
@@ -198,7 +202,7 @@ def test_unknown_names_are_mistakes_that_list_the_known(tmp_path):
 
 def test_unknown_folder_split_is_a_mistake_naming_where_it_looked(tmp_path):
     folder(tmp_path, [[0]])
-    mistake(lambda: data.dataset("folder", tmp_path, "test"), tmp_path / "images" / "test", "no such folder")
+    mistake(lambda: data.dataset("folder", tmp_path, "test"), tmp_path / "images" / "test", "not there")
 
 
 @pytest.mark.parametrize("name", ["camvid", "folder"])
@@ -846,3 +850,302 @@ def test_main_ends_with_2_and_one_line_for_an_unknown_split(tmp_path, capsys):
     assert data.main(["shapes", "--split", "dawn", "--output", str(tmp_path / "s.png")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "'dawn'" in line
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def listed(path, *ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{i}\n" for i in ids))
+
+
+def pair(image, label, values):
+    """A photograph and a label map of one row, or none where the path is None."""
+    save(image, photo(1, len(values)))
+    if label is not None:
+        save(label, np.array([values], np.uint8))
+
+
+def matlab(path, **content):
+    """A MATLAB 5 file."""
+    loadmat = pytest.importorskip("scipy.io")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    loadmat.savemat(path, content)
+
+
+def labels_of(name, root, split="train"):
+    dataset = data.dataset(name, root, split)
+    return {dataset.name(i): dataset[i][1][0].tolist() for i in range(len(dataset))}
+
+
+def voc_tree(root, lists, year="VOC2012", sets="Segmentation", labels="SegmentationClass", values=(0, 20, 255)):
+    """VOC as it is shipped: `lists`, split -> ids; each id has a photograph, and a label where `labels` names a folder."""
+    base = root / "VOCdevkit" / year
+    for split, ids in lists.items():
+        listed(base / "ImageSets" / sets / f"{split}.txt", *ids)
+        for i in ids:
+            pair(base / f"JPEGImages/{i}.jpg", labels and base / f"{labels}/{i}.png", values)
+    return base
+
+
+def test_pascal_voc_keeps_0_to_20_and_ignores_the_borders(tmp_path):
+    base = voc_tree(tmp_path, {"train": ["2007_a", "2007_b"], "val": ["2008_c"], "trainval": ["2007_a", "2007_b", "2008_c"]})
+    assert labels_of("pascal_voc", tmp_path) == {"2007_a": [0, 20, 255], "2007_b": [0, 20, 255]}
+    assert list(labels_of("pascal_voc", tmp_path, "val")) == ["2008_c"]
+    assert len(data.dataset("pascal_voc", tmp_path, "trainval")) == 3
+    dataset = data.dataset("pascal_voc", tmp_path)
+    assert dataset.num_classes == 21 and dataset.classes[0] == "background" and dataset.classes[-1] == "tvmonitor"
+    assert dataset.palette[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
+    assert dataset.palette[15] == (192, 128, 128) and dataset.palette[20] == (0, 64, 128)  # person, tvmonitor
+    save(base / "SegmentationClass/2007_b.png", np.array([[0, 21, 255]], np.uint8))
+    mistake(lambda: dataset[1], base / "SegmentationClass/2007_b.png", "[21]", "0-20, 255")
+
+
+# VOC train a b, val c; SBD train b c d, val e f. (a b | b c d | e f) - c = a b d e f
+AUGMENTED = {"a": [0, 1, 255], "b": [0, 1, 255], "d": [2, 3, 4], "e": [2, 3, 4], "f": [2, 3, 4]}
+
+
+def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_converted_labels(tmp_path):
+    base = voc_tree(tmp_path, {"train": ["a", "b"], "val": ["c"]}, values=(0, 1, 255))
+    for i in "abcdef":
+        pair(base / f"JPEGImages/{i}.jpg", base / f"SegmentationClassAug/{i}.png", (2, 3, 4))
+    assert labels_of("pascal_voc_aug", tmp_path) == AUGMENTED  # c is left out; a and b have VOC's labels
+    assert labels_of("pascal_voc_aug", tmp_path, "val") == {"c": [0, 1, 255]}
+
+
+def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_sbd_as_shipped(tmp_path):
+    base = voc_tree(tmp_path, {"train": ["a", "b"], "val": ["c"]}, values=(0, 1, 255))
+    sbd = tmp_path / "benchmark_RELEASE/dataset"
+    listed(sbd / "train.txt", "b", "c", "d")
+    listed(sbd / "val.txt", "e", "f")
+    for i in "bcdef":
+        fields = {"Segmentation": np.array([[2, 3, 4]], np.uint8), "Boundaries": np.zeros(1)}
+        matlab(sbd / f"cls/{i}.mat", GTcls=fields)
+    pair(base / "JPEGImages/d.jpg", None, (0, 0, 0))  # a photograph of VOC's, the others SBD's own
+    for i in "ef":
+        pair(sbd / f"img/{i}.jpg", None, (0, 0, 0))
+    assert labels_of("pascal_voc_aug", tmp_path) == AUGMENTED
+
+
+def test_pascal_context_has_59_classes_from_converted_labels(tmp_path):
+    lists = {"train": ["a"], "val": ["b"]}
+    voc_tree(tmp_path, lists, "VOC2010", "SegmentationContext", "SegmentationClassContext", (0, 1, 59))
+    assert labels_of("pascal_context", tmp_path) == {"a": [255, 0, 58]}  # background is ignored
+    dataset = data.dataset("pascal_context", tmp_path, "val")
+    assert dataset.num_classes == 59 and (dataset.classes[0], dataset.classes[58]) == ("aeroplane", "wood")
+
+
+def test_pascal_context_has_59_of_459_ids_from_its_own_files(tmp_path):
+    voc_tree(tmp_path, {"train": ["a"], "val": ["b"]}, "VOC2010", "Main", None, (0,) * 7)
+    for i in "ab":
+        # aeroplane 2, bag 9, window 454, wood 458; 1, 3 and 459 are none of the 59
+        matlab(tmp_path / f"trainval/{i}.mat", LabelMap=np.array([[1, 2, 3, 9, 458, 459, 454]], np.uint16))
+    assert labels_of("pascal_context", tmp_path) == {"a": [255, 0, 255, 1, 58, 255, 57]}
+    names = dict(zip(data._CONTEXT_IDS.split(), data.dataset("pascal_context", tmp_path).classes))
+    # names in alphabetical order, as the ids rise
+    assert list(names.values()) == sorted(names.values()) and len(names) == 59
+    assert [int(i) for i in names] == sorted(int(i) for i in names)
+
+
+def test_pascal_person_part_keeps_0_to_6(tmp_path):
+    for split, i in (("train", "a"), ("val", "b")):
+        listed(tmp_path / f"list/{split}_id.txt", i)
+        pair(tmp_path / f"JPEGImages/{i}.jpg", tmp_path / f"SegmentationPart/{i}.png", (0, 6, 255))
+    assert labels_of("pascal_person_part", tmp_path) == {"a": [0, 6, 255]}
+    classes = "background head torso upper-arms lower-arms upper-legs lower-legs"
+    assert data.dataset("pascal_person_part", tmp_path, "val").classes == classes.split()
+
+
+def test_ade20k_is_raw_less_1_and_0_is_ignored(tmp_path):
+    base = tmp_path / "ADEChallengeData2016"
+    for part, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
+        image, label = base / "images" / part / f"{name}.jpg", base / "annotations" / part / f"{name}.png"
+        pair(image, label, (0, 1, 2, 150))
+        Image.open(image).convert("L").save(image)  # a few are gray
+    assert labels_of("ade20k", tmp_path) == {"ADE_train_00000001": [255, 0, 1, 149]}
+    dataset = data.dataset("ade20k", tmp_path, "val")
+    assert dataset[0][0].shape == (3, 1, 4) and dataset.num_classes == 150
+    assert [dataset.classes[i] for i in (0, 12, 149)] == ["wall", "person", "flag"]
+    assert dataset.raw_ids == list(range(1, 151))
+
+
+def test_cityscapes_takes_19_of_its_raw_ids(tmp_path):
+    raw = list(range(34)) + [255]
+    for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "munster")):
+        stem = f"{city}_000000_000019"
+        image = tmp_path / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png"
+        pair(image, tmp_path / f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png", raw)
+    dataset = data.dataset("cityscapes", tmp_path)
+    assert [dataset.name(i).split("_")[0] for i in range(2)] == ["aachen", "bochum"]
+    label = dataset[0][1][0].tolist()
+    used = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert [label[i] for i in used] == list(range(19)) and label.count(255) == 35 - 19
+    assert dataset.raw_ids == used and (dataset.classes[0], dataset.classes[18]) == ("road", "bicycle")
+    assert dataset.palette[0] == (128, 64, 128) and dataset.palette[13] == (0, 0, 142)
+
+
+def test_coco_stuff164k_is_the_id_less_1_without_the_unused(tmp_path):
+    used = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+    raw = [*range(182), 255]
+    for split in ("train", "val"):
+        pair(tmp_path / f"images/{split}2017/000000000009.jpg", tmp_path / f"annotations/{split}2017/000000000009.png", raw)
+    label = labels_of("coco_stuff164k", tmp_path)["000000000009"]
+    assert [label[i] for i in used] == list(range(171)) and label.count(255) == 12
+    dataset = data.dataset("coco_stuff164k", tmp_path, "val")
+    assert dataset.num_classes == 171 and dataset.raw_ids == used
+    # COCO's ids: person 1, toothbrush 90; stuff from banner 92 to wood 182
+    assert [dataset.classes[label[i - 1]] for i in (1, 90, 92, 182)] == ["person", "toothbrush", "banner", "wood"]
+
+
+def test_coco_stuff10k_is_the_id_without_0_and_the_unused(tmp_path):
+    used = [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
+    for part, i in (("train", "COCO_train2014_1"), ("test", "COCO_train2014_2")):
+        listed(tmp_path / f"imageLists/{part}.txt", i)
+        pair(tmp_path / f"images/{i}.jpg", None, range(183))
+        matlab(tmp_path / f"annotations/{i}.mat", S=np.arange(183, dtype=np.uint8)[None])
+    label = labels_of("coco_stuff10k", tmp_path)["COCO_train2014_1"]
+    assert [label[i] for i in used] == list(range(171)) and label.count(255) == 12
+    assert list(labels_of("coco_stuff10k", tmp_path, "val")) == ["COCO_train2014_2"]  # the authors' test list
+
+
+def test_coco_stuff10k_converted_has_train_ids(tmp_path):
+    listed(tmp_path / "imageLists/train.txt", "a")
+    pair(tmp_path / "images/a.jpg", tmp_path / "annotations/a_labelTrainIds.png", (0, 170, 255))
+    assert labels_of("coco_stuff10k", tmp_path) == {"a": [0, 170, 255]}
+
+
+COCO_OF_VOC = [0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72]
+
+
+def test_coco_voc_maps_cocos_things_and_keeps_images_with_more_than_1000_pixels_of_them(tmp_path, monkeypatch):
+    raw = np.zeros((40, 40), np.uint8)  # all person
+    raw[0, :21] = [max(0, i - 1) for i in COCO_OF_VOC]
+    raw[1, :4] = [255, 7, 100, 181]  # unlabelled; truck, and two of the stuff
+    few = np.full((40, 40), 7, np.uint8)
+    few.flat[:1000] = 0
+    for stem, label in (("many", raw), ("few", few)):
+        save(tmp_path / f"images/train2017/{stem}.jpg", photo(40, 40))
+        save(tmp_path / f"annotations/train2017/{stem}.png", label)
+    dataset = data.dataset("coco_voc", tmp_path)
+    assert [dataset.name(i) for i in range(len(dataset))] == ["many"]
+    label = dataset[0][1]
+    assert label[0, 1:21].tolist() == list(range(1, 21)) and label[1, :4].tolist() == [255, 0, 0, 0] and label[5, 5] == 15
+    assert dataset.raw_ids == list(range(21))  # several ids are background
+    assert (tmp_path / "coco_voc_train.txt").read_text() == "many\n"
+    monkeypatch.setattr(data, "_examined", None)  # the second time nothing is read
+    assert len(data.dataset("coco_voc", tmp_path)) == 1
+
+
+def test_matlab_files_that_cannot_be_read_are_mistakes(tmp_path, monkeypatch):
+    lut = data._lut({0: 0}, rest=-1)
+    path = tmp_path / "a.mat"
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    mistake(lambda: data.read_label(path, lut), path, "pip install scipy", "convert to PNG")
+    monkeypatch.undo()
+    pytest.importorskip("scipy.io")
+    mistake(lambda: data.read_label(path, lut), "no file", path)
+    path.write_bytes(b"no such thing\n" * 20)
+    mistake(lambda: data.read_label(path, lut), path, "cannot be read as a MATLAB label map")
+    matlab(path, other=np.zeros((2, 2)))
+    mistake(lambda: data.read_label(path, lut), path, "no field GTcls, LabelMap or S")
+    matlab(path, S=np.array([[0, 700]], np.uint16))
+    mistake(lambda: data.read_label(path, lut), path, "[700]", "has 0, 255")
+
+
+class FakeMatlab:
+    """scipy.io where it is not installed: `loadmat` gives what was put in."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def loadmat(self, path):
+        return self.content
+
+
+@pytest.mark.parametrize("field", ["GTcls", "LabelMap", "S"])
+def test_matlab_fields(field, monkeypatch, tmp_path):
+    values = np.array([[0, 2]], np.uint8)
+    content = values
+    if field == "GTcls":
+        content = np.empty((1, 1), dtype=[("Segmentation", object)])
+        content["Segmentation"][0, 0] = values
+    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    monkeypatch.setitem(sys.modules, "scipy.io", FakeMatlab({field: content}))
+    assert data.read_label(tmp_path / "a.mat", data._lut({0: 5, 2: 7}, rest=-1)).tolist() == [[5, 7]]
+
+
+NAMES = [name for name in data.LAYOUTS if name != "folder"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_dataset_says_what_was_looked_for_found_and_expected_and_its_source(name, tmp_path):
+    layout = data.LAYOUTS[name]
+    nowhere = tmp_path / "nowhere"
+    for call in (partial(data.dataset, name, nowhere, split) for split in layout.counts):
+        mistake(call, nowhere, "looked for", "no such folder", layout.tree, layout.source)
+    (tmp_path / "something else").mkdir()
+    mistake(lambda: data.dataset(name, tmp_path, "train"), "looked for", "there is: something else;", layout.tree)
+    mistake(lambda: data.dataset(name, tmp_path, "dev"), f"{name} has no split 'dev'; it has {', '.join(layout.counts)}")
+
+
+def test_half_unpacked_is_missing_too(tmp_path):
+    base = voc_tree(tmp_path, {"train": ["a", "b"]}, labels=None)
+    mistake(lambda: data.dataset("pascal_voc", tmp_path), base / "SegmentationClass/a.png", "not there")
+    (tmp_path / "leftImg8bit/train/x").mkdir(parents=True)
+    save(tmp_path / "leftImg8bit/train/x/x_1_leftImg8bit.png", photo())
+    mistake(lambda: data.dataset("cityscapes", tmp_path), tmp_path / "gtFine/train/x/x_1_gtFine_labelIds.png", "not there")
+
+
+def test_fewer_files_than_the_split_has_are_a_warning(tmp_path, capsys, monkeypatch):
+    base = voc_tree(tmp_path, {"train": ["a", "b", "c"]})
+    assert len(data.dataset("pascal_voc", tmp_path)) == 3
+    assert "warning: pascal_voc train has 3 of 1464 images" in capsys.readouterr().err
+    (base / "SegmentationClass/b.png").unlink()
+    dataset = data.dataset("pascal_voc", tmp_path)
+    assert [dataset.name(i) for i in range(2)] == ["a", "c"]
+    assert f"has 2 of 1464 images; the first that is missing: {base / 'SegmentationClass/b.png'}" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    data.dataset("pascal_voc", tmp_path)
+    assert not capsys.readouterr().err  # once a job
+
+
+def test_a_whole_split_is_no_warning(tmp_path, capsys):
+    folder(tmp_path, [[0]])
+    assert not capsys.readouterr().err
+    stems = [f"{i:04}" for i in range(101)]
+    for stem in stems:
+        save(tmp_path / f"val/{stem}.png", photo(1, 1))
+        save(tmp_path / f"valannot/{stem}.png", np.zeros((1, 1), np.uint8))
+    assert len(data.dataset("camvid", tmp_path, "val")) == 101
+    assert not capsys.readouterr().err
+
+
+def test_the_splits_sizes_are_the_official_ones():
+    counts = {name: layout.counts for name, layout in data.LAYOUTS.items()}
+    assert counts["camvid"] == dict(train=367, val=101, test=233)
+    assert counts["pascal_voc"] == dict(train=1464, val=1449, trainval=2913)
+    assert counts["pascal_voc_aug"] == dict(train=10582, val=1449)
+    assert counts["pascal_context"] == dict(train=4998, val=5105)
+    assert counts["pascal_person_part"] == dict(train=1716, val=1817)
+    assert counts["ade20k"] == dict(train=20210, val=2000)
+    assert counts["cityscapes"] == dict(train=2975, val=500, test=1525)
+    assert counts["coco_stuff10k"] == dict(train=9000, val=1000)
+    assert counts["coco_stuff164k"] == dict(train=118287, val=5000)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_report_reads_all_and_names_every_wrong_pair(workers, tmp_path, capsys):
+    for i, label in enumerate(([0, 7], [0, 1], [9, 1])):
+        save(tmp_path / f"images/train/{i}.png", photo(1, 2))
+        save(tmp_path / f"labels/train/{i}.png", np.array([label], np.uint8))
+    save(tmp_path / "images/train/3.png", photo(2, 2))
+    save(tmp_path / "labels/train/3.png", np.zeros((1, 2), np.uint8))
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    output = str(tmp_path / "s.png")
+    assert data.main(["folder", "--data-root", str(tmp_path), "--output", output, "--workers", str(workers)]) == 2
+    first, second, third, last = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "labels/train/0.png") in first and "[7]" in first
+    assert str(tmp_path / "labels/train/2.png") in second and "[9]" in second
+    assert str(tmp_path / "labels/train/3.png") in third and "2x1" in third and "2x2" in third
+    assert last == "data.py: 3 of 4 pairs are wrong"
