@@ -1070,6 +1070,7 @@ def test_matlab_fields(field, monkeypatch, tmp_path):
     if field == "GTcls":
         content = np.empty((1, 1), dtype=[("Segmentation", object)])
         content["Segmentation"][0, 0] = values
+    (tmp_path / "a.mat").touch()
     monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
     monkeypatch.setitem(sys.modules, "scipy.io", FakeMatlab({field: content}))
     assert data.read_label(tmp_path / "a.mat", data._lut({0: 5, 2: 7}, rest=-1)).tolist() == [[5, 7]]
