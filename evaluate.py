@@ -80,6 +80,8 @@ def table(result, classes):
     lines = [f"  {name:<20} {value:6.3f}" for name, value in zip(classes, result["IoU"]) if value is not None]
     for name in ("mIoU", "pixel_accuracy", "class_accuracy"):
         lines.append(f"{name.replace('_', ' '):<22} {result[name]:6.3f}")
+    for scale, value in result.get("mIoU_at_scale", {}).items():
+        lines.append(f"{'mIoU at scale ' + scale:<22} {value:6.3f}")
     absent = [name for name, value in zip(classes, result["IoU"]) if value is None]
     if absent:
         lines.append(f"not in the mean (neither labelled nor predicted): {', '.join(absent)}")
@@ -93,20 +95,25 @@ def predict(net, images, scales=(1.0,), flip=False, window=None):
     The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image into overlapping squares
     of that side (steps of two thirds), and average where they overlap.
     """
-    size, total = images.shape[2:], 0
+    total = 0
     for scale in scales:
-        scaled = images
-        if scale != 1:
-            target = [max(1, round(side * scale)) for side in size]
-            scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False, antialias=True)
-        views = [_windows(net, scaled, window)]
-        if flip:
-            views.append(_windows(net, scaled.flip(3), window).flip(3))
-        for view in views:
-            if view.shape[2:] != size:
-                view = F.interpolate(view, size=size, mode="bilinear", align_corners=False)
-            total = total + view
-    return total / (len(scales) * (2 if flip else 1))
+        total = total + at_scale(net, images, scale, flip, window)
+    return total / len(scales)
+
+
+@torch.no_grad()
+def at_scale(net, images, scale, flip=False, window=None):
+    """`predict` of one scale: probabilities at the size of the images, which the network sees resized."""
+    size, scaled = images.shape[2:], images
+    if scale != 1:
+        target = [max(1, round(side * scale)) for side in size]
+        scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False, antialias=True)
+
+    def seen(view):
+        p = _windows(net, view, window)
+        return p if p.shape[2:] == size else F.interpolate(p, size=size, mode="bilinear", align_corners=False)
+
+    return (seen(scaled) + seen(scaled.flip(3)).flip(3)) / 2 if flip else seen(scaled)
 
 
 def _windows(net, images, window):
@@ -133,12 +140,14 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     """The result of `net` (in evaluation mode) over all of `dataset`, shared among the processes of the run.
 
     Process r of w takes the images r, r + w, …: none twice, none left out; unequal shares are fine, for nothing is
-    exchanged before the counts are added up. how: `scales`, `flip`, `window` of `predict`. save: called with (index,
-    prediction `[H, W]`). stopped: asked before every image; where it says yes the result is that of a part.
+    exchanged before the counts are added up. how: `scales`, `flip`, `window` of `predict`; of several scales the mIoU of
+    each alone is in the result too, "mIoU_at_scale". save: called with (index, prediction `[H, W]`). stopped: asked before
+    every image; where it says yes the result is that of a part.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
-    matrix = ConfusionMatrix(dataset.num_classes, device)
+    scales = how.pop("scales", (1.0,))
+    matrix, *alone = (ConfusionMatrix(dataset.num_classes, device) for _ in range(1 + len(scales)))
     loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=own_session)
     bar = tqdm(
         zip(indices, loader), total=len(indices), desc="evaluating", unit="img", leave=False, disable=rank > 0 or None
@@ -146,13 +155,21 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     for index, (image, labels) in bar:
         if stopped():
             break
-        with autocast(device, amp):
-            prediction = predict(net, image.to(device), **how).argmax(1)
-        matrix.update(prediction, labels.to(device))
+        total, image, labels = 0, image.to(device), labels.to(device)
+        for scale, counts in zip(scales, alone):
+            with autocast(device, amp):
+                probabilities = at_scale(net, image, scale, **how)
+            total = total + probabilities
+            if len(scales) > 1:
+                counts.update(probabilities.argmax(1), labels)
+        prediction = total.argmax(1)  # of the sum, as of the mean
+        matrix.update(prediction, labels)
         if save:
             save(index, prediction[0])
-    matrix.all_reduce()
-    return matrix.result()
+    for counts in (matrix, *alone):
+        counts.all_reduce()
+    each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in zip(scales, alone)} if len(scales) > 1 else {}
+    return matrix.result() | ({"mIoU_at_scale": each} if each else {})
 
 
 def own_session(worker):
@@ -406,14 +423,40 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     return data.sheet([tiles[row] for row in rows], [titles[row] for row in rows], classes, palette)
 
 
+def read_all(dataset, device, workers, what):
+    """(images `[1, 3, H, W]`, labels `[1, H, W]`) of all of `dataset`, with a progress bar."""
+    loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
+    for image, labels in tqdm(loader, desc=what, unit="img", leave=False, disable=None):
+        yield image.to(device), labels.to(device)
+
+
 def class_dependency(net, dataset, device, amp, workers):
     """car.class_dependency of a network of this repository, over all of `dataset`: `[K, K]` in 0…1, on the CPU."""
-    loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
-    bar = tqdm(loader, desc="class dependency", unit="img", leave=False)
     with autocast(device, amp):
-        pairs = ((image.to(device), labels.to(device)) for image, labels in bar)
+        pairs = read_all(dataset, device, workers, "class dependency")
         name = getattr(net, "regularized", "classifier")
         return method_file("car").class_dependency(net, pairs, dataset.num_classes, name).cpu()
+
+
+def levels(net, dataset, device, amp, workers):
+    """pyramid_fuse.levels_compared over all of `dataset`, as lists, for --json; its text is printed."""
+    with autocast(device, amp):
+        pairs = read_all(dataset, device, workers, "levels")
+        table, difference = method_file("pyramid_fuse").levels_compared(net, pairs, dataset.num_classes)
+    print("mIoU of each level's prediction (rows) where the unity pyramid takes the level of the column:")
+    print("  stride " + "".join(f"{s:>8}" for s in net.strides))
+    for stride, row in zip(net.strides, table):
+        print(f"  {stride:>6} " + "".join(f"{value:>8.3f}" for value in row))
+    print("each level alone less the fused result, IoU, its best and its worst classes:")
+    for stride, row in zip(net.strides, difference):
+        order = [i for i in row.argsort(descending=True).tolist() if not row[i].isnan()]
+        chosen = [*order[:3], *[i for i in order[-3:] if i not in order[:3]]]
+        print(f"  {stride:>6}   " + ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen))
+    tables = {"table": table.tolist(), "difference": difference.tolist()}
+    tables = {
+        name: [[None if v != v else v for v in row] for row in rows] for name, rows in tables.items()
+    }  # JSON has no NaN
+    return {"strides": list(net.strides), **tables}
 
 
 def draw_matrix(values, names, cell=20, margin=120):
@@ -433,10 +476,17 @@ def draw_matrix(values, names, cell=20, margin=120):
     return picture
 
 
-def save_prediction(prediction, palette, file):
-    """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's colours."""
-    picture = Image.fromarray(prediction.cpu().to(torch.uint8).numpy())
-    picture.putpalette([c for color in palette for c in color])
+def save_prediction(prediction, palette, file, raw_ids=None):
+    """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's colours.
+
+    raw_ids: what stands for each class instead, as in the label files and submissions of its benchmark.
+    """
+    raw_ids = raw_ids or range(len(palette))
+    table, colors = torch.zeros(256, dtype=torch.uint8), [0] * 768
+    for i, (raw, color) in enumerate(zip(raw_ids, palette)):
+        table[i], colors[3 * raw : 3 * raw + 3] = raw, color
+    picture = Image.fromarray(table[prediction.cpu().long()].numpy())
+    picture.putpalette(colors)
     picture.save(file)
 
 
@@ -591,7 +641,8 @@ def _split(net, checkpoint, device, rank, args, how):
             raise Mistake(f"--save-predictions {folder} holds the dataset itself; take another folder")
 
         def save(index, prediction):
-            save_prediction(prediction, dataset.palette, folder / f"{dataset.name(index)}.png")
+            file = folder / f"{dataset.name(index)}.png"
+            save_prediction(prediction, dataset.palette, file, getattr(dataset, "raw_ids", None))
 
     result = evaluate(net, dataset, device, args.amp, args.workers, save, **how)
     if rank == 0:
@@ -616,6 +667,8 @@ def _split(net, checkpoint, device, rank, args, how):
                 others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
                 result["class_dependency"] = others.mean().item()
                 print(f"class dependency: {others.mean():.3f} between two classes, in the mean (of 0…1)")
+        if getattr(net, "unity", None) is not None:
+            result["levels"] = levels(net, dataset, device, args.amp, args.workers)
         print(f"figures: {folder}")
     about = dict(
         checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name, split=args.split, images=len(dataset)

@@ -332,3 +332,62 @@ def test_palette_png_keeps_ids_and_colours(tmp_path):
     assert np.asarray(saved).tolist() == label.tolist()
     assert np.asarray(saved.convert("RGB"))[1, 0].tolist() == [7, 8, 9]
     assert data.IGNORE == 255
+
+
+def test_submissions_have_the_label_files_own_ids(tmp_path):
+    image, label = tmp_path / "leftImg8bit/val/x/x_1_leftImg8bit.png", tmp_path / "gtFine/val/x/x_1_gtFine_labelIds.png"
+    for path, array in ((image, np.zeros((1, 3, 3), np.uint8)), (label, np.array([[7, 26, 33]], np.uint8))):
+        path.parent.mkdir(parents=True)
+        Image.fromarray(array).save(path)
+    dataset = data.dataset("cityscapes", tmp_path, "val")
+    truth = dataset[0][1]
+    assert truth.tolist() == [[0, 13, 18]]
+    evaluate.save_prediction(truth, dataset.palette, tmp_path / "p.png", dataset.raw_ids)
+    saved = Image.open(tmp_path / "p.png")
+    assert np.asarray(saved).tolist() == [[7, 26, 33]]
+    assert np.asarray(saved.convert("RGB"))[0, 1].tolist() == [0, 0, 142]  # a car in its colour
+
+
+class Two(torch.utils.data.Dataset):
+    """Two images of random pixels and labels."""
+
+    classes, palette, num_classes = ["a", "b", "c", "d"], [(i, i, i) for i in range(4)], 4
+
+    def __init__(self, size=(30, 40)):
+        torch.manual_seed(3)
+        self.pairs = [(torch.randn(3, *size), torch.randint(4, size)) for _ in range(2)]
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+def test_several_scales_are_measured_together_and_each_alone():
+    torch.manual_seed(0)
+    net, dataset, device = nn.Conv2d(3, 4, 5, padding=2), Two(), torch.device("cpu")
+    how = dict(device=device, workers=0, flip=True)
+    result = evaluate.evaluate(net, dataset, scales=(0.5, 1.0, 1.5), **how)
+    for scale in (0.5, 1.0, 1.5):
+        alone = evaluate.evaluate(net, dataset, scales=(scale,), **how)
+        assert result["mIoU_at_scale"][f"{scale:g}"] == alone["mIoU"] and "mIoU_at_scale" not in alone
+    assert len(set(result["mIoU_at_scale"].values())) == 3
+    matrix = evaluate.ConfusionMatrix(4)
+    for image, labels in dataset:
+        matrix.update(evaluate.predict(net, image[None], (0.5, 1.0, 1.5), True).argmax(1), labels[None])
+    assert result["mIoU"] == matrix.result()["mIoU"]
+    assert "mIoU at scale 0.5" in evaluate.table(result, dataset.classes)
+
+
+def test_levels_are_printed_and_without_nan(capsys):
+    torch.manual_seed(0)
+    net = evaluate.network("pyramid_fuse", 4, "resnet18", options={"strides": (8, 4), "context": None}).eval()
+    found = evaluate.levels(net, Two((32, 64)), torch.device("cpu"), "off", 0)
+    table, difference = np.array(found["table"], float), np.array(found["difference"], float)
+    assert found["strides"] == [8, 4] and table.shape == (2, 2) and difference.shape == (2, 4)
+    assert found["table"][0][0] is None  # untrained, no cell is a unity-cell: nothing is taken from the coarser level
+    assert np.nanmax(np.abs(difference[1])) == 0  # so the finest level is the fused result
+    json.loads(json.dumps(found, allow_nan=False))
+    out = capsys.readouterr().out
+    assert "stride        8       4" in out and out.count("\n") == 7
