@@ -8,7 +8,8 @@ request, dilated:
     net.channels, net.strides # (256, 512, 1024, 2048), (4, 8, 8, 8)
 
 Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is removed, what follows is
-dilated by the same factor, so each kernel still sees the samples it was trained on. `multi_grid` departs from that: it sets
+dilated by the same factor, so each kernel still sees the samples it was trained on (an EfficientNet's squeeze-and-excitation
+averages over more of them). `multi_grid` departs from that: it sets
 the rates of all blocks of the last stage to its factors (there, Sect. 3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
 
 To copy: this file stands alone.
@@ -64,7 +65,7 @@ _LEVELS = {
     "swin_l": (_PATCHES, (192, 384, 768, 1536)),
 }
 NAMES = tuple(_LEVELS)
-_CLASSIFIERS = ("fc.", "classifier.", "head.", "incre_modules.", "downsamp_modules.", "final_layer.")
+_CLASSIFIERS = ("fc.", "classifier.", "norm.", "head.", "incre_modules.", "downsamp_modules.", "final_layer.")
 
 
 class Backbone(nn.Module):
@@ -82,7 +83,8 @@ class Backbone(nn.Module):
         with warnings.catch_warnings():  # "nodes are not present in eval mode": they are not needed
             warnings.simplefilter("ignore")
             self.body = create_feature_extractor(model, list(nodes)) if nodes else model
-        self.norms = None if self.corners else nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in channels)
+        eps = 1e-5 if self.channels_last else 1e-6
+        self.norms = None if self.corners else nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in channels)
         self.jpu = JointPyramidUpsampling(channels[1:]) if jpu else None
         self.channels = (*channels[:3], self.jpu.channels) if jpu else channels
         self.strides = (*strides[:3], strides[1]) if jpu else strides
@@ -426,7 +428,8 @@ def load_weights(model, path):
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items()):
-        raise ValueError(f"'{path}' holds no state dict (names to tensors)")
+        keys = f"a dict of {_few([str(key) for key in state])}" if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"'{path}' holds no state dict (names to tensors), but {keys}")
     own, state = _features(model.state_dict()), _features(_torchvision_names(state))
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]

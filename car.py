@@ -297,7 +297,8 @@ class Regularized(nn.Module):
             else:
                 losses = logits_losses(self.net(images), labels)
         features = feature_map(seen, self.classifier)
-        return losses | self.car(features, labels_at(labels, features.shape[2:]))
+        shift = half_patch(self.net, labels, features.shape[2:])
+        return losses | self.car(features, labels_at(labels, features.shape[2:], shift))
 
 
 @contextlib.contextmanager
@@ -350,11 +351,23 @@ def pixels_of(side, length):
     return ((torch.arange(length) + 0.5) * (side / length)).long()
 
 
-def labels_at(labels, size, shift=0):
-    """Labels `[N, H, W]` at the positions of a feature map of `size`, `shift` pixels on: nearest neighbour, `[N, h, w]`."""
-    sides = zip(labels.shape[1:], size)
-    rows, columns = ((pixels_of(side, length) + shift).clamp(max=side - 1).to(labels.device) for side, length in sides)
+def labels_at(labels, size, shift=0, stride=None):
+    """Labels `[N, H, W]` at the positions of a feature map of `size`, `shift` pixels on: nearest neighbour, `[N, h, w]`.
+
+    stride: the map's; pixels_of finds it if None.
+    """
+    found = (
+        torch.arange(length) * stride if stride else pixels_of(side, length) for side, length in zip(labels.shape[1:], size)
+    )
+    rows, columns = ((p + shift).clamp(max=side - 1).to(labels.device) for p, side in zip(found, labels.shape[1:]))
     return labels[:, rows[:, None], columns]
+
+
+def half_patch(net, labels, size):
+    """How far the middle of a patch is from its corner: for the networks here that cut the image into patches, else 0."""
+    if getattr(getattr(net, "backbone", None), "corners", True):
+        return 0
+    return 2 ** max(0, math.ceil(math.log2(labels.shape[1] / size[0]))) // 2
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -392,7 +405,8 @@ def class_dependency(net, pairs, num_classes, classifier="classifier"):
         with inputs_of(net, classifier) as seen:
             net(images)
         features = feature_map(seen, classifier)
-        mu, counts = class_centers(features, labels_at(labels, features.shape[2:]), num_classes, scope="image")
+        positions = labels_at(labels, features.shape[2:], half_patch(net, labels, features.shape[2:]))
+        mu, counts = class_centers(features, positions, num_classes, scope="image")
         sums, total = sums + (mu * counts.unsqueeze(2)).sum(0).double(), total + counts.sum(0).double()
     mu = sums / total.clamp(min=1).unsqueeze(1)
     similarity = (mu @ mu.T).clamp(min=0)
@@ -461,11 +475,12 @@ class OCR(nn.Module):
 
     x `[N, in_channels, h, w]` and the map of the level before -> (pixels and their object context `[N, 2·512, h, w]`, still
     to be fused by a 1x1 convolution (CARNet.last); logits `[N, K, …]` of the soft object regions, found on the level
-    before).
+    before). corners: how the maps lie, see backbones.on_grid.
     """
 
-    def __init__(self, in_channels, before_channels, num_classes):
+    def __init__(self, in_channels, before_channels, num_classes, corners=True):
         super().__init__()
+        self.corners = corners
         self.pixels = Conv2dNormActivation(in_channels, 512, 3)
         self.regions = nn.Sequential(Conv2dNormActivation(before_channels, 512, 3), nn.Conv2d(512, num_classes, 1))
         self.phi = nn.Sequential(Conv2dNormActivation(512, 256, 1), Conv2dNormActivation(256, 256, 1))
@@ -475,7 +490,7 @@ class OCR(nn.Module):
     def forward(self, x, before):
         coarse, x = self.regions(before), self.pixels(x)
         with torch.autocast(x.device.type, enabled=False):
-            m = resize(coarse.float(), x, corners=True).flatten(2).softmax(2)  # [N, K, hw]
+            m = resize(coarse.float(), x, self.corners).flatten(2).softmax(2)  # [N, K, hw]
             f = (m @ x.float().flatten(2).mT).mT.unsqueeze(3)  # the object regions' features  [N, 512, K, 1]
         query, key, value = (y.flatten(2).mT.float() for y in (self.phi(x), self.psi(f), self.delta(f)))
         with torch.autocast(x.device.type, enabled=False):
@@ -539,7 +554,7 @@ class CARNet(nn.Module):
         elif head == "uper":
             self.head, width = UPer(levels, corners, pool_pointwise), 4 * 512
         elif head == "ocr":
-            self.head, width = OCR(levels[-1], levels[-2], num_classes), 2 * 512
+            self.head, width = OCR(levels[-1], levels[-2], num_classes, corners), 2 * 512
         elif head == "caa":
             self.head, width = caa.CAA(levels[-1]), 256
         else:
@@ -575,11 +590,11 @@ class CARNet(nn.Module):
         if coarse is not None:
             coarse = backbones.upsample(coarse, strides[-2 if isinstance(self.head, OCR) else -1], size, corners)
             losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(coarse, labels)
-        features = x if self.car.released else features
-        shift = 0 if corners else self.stride // 2  # to the middle of a patch
+        features, stride = x if self.car.released else features, self.stride
+        shift = 0 if corners else stride // 2  # to the middle of a patch
         if isinstance(self.head, UPer):
-            features, shift = F.avg_pool2d(features, 2, ceil_mode=True), shift + self.stride // 2
-        return losses | self.car(features, labels_at(labels, features.shape[2:], shift))
+            features, shift, stride = F.avg_pool2d(features, 2, ceil_mode=True), shift + stride // 2, 2 * stride
+        return losses | self.car(features, labels_at(labels, features.shape[2:], shift, stride))
 
     def figures(self, image, pixel=None):
         """Fig. 4.4: how similar every pixel is to `pixel` (pixel_relation), a map `[H, W]` in 0…1."""

@@ -385,6 +385,11 @@ def heat(values, image):
     return torch.from_numpy((0.65 * colors + 0.35 * gray if overlaid else colors).astype(np.uint8))
 
 
+def drawn(figures, photo, palette):
+    """uint8 tiles `[3, h, w]` of maps in 0…1 and of label maps; photo: the image they are of, uint8 `[3, H, W]`."""
+    return [heat(m, photo) if m.is_floating_point() else data.colorize(m, palette) for m in figures.values()]
+
+
 def method_figures(net, image, palette, classes, pixel=None):
     """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where it has none.
 
@@ -397,14 +402,12 @@ def method_figures(net, image, palette, classes, pixel=None):
         figures = net.figures(image.to(next(net.parameters()).device), **arguments)
     except ValueError as error:
         raise Mistake(str(error)) from error
-    photo = data.photograph(image)
+    tiles = drawn(figures, data.photograph(image), palette)
     row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
-    tiles = []
-    for m in figures.values():
-        tiles.append(heat(m, photo) if m.is_floating_point() else data.colorize(m, palette))
+    for tile, m in zip(tiles, figures.values()):
         if arguments and m.is_floating_point():  # a red square where the pixel is that the figure is about
             place = (slice(None), slice(max(0, row - 2), row + 3), slice(max(0, column - 2), column + 3))
-            tiles[-1][place] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
+            tile[place] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
     return [classes[name] if isinstance(name, int) else name for name in figures], tiles
 
 

@@ -17,6 +17,9 @@ Who receives gradient from which loss (Fig. 3); each cell has a test:
     without guidance there is no "coarse", and "fine" trains all:
     fine                     x         x            x                    x
 
+(Under guidance the layer norms of a Swin Transformer's and ConvNeXt's finer maps learn nothing, nor do an HRNet's last
+fusions into its finer maps: only the upsampler reads them.)
+
     Sect. 3.1, Fig. 3   stopped gradients               -> HFGD.forward
     Sect. 3.1           class kernels reused            -> HighLevelFeatureGuidedModule
     Sect. 3.2           context-augmented encoder       -> ContextAugmentedEncoder
@@ -26,12 +29,14 @@ The paper numbers no equation.
 
 What the paper leaves open, and what was chosen here:
 - Losses: "coarse" and "fine" are cross entropies of the logits, upsampled to the labels, with weight 1; CAR's are car.py's.
-- CAR acts on the encoder's 256 channels, which enter the class kernels, as in car.py; released=True: in front of the
-  trailing convolution, as the authors' CAR does. Without guidance, where the class kernels read the upsampler, likewise.
+- CAR acts on the output of the self-attention, in front of the trailing convolution, as Sect. 3.2 words it. (In car.py, by
+  its paper, on what enters the classifier.) released=True is the form of its authors' code, with their 1x1 convolution in
+  between.
 - The upsampler's coarsest input is the encoder's output. SemanticFPN adds maps top-down like FPN (Kirillov et al., "Panoptic
   Feature Pyramid Networks", CVPR 2019), but without FPN's 3x3 convolution on each of the sums: Table 5's 45.65 G leave no
-  room for their 12.2. Batch norm and ReLU follow each convolution; maps are upsampled bilinearly.
+  room for their 13.1. Batch norm and ReLU follow each convolution; maps are upsampled bilinearly.
 - Axial attention is caa.py's without channelization, on 256 channels, added to its input as car.py adds its self-attention.
+  Its 64 query channels are that file's too; Table 5 tells of a wider one (README, Results).
 - ASPP's rates are 3, 6, 9 at stride 32. All but "identity" end with 256 channels; "identity" too where it is guided.
 
     Table 1     encoder, upsampler=None or "sfpn", guided=False
@@ -49,6 +54,7 @@ need torch and torchvision alone.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
@@ -112,12 +118,11 @@ class UltraSemanticFPN(SemanticFPN):
 
 
 class ContextAugmentedEncoder(nn.Module):
-    """Sect. 3.2, Table 1: a backbone's maps -> (Z `[N, channels, h, w]` at the last one's size, losses).
+    """Sect. 3.2, Table 1: a backbone's maps -> Z `[N, channels, h, w]` at the last one's size, and what the losses need.
 
     encoder: "ours", two 1x1 convolutions, self-attention, a trailing 1x1 convolution; "self_attention" (car.py's: one 3x3
     convolution before it); "ocr" (car.py's); "aspp" (torchvision's); "identity", the last map as it is, or where `project`
-    behind a 1x1 convolution. channels: of Z, 256; for "identity" as it is the last map's.
-    losses(labels, …) is a dict: CAR's of "ours"; "auxiliary", the cross entropy of OCR's regions times 0.4.
+    behind a 1x1 convolution. channels: of Z, 256; for "identity" as it is the last map's. released: CAR's, of "ours" alone.
     """
 
     def __init__(self, backbone, num_classes, encoder="ours", project=True, released=False):
@@ -130,7 +135,7 @@ class ContextAugmentedEncoder(nn.Module):
         elif encoder == "self_attention":
             self.body, width = car.SelfAttention(last), 512
         elif encoder == "ocr":
-            self.body, width = car.OCR(last, before, num_classes), 1024
+            self.body, width = car.OCR(last, before, num_classes, backbone.corners), 1024
         elif encoder == "aspp":
             self.body, width = ASPP(last, (3, 6, 9), 256), 256
         elif encoder == "identity":
@@ -141,27 +146,24 @@ class ContextAugmentedEncoder(nn.Module):
         self.linear = nn.Conv2d(width, width, 1) if released and encoder == "ours" else nn.Identity()
         self.last = nn.Identity() if done else Conv2dNormActivation(width, 256, 1)
         self.channels = width if done else 256
-        regularized = width if released else 256
-        self.car = car.ClassAwareRegularization(num_classes, regularized, released=released) if encoder == "ours" else None
+        self.car = car.ClassAwareRegularization(num_classes, 512, released=released) if encoder == "ours" else None
 
     def forward(self, maps):
-        """(Z, what `losses` needs)"""
+        """(Z, seen): for `losses` the features `[N, 512, h, w]` that CAR acts on, or OCR's regions `[N, K, 2h, 2w]`."""
         if isinstance(self.body, car.OCR):
             x, regions = self.body(maps[-1], maps[-2])
-        else:
-            x, regions = self.linear(self.body(maps[-1])), None
-        z = self.last(x)
-        return z, (x if self.car is not None and self.car.released else z, regions)
+            return self.last(x), regions
+        x = self.linear(self.body(maps[-1]))
+        return self.last(x), x
 
     def losses(self, seen, labels):
-        """dict of scalars; seen: what `forward` gave beside Z; labels int64 `[N, H, W]`, 255 = ignored."""
-        features, regions = seen
+        """CAR's of "ours"; "auxiliary" of OCR, 0.4 of its regions' cross entropy. labels `[N, H, W]`, 255 = ignored."""
         if self.car is not None:
             shift = 0 if self.corners else self.stride // 2  # to the middle of a patch
-            return self.car(features, car.labels_at(labels, features.shape[2:], shift))
-        if regions is None:
+            return self.car(seen, car.labels_at(labels, seen.shape[2:], shift, self.stride))
+        if not isinstance(self.body, car.OCR):
             return {}
-        regions = backbones.upsample(regions, self.stride // 2, labels.shape[1:], self.corners)
+        regions = backbones.upsample(seen, self.stride // 2, labels.shape[1:], self.corners)
         return {"auxiliary": 0.4 * backbones.pixel_cross_entropy(regions, labels)}
 
 
@@ -178,7 +180,8 @@ class HighLevelFeatureGuidedModule(nn.Module):
 
     def forward(self, u, kernels):
         u = u if self.attention is None else u + self.attention(u)
-        return F.conv2d(u, kernels.weight.detach(), kernels.bias.detach())
+        stopped = {name: parameter.detach() for name, parameter in kernels.named_parameters()}
+        return functional_call(kernels, stopped, u)
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -187,15 +190,17 @@ class HighLevelFeatureGuidedModule(nn.Module):
 class HFGD(nn.Module):
     """Backbone, context-augmented encoder, upsampler, guided module (Fig. 3).
 
-    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`, the fine ones. net(images, labels), labels
-    int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "coarse", "fine", CAR's "intra_c2p", "inter_c2c", "inter_c2p"
-    with the encoder "ours", "auxiliary" with "ocr". Without guidance no "coarse"; without upsampler no "fine".
+    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`, the fine ones where there is an upsampler.
+    net(images, labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "fine", "coarse", CAR's
+    "intra_c2p", "inter_c2c", "inter_c2p" with the encoder "ours", "auxiliary" with "ocr". Without guidance no "coarse";
+    without upsampler no "fine".
 
-    output_stride: of the fine logits, 4, 2 or 1 (Tables 5, 8)
+    output_stride: of the fine logits, 4, 2 or 1 (Tables 5, 8); without upsampler it is 32
     encoder: "ours", "identity", "aspp", "ocr", "self_attention" (Table 1)
     upsampler: "usfpn", "sfpn" (stride 4 only), or None: the coarse logits (Tables 1, 3)
-    guided: gradients are stopped and the class kernels reused (Tables 2, 4); axial: with axial attention
-    released: CAR as in its authors' code, see car.py
+    guided: gradients are stopped and the class kernels reused (Tables 2, 4), where there is an upsampler; axial: then with
+        axial attention
+    released: CAR of the encoder "ours" as in its authors' code, see car.py
     """
 
     def __init__(
@@ -231,6 +236,7 @@ class HFGD(nn.Module):
             raise ValueError(f"upsampler={upsampler!r}: it is 'usfpn', 'sfpn' or None")
         self.guide = HighLevelFeatureGuidedModule(axial) if self.guided else None
         self.stride = output_stride
+        self.regularized = "encoder.last" if encoder == "ours" else "classifier"  # CAR acts on what enters this submodule
         self.classifier = nn.Conv2d((self.upsampler or self.encoder).channels, num_classes, 1)  # the class kernels
 
     def forward(self, images, labels=None):
@@ -238,13 +244,13 @@ class HFGD(nn.Module):
         maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
         z, seen = self.encoder(maps)
         logits = {}
-        if self.upsampler is None or self.guided and labels is not None:
-            logits["coarse"] = self.classifier(z), self.backbone.strides[-1]
         if self.guided:
             u = self.upsampler([level.detach() for level in (*maps[:-1], z)])
             logits["fine"] = self.guide(u, self.classifier), self.stride
         elif self.upsampler is not None:
             logits["fine"] = self.classifier(self.upsampler([*maps[:-1], z])), self.stride
+        if self.upsampler is None or self.guided and labels is not None:
+            logits["coarse"] = self.classifier(z), self.backbone.strides[-1]
         logits = {name: backbones.upsample(y, stride, size, corners) for name, (y, stride) in logits.items()}
         if labels is None:
             return logits.popitem()[1]
@@ -273,8 +279,10 @@ def compared(predictions):
     disagree there), and "NAME, enlarged" (`[H/4, W/4]`), the same window of all. For SemanticFPN and two HFGDs, say:
 
         nets = {name: evaluate.load(evaluate.read_checkpoint(f"runs/{name}/last.pt")) for name in ("sfpn", "os4", "os2")}
-        pictures = hfgd.compared({name: net(image[None]).argmax(1)[0] for name, net in nets.items()})
-        tiles = [data.photograph(image), *(data.colorize(p.long(), val.palette) for p in pictures.values())]
+        image, photo = val[7][0], data.photograph(val[7][0])
+        with torch.no_grad():
+            pictures = hfgd.compared({name: net(image[None]).argmax(1)[0] for name, net in nets.items()})
+        tiles = [photo, *evaluate.drawn(pictures, photo, val.palette)]
         data.sheet([tiles], ["image", *pictures], val.classes, val.palette).save("compared.png")
     """
     maps = list(predictions.values())
@@ -291,7 +299,7 @@ def compared(predictions):
 # Sect. 4. Crops but Cityscapes' and the scales are open: CAR's, of the same authors.
 _ABLATION = dict(
     backbone="resnet50",
-    weights="imagenet",
+    weights="imagenet",  # open which; of ConvNeXt's authors' checkpoints any loads by its path
     iterations=30_000,
     batch_size=16,
     optimizer="sgd",

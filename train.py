@@ -53,7 +53,7 @@ SETTINGS = {
     "data_root": (None, "the dataset's folder (datasets/NAME)"),
     "backbone": ("resnet18", ", ".join(backbones.NAMES)),
     "weights": (None, "of the backbone: none, imagenet, or the path of a state dict"),
-    "output_stride": (None, "of the backbone: 32, 16, 8 (the method's own)"),
+    "output_stride": (None, "of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1 (the method's own)"),
     "option": ({}, "an option of the method's build, may be repeated"),
     "car": (None, "class-aware regularization of what enters the classifier (car.py): paper, or released"),
     "init": (None, "start from the weights of this checkpoint"),
@@ -490,7 +490,10 @@ def run(given, output, resume):
 
     model = regularized(net, s, train_set.num_classes) if s["car"] else net
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        # Some weights never learn, as the norms of finer maps that nothing reads: a static graph finds out which, once
+        # (torch.compile cannot have one).
+        how = dict(find_unused_parameters=True) if s["compile"] else dict(static_graph=True)
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **how)
     if s["compile"]:
         model = torch.compile(model)
     how = dict(total=s["iterations"], initial=state.step, desc="training", unit="step")

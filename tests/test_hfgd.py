@@ -162,16 +162,18 @@ def test_axial_attention_takes_the_gradient_of_one_pixel_to_all(axial):
     assert reached.all() if axial else reached.nonzero().tolist() == [[2, 3]]
 
 
-def test_evaluation_does_not_need_the_coarse_logits():
+def test_the_classifier_reads_the_fine_features_and_with_labels_last_the_coarse_ones():
     net = network().eval()
     images, labels = scene(64, 96)
     seen = seen_by(net.classifier)
     logits = net(images)
-    assert not seen
+    assert [x.shape for x in seen] == [(2, 256, 17, 25)]
+    seen.clear()
     losses = net(images, labels)
-    assert len(seen) == 1 and seen[0].shape == (2, 256, 3, 4)  # the coarse features alone
+    fine, coarse = seen
+    assert fine.shape == (2, 256, 17, 25) and coarse.shape == (2, 256, 3, 4)
     assert losses["fine"].item() == pytest.approx(F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5)
-    coarse = backbones.upsample(F.conv2d(seen[0], net.classifier.weight, net.classifier.bias), 32, (64, 96))
+    coarse = backbones.upsample(F.conv2d(coarse, net.classifier.weight, net.classifier.bias), 32, (64, 96))
     assert losses["coarse"].item() == pytest.approx(F.cross_entropy(coarse, labels, ignore_index=255).item(), rel=1e-5)
 
 
@@ -304,44 +306,58 @@ def test_aspp_is_torchvisions_at_the_rates_of_stride_32():
     assert type(net.encoder.body).__module__.startswith("torchvision") and rates == [3, 6, 9]
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_car_acts_on_what_the_encoder_gives(guided):
-    net = network(guided=guided)
+@pytest.mark.parametrize("released, guided", [(False, True), (False, False), (True, True)])
+def test_car_acts_between_the_attention_and_the_trailing_convolution(released, guided):
+    net = network(guided=guided, released=released)
     images, labels = scene(65, 65)
-    z = []
-    net.encoder.register_forward_hook(lambda module, inputs, output: z.append(output[0]))
+    seen, attended = seen_by(net.encoder.last), seen_by(net.encoder.linear)
     losses = net(images, labels)
     coarse = labels[:, ::32, ::32]
-    mu, _ = car.class_centers(z[0], coarse, 3)
-    assert losses["intra_c2p"].item() == pytest.approx(car.intra_center_to_pixel(z[0], coarse, mu).item(), rel=1e-5)
-    assert losses["inter_c2c"].item() == pytest.approx(car.inter_center_to_center(mu).item(), rel=1e-5)
-    assert losses["inter_c2p"].item() == pytest.approx(car.inter_center_to_pixel(z[0], coarse, mu).item(), rel=1e-5)
-
-
-def test_released_car_acts_before_the_trailing_convolution():
-    net = network(released=True)
-    images, labels = scene(65, 65)
-    seen = seen_by(net.encoder.last)
-    losses = net(images, labels)
-    coarse = labels[:, ::32, ::32]
-    mu, _ = car.class_centers(seen[0], coarse, 3)
-    assert seen[0].shape[1] == 512
-    expected = car.inter_center_to_pixel(seen[0], coarse, mu, released=True)
-    assert losses["inter_c2p"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert learners(net, losses["inter_c2p"]) == {"backbone", "encoder"}
+    features = seen[0]
+    assert features.shape == (2, 512, 3, 3) and torch.equal(features, attended[0]) != released
+    mu, _ = car.class_centers(features, coarse, 3)
+    expected = dict(
+        intra_c2p=car.intra_center_to_pixel(features, coarse, mu, released),
+        inter_c2c=car.inter_center_to_center(mu, released=released),
+        inter_c2p=car.inter_center_to_pixel(features, coarse, mu, released=released),
+    )
+    assert {name: losses[name].item() for name in CAR} == pytest.approx({name: x.item() for name, x in expected.items()})
+    assert [layer.out_channels for layer in net.encoder.linear.modules() if isinstance(layer, nn.Conv2d)] == [512] * released
 
 
 def test_labels_of_patches_are_those_of_their_middles():
     net = hfgd.build(64, "swin_t").eval()
     labels = torch.arange(64).repeat(64, 1)[None]  # the class is the column
-    z = []
-    net.encoder.register_forward_hook(lambda module, inputs, output: z.append(output[0]))
+    given = []
+    net.encoder.car.register_forward_pre_hook(lambda module, inputs: given.append(inputs[1]))
     with torch.no_grad():
-        losses = net(torch.randn(1, 3, 64, 64), labels)
-        middle = labels[:, 16::32, 16::32]
-        assert middle.tolist() == [[[16, 48], [16, 48]]]
-        mu, _ = car.class_centers(z[0], middle, 64)
-    assert losses["intra_c2p"].item() == pytest.approx(car.intra_center_to_pixel(z[0], middle, mu).item(), rel=1e-4)
+        net(torch.randn(1, 3, 64, 64), labels)
+    assert given[0].tolist() == [[[16, 48], [16, 48]]]
+
+
+@pytest.mark.parametrize("backbone, stride, size", [("resnet18", 32, (3, 4)), ("swin_t", 32, (2, 3))])
+def test_regions_of_ocr_are_compared_at_stride_16_with_weight_0_4(backbone, stride, size):
+    net = hfgd.build(3, backbone, encoder="ocr").eval()
+    images, labels = scene(64, 96)
+    regions = []
+    net.encoder.body.register_forward_hook(lambda module, inputs, output: regions.append(output[1]))
+    with torch.no_grad():
+        loss = net(images, labels)["auxiliary"]
+    corners = backbone == "resnet18"
+    assert regions[0].shape[2:] == ((5, 7) if corners else (4, 6)) and net.encoder.body.corners == corners
+    size = (65, 97) if corners else (64, 96)
+    logits = F.interpolate(regions[0], size=size, mode="bilinear", align_corners=corners)[:, :, :64, :96]
+    assert loss.item() == pytest.approx(0.4 * F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5)
+
+
+def test_layers_of_every_encoder():
+    kinds = {name: network(encoder=name).encoder for name in ENCODERS}
+    sizes = {name: kernel_sizes(encoder) for name, encoder in kinds.items()}
+    norms = {name: sum(isinstance(m, nn.BatchNorm2d) for m in encoder.modules()) for name, encoder in kinds.items()}
+    assert sizes["self_attention"] == [3, 1, 1, 1, 1] and norms["self_attention"] == 2
+    assert sizes["ours"] == [1] * 6 and norms["ours"] == 3
+    assert sizes["identity"] == [1] and norms["identity"] == 1  # for the class kernels; none where it is not guided
+    assert sizes["aspp"] == [1, 3, 3, 3, 1, 1] and norms["aspp"] == 6
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -354,6 +370,37 @@ def test_any_networks_regularizer_finds_the_coarse_features():
     for name in CAR:
         losses[name].backward(retain_graph=True)
     assert all(p.grad is None for p in net.net.upsampler.parameters())
+
+
+@pytest.mark.parametrize("upsampler", ["sfpn", "usfpn"])
+def test_patches_lie_where_they_are(upsampler):
+    net = hfgd.build(3, "swin_t", upsampler=upsampler).eval()
+    images, u = torch.randn(1, 3, 45, 70), seen_by(net.classifier)
+    with torch.no_grad():
+        logits = net(images)
+        assert u[0].shape[2:] == (16, 24)  # of the image at 64x96
+        fine = F.conv2d(u[0], net.classifier.weight, net.classifier.bias)
+        whole = F.interpolate(fine, scale_factor=4, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(logits, whole[:, :, :45, :70])
+        image = backbones.on_grid(images, 32, corners=False)
+        coarse = F.conv2d(net.encoder(net.backbone(image))[0], net.classifier.weight, net.classifier.bias)
+        coarse = F.interpolate(coarse, scale_factor=32, mode="bilinear", align_corners=False)[:, :, :45, :70]
+        assert torch.equal(net.figures(images)["coarse"], coarse.argmax(1)[0])
+
+
+@pytest.mark.parametrize("encoder", ["ours", "identity"])
+def test_class_dependency_is_of_what_car_acts_on_or_of_what_is_classified(encoder):
+    net = network(encoder=encoder).eval()
+    pairs = [(image[None], label[None]) for image, label in zip(*scene(65, 65))]
+    features = []
+    (net.encoder.last if encoder == "ours" else net.classifier).register_forward_pre_hook(
+        lambda module, inputs: features.append(inputs[0])
+    )
+    found = car.class_dependency(net, pairs, 3, net.regularized)
+    X, stride = torch.cat(features), 32 if encoder == "ours" else 4
+    mu, _ = car.class_centers(X, torch.cat([label for _, label in pairs])[:, ::stride, ::stride], 3)
+    similarity = (mu @ mu.T).clamp(min=0)
+    torch.testing.assert_close(found.float(), similarity / similarity.amax(1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_labelled_gives_zero_losses_and_gradients():
@@ -420,18 +467,21 @@ def test_parameters_of_the_upsamplers_by_hand():
 
 
 def test_compared_by_hand():
-    a = torch.zeros(8, 8, dtype=torch.long)
+    a = torch.zeros(8, 16, dtype=torch.long)
     b, c = a.clone(), a.clone()
     b[0, 0] = 1  # one pixel here
-    b[4:6, 3:5] = 2  # and a whole window there
-    c[5, 4] = 1
+    b[4:6, 9:13] = 2  # and a whole window there
+    c[5, 10] = 1
     pictures = hfgd.compared({"a": a, "b": b, "c": c})
     assert list(pictures) == ["a", "b", "c", "difference", "a, enlarged", "b, enlarged", "c, enlarged"]
-    assert pictures["b, enlarged"].tolist() == [[2, 2], [2, 2]] and pictures["c, enlarged"].tolist() == [[0, 0], [0, 1]]
-    assert pictures["a, enlarged"].tolist() == [[0, 0], [0, 0]]
+    assert pictures["b, enlarged"].tolist() == [[2] * 4] * 2
+    assert pictures["c, enlarged"].tolist() == [[0] * 4, [0, 1, 0, 0]] and pictures["a, enlarged"].tolist() == [[0] * 4] * 2
     # of the three pairs, two disagree where b alone differs, three where b and c do, each otherwise
     difference = pictures["difference"]
-    assert difference[0, 0].item() == pytest.approx(2 / 3) and difference[5, 4] == 1 and difference[7, 7] == 0
+    assert difference[0, 0].item() == pytest.approx(2 / 3) and difference[5, 10] == 1 and difference[7, 7] == 0
+    tiles = evaluate.drawn(pictures, torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)])
+    assert tiles[1][:, 0, 0].tolist() == [1, 2, 3]  # a label map in its colours
+    assert tiles[3][:, 5, 10].tolist() > tiles[3][:, 0, 0].tolist() > tiles[3][:, 7, 7].tolist()  # the share as heat
 
 
 def test_figures_show_the_coarse_and_the_fine_prediction():

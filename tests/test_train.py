@@ -452,3 +452,13 @@ def test_replace_leaves_the_old_file_where_writing_fails(tmp_path):
 
 def test_mistake_is_a_value_error():
     assert issubclass(Mistake, ValueError) and Mistake is data.Mistake
+
+
+def test_two_processes_train_networks_with_weights_that_never_learn(method, photos, tmp_path):
+    """Nothing reads the finer maps of a Swin Transformer where gradients are stopped: their norms have no gradient."""
+    flags = "--method hfgd --backbone swin_t --iterations 2 --batch-size 4 --crop-size 64 --device cpu --workers 0"
+    flags += f" --dataset folder --data-root {photos} --output {tmp_path / 'run'}"
+    done = start(flags.split(), method, processes=2)
+    assert done.wait(240) == 0, done.stderr.read()
+    state, net = weights(tmp_path / "run"), evaluate.network("hfgd", 3, "swin_t")
+    assert all(torch.equal(state[f"backbone.norms.{i}.weight"], net.backbone.norms[i].weight) == (i < 3) for i in range(4))
