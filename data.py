@@ -67,30 +67,37 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
     if layout.counts and split not in layout.counts:
         raise Mistake(f"{kind} has no split '{split}'; it has {', '.join(layout.counts)}")
     files, classes, palette, lut = layout.read(root, split)
-    here = [pair for pair in files if all(path.is_file() for path in pair)]
-    if not here:
-        looked_for = next((path for pair in files[:1] for path in pair if not path.is_file()), root)
-        raise not_found(kind, split, root, looked_for)
-    official = max(layout.counts.get(split) or 0, len(files))
-    if len(here) < official and os.environ.get("RANK", "0") == "0":
-        gone = next((str(path) for pair in files for path in pair if not path.is_file()), "none of its list")
-        print(
-            f"warning: {name} {split} has {len(here)} of {official} images; the first that is missing: {gone}",
-            file=sys.stderr,
-        )
-    return Pairs(here, classes, palette, lut, transform, seed)
+    folders = {path.parent for pair in files for path in pair}
+    there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
+    missing = [path for pair in files for path in pair if path.name not in there[path.parent]]
+    if missing:  # one listing of each folder, for a look at each file takes minutes on a network disk
+        gone = set(missing)
+        files, whole = [pair for pair in files if not gone & set(pair)], files
+        if not files:
+            raise not_found(kind, split, root, missing[0])
+        official = max(layout.counts.get(split) or 0, len(whole))
+        warn(name, split, len(files), official, f"the first that is missing: {missing[0]}")
+    else:
+        warn(name, split, len(files), layout.counts.get(split), f"the others are to be had from {layout.source}")
+    return Pairs(files, classes, palette, lut, transform, seed)
+
+
+def warn(name, split, here, official, what):
+    """On stderr, once a job, where fewer images are here than the official split has."""
+    if here < (official or 0) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {name} {split} has {here} of {official} images; {what}", file=sys.stderr)
 
 
 def not_found(name, split, root, looked_for):
     """The Mistake for a dataset that is missing or half unpacked."""
-    layout = LAYOUTS[name]
-    found = sorted(path.name for path in root.iterdir()) if root.is_dir() else None
-    there = (
-        "no such folder" if found is None else ", ".join(found[:6]) + (", …" if len(found) > 6 else "") or "an empty folder"
-    )
+    layout, state = LAYOUTS[name], "nothing of it there" if Path(looked_for).is_dir() else "not there"
+    if not root.is_dir():
+        found = "no such folder"
+    else:
+        names = sorted(path.name for path in root.iterdir())
+        found = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "an empty folder"
     return Mistake(
-        f"{name} {split} not found: looked for '{looked_for}' ({'empty' if Path(looked_for).is_dir() else 'not there'}); "
-        f"in --data-root '{root}' there is: {there}; "
+        f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' there is: {found}; "
         f"expected there: {layout.tree}; to be had from {layout.source}"
     )
 
@@ -226,28 +233,26 @@ class Layout(NamedTuple):
 
 
 def _pairs(name, split, root, images, labels):
-    """The files of two folders, paired by their stems."""
+    """The images of a folder, each with the PNG of its stem in another."""
     kinds = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
     files = [path for path in sorted(images.glob("*")) if path.suffix.lower() in kinds]
     found = {path.stem: path for path in files}
-    truth = {path.stem: path for path in labels.glob("*") if path.suffix.lower() == ".png"}
     if len(found) < len(files):
         twice = next(path for path in files if found[path.stem] != path)
         raise Mistake(f"'{twice}' and '{found[twice.stem]}' share the label of one name; rename one of them")
-    if not found or not truth:
-        side = images if not found else labels
-        raise not_found(name, split, root, side)
-    single = sorted(set(found) ^ set(truth))
-    if single:
-        raise Mistake(f"{len(single)} files of '{images}' and '{labels}' lack their partner, the first is '{single[0]}'")
-    return [(found[stem], truth[stem]) for stem in found]
+    if not found or not any(labels.glob("*.png")):
+        raise not_found(name, split, root, labels if found else images)
+    return [(path, labels / f"{stem}.png") for stem, path in found.items()]
 
 
 def _ids(name, split, root, path):
     """The first word of each line of a list."""
     if not path.is_file():
         raise not_found(name, split, root, path)
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    ids = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    if not ids:
+        raise Mistake(f"'{path}' names no image; expected one a line; unpack it again")
+    return ids
 
 
 def _names(text):
@@ -255,7 +260,10 @@ def _names(text):
 
 
 def _palette(count, first=0):
-    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red, green and blue."""
+    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red, green and blue.
+
+    ADE20K and COCO-Stuff, whose own many colours say no more, have them too.
+    """
     colors = []
     for i in range(first, first + count):
         colors.append(tuple(sum((i >> (3 * bit + c) & 1) << (7 - bit) for bit in range(8)) for c in range(3)))
@@ -296,6 +304,9 @@ def _folder(root, split):
     if not 0 < len(classes) < IGNORE or "" in classes:
         raise Mistake(f"'{names}' names {len(classes)} classes; expected 1 to {IGNORE - 1}, one a line, no line empty")
     files = _pairs("folder", split, root, root / "images" / split, root / "labels" / split)
+    single = sorted({*(root / "labels" / split).glob("*.png")} ^ {label for _, label in files})
+    if single:
+        raise Mistake(f"{len(single)} images or labels lack their partner; the first label is '{single[0]}'")
     hues = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3)) for i in range(len(classes))]
     palette = [tuple(int(255 * c) for c in hue) for hue in hues]
     return files, classes, palette, _lut({i: i for i in range(len(classes))}, rest=-1)
@@ -317,18 +328,20 @@ def _pascal_voc(root, split, name="pascal_voc"):
 
 
 def _pascal_voc_aug(root, split):
-    """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's, as PNG or as shipped."""
+    """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's, as PNG or as shipped.
+
+    Without SBD's lists, what is in SegmentationClassAug stands for them.
+    """
     voc, sbd = root / "VOCdevkit" / "VOC2012", root / "benchmark_RELEASE" / "dataset"
     files, *rest = _pascal_voc(root, split, "pascal_voc_aug")
     if split == "val":
         return files, *rest
     known, val = dict.fromkeys(image.stem for image, _ in files), _pascal_voc(root, "val", "pascal_voc_aug")[0]
-    converted = voc / "SegmentationClassAug"
-    if converted.is_dir():
-        labels = {path.stem: path for path in sorted(converted.glob("*.png"))}
-    else:
-        lists = [_ids("pascal_voc_aug", split, root, sbd / f"{part}.txt") for part in ("train", "val")]
-        labels = {i: sbd / "cls" / f"{i}.mat" for ids in lists for i in ids}
+    labels = {path.stem: path for path in (voc / "SegmentationClassAug").glob("*.png")}
+    lists = [sbd / "train.txt", sbd / "val.txt"]
+    if not labels or all(path.is_file() for path in lists):
+        ids = [i for path in lists for i in _ids("pascal_voc_aug", split, root, path)]
+        labels = {i: labels.get(i, sbd / "cls" / f"{i}.mat") for i in ids}
     for i in sorted(set(labels) - set(known) - {image.stem for image, _ in val}):
         image = voc / "JPEGImages" / f"{i}.jpg"  # SBD's photographs are VOC's
         files.append((image if image.is_file() else sbd / "img" / f"{i}.jpg", labels[i]))
@@ -432,7 +445,8 @@ def _cityscapes(root, split):
     if not files:
         raise not_found("cityscapes", split, root, images / f"*/*{end}")
     raw, palette = zip(*_CITYSCAPES.values())
-    return files, list(_CITYSCAPES), list(palette), _lut({r: i for i, r in enumerate(raw)}, rest=IGNORE)
+    known = dict.fromkeys(range(34), IGNORE) | {r: i for i, r in enumerate(raw)}
+    return files, list(_CITYSCAPES), list(palette), _lut(known, rest=-1)
 
 
 _COCO_STUFF = """
@@ -484,18 +498,27 @@ def _coco_voc(root, split):
     """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the 20 classes."""
     files, *_ = _coco_stuff164k(root, split, "coco_voc")
     lut = _lut(dict.fromkeys(range(182), 0) | {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}, rest=-1)
-    kept = root / f"coco_voc_{split}.txt"
-    if not kept.is_file():
-        data = Pairs(files, _names(_VOC), _palette(21), lut, None)
-        chosen = [
-            data.name(i)
-            for i, ids, *_ in _examined(data, "coco_voc: labels, once", os.cpu_count())
-            if ids[1:21].sum() > 1000
-        ]
-        part = kept.with_name(f"{kept.name}.{os.getpid()}")
-        part.write_text("\n".join(sorted(chosen)) + "\n")
+    official = LAYOUTS["coco_stuff164k"].counts[split]
+    warn("coco_voc", split, len(files), official, f"the others are to be had from {_COCO_SOURCE}")
+    kept, head = root / f"coco_voc_{split}.txt", f"# of {len(files)} pairs"
+    if not kept.is_file() or kept.read_text().splitlines()[0] != head:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not os.access(root, os.W_OK):
+            command = f"python data.py coco_voc --data-root {root} --split {split}"
+            raise Mistake(
+                f"the list of coco_voc's images, '{kept}', is made once: run `{command}` where that can be written"
+            )
+        data, chosen, wrong = Pairs(files, _names(_VOC), _palette(21), lut, None), [], []
+        for i, ids, _, mistake in _examined(data, "coco_voc: labels, once", cores(), labels_only=True):
+            wrong += [mistake] * bool(mistake)
+            chosen += [data.name(i)] * bool(ids[1:21].sum() > 1000)
+        if wrong:
+            raise Mistake(f"coco_voc: {len(wrong)} of {len(files)} labels are wrong; the first: {wrong[0]}")
+        part = kept.with_name(f"{kept.name}.part")
+        part.write_text("\n".join([head, *sorted(chosen)]) + "\n")
         part.replace(kept)
-    chosen = set(kept.read_text().split())
+    chosen = set(kept.read_text().splitlines()[1:])
+    if not chosen:
+        raise Mistake(f"coco_voc: none of the {len(files)} images of '{root}' has more than 1000 pixels of VOC's classes")
     return [pair for pair in files if pair[0].stem in chosen], _names(_VOC), _palette(21), lut
 
 
@@ -872,23 +895,28 @@ def sheet(rows, titles, classes=(), palette=(), width=240):
 class _Examined(Dataset):
     """(index, pixels of each id `[256]`, (height, width), "" or what is wrong) of each pair of a dataset."""
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, data, labels_only):
+        self.data, self.labels_only = data, labels_only
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, index):
         try:
-            label = self.data.raw(index)[1]
+            label = read_label(self.data.files[index][1], self.data.lut) if self.labels_only else self.data.raw(index)[1]
         except Mistake as error:
             return index, torch.zeros(256, dtype=torch.int64), (0, 0), str(error)
         return index, torch.bincount(label.flatten().as_subclass(torch.Tensor), minlength=256), tuple(label.shape), ""
 
 
-def _examined(data, what, workers):
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _examined(data, what, workers, labels_only=False):
     """Every pair read, on several processes, with a progress bar."""
-    loader = DataLoader(_Examined(data), batch_size=None, num_workers=workers)
+    loader = DataLoader(_Examined(data, labels_only), batch_size=None, num_workers=min(workers, len(data)))
     for index, ids, size, mistake in tqdm(loader, desc=what, unit="file", disable=None):
         yield int(index), ids.numpy(), tuple(map(int, size)), mistake
 
@@ -938,12 +966,14 @@ def main(arguments=None):
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder (datasets/NAME)")
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", metavar="FILE", help="the contact sheet (NAME-SPLIT.png)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read (one a core)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes that read (one a core)")
     args = parser.parse_args(arguments)
     output = Path(args.output or f"{args.name}-{args.split}.png")
     try:
         if output.suffix not in (".png", ".jpg"):
             raise Mistake(f"--output {output}: expected a file that ends in .png or .jpg")
+        if args.workers < 0:
+            raise Mistake(f"--workers {args.workers}: expected a number of at least 0")
         data = dataset(args.name, args.data_root, args.split)
         report(data, f"{args.name} {args.split}", args.workers)
         chosen = sorted(random.Random(0).sample(range(len(data)), min(8, len(data))))

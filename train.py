@@ -418,6 +418,7 @@ class State:
             )
         state |= dict(step=self.step, evaluated=self.evaluated, best=self.best, settings=self.settings)
         state |= dict(classes=dataset.classes, palette=[list(color) for color in dataset.palette])
+        state |= dict(raw_ids=getattr(dataset, "raw_ids", None))
         replace(self.folder / name, lambda temporary: torch.save(state, temporary))
 
     def kept(self):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as TF
 
 import data
@@ -168,14 +169,25 @@ def test_missing_folder_is_a_mistake_naming_it(tmp_path):
 def test_empty_folder_is_a_mistake_naming_it(tmp_path):
     save(tmp_path / "trainannot/a.png", np.zeros((2, 2), np.uint8))
     (tmp_path / "train").mkdir()
-    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "empty")
+    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "nothing of it there")
 
 
-@pytest.mark.parametrize("alone", ["train", "trainannot"])
-def test_file_without_partner_is_a_mistake_naming_it(tmp_path, alone):
-    camvid(tmp_path, [[0]])
+@pytest.mark.parametrize("alone", ["images/train", "labels/train"])
+def test_file_without_partner_is_a_mistake_naming_its_label(tmp_path, alone):
+    folder(tmp_path, [[0]])
     save(tmp_path / alone / "lonely.png", np.zeros((2, 2), np.uint8))
-    mistake(lambda: data.dataset("camvid", tmp_path, "train"), "'lonely'", "partner")
+    mistake(lambda: data.dataset("folder", tmp_path, "train"), tmp_path / "labels/train/lonely.png", "partner")
+
+
+def test_in_a_benchmark_an_image_without_label_is_left_out_with_a_warning(tmp_path, capsys):
+    camvid(tmp_path, [[0]])
+    save(tmp_path / "train/lonely.png", photo())
+    save(tmp_path / "trainannot/other_labelTrainIds.png", np.zeros((2, 2), np.uint8))  # of no image: no matter
+    capsys.readouterr()
+    dataset = data.dataset("camvid", tmp_path, "train")
+    assert [dataset.name(i) for i in range(len(dataset))] == ["a"]
+    err = capsys.readouterr().err
+    assert f"has 1 of 367 images; the first that is missing: {tmp_path / 'trainannot/lonely.png'}" in err
 
 
 def test_pairs_are_matched_by_name_and_sorted(tmp_path):
@@ -867,11 +879,24 @@ def pair(image, label, values):
         save(label, np.array([values], np.uint8))
 
 
-def matlab(path, **content):
-    """A MATLAB 5 file."""
-    loadmat = pytest.importorskip("scipy.io")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    loadmat.savemat(path, content)
+@pytest.fixture
+def matlab(monkeypatch):
+    """A function that writes a label map into a .mat file's field; scipy, which not every machine has, is played."""
+
+    def write(path, field, values):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = np.asarray(values)
+        if field == "GTcls":  # a structure, as scipy gives it
+            content = np.empty((1, 1), dtype=[("Segmentation", object)])
+            content["Segmentation"][0, 0] = np.asarray(values)
+        with path.open("wb") as file:
+            np.save(file, {field: content}, allow_pickle=True)
+
+    scipy = types.ModuleType("scipy.io")
+    scipy.loadmat = lambda path: np.load(path, allow_pickle=True).item()
+    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    monkeypatch.setitem(sys.modules, "scipy.io", scipy)
+    return write
 
 
 def labels_of(name, root, split="train"):
@@ -914,18 +939,24 @@ def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_converted_labels(
     assert labels_of("pascal_voc_aug", tmp_path, "val") == {"c": [0, 1, 255]}
 
 
-def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_sbd_as_shipped(tmp_path):
+def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_sbd_as_shipped(tmp_path, matlab):
     base = voc_tree(tmp_path, {"train": ["a", "b"], "val": ["c"]}, values=(0, 1, 255))
     sbd = tmp_path / "benchmark_RELEASE/dataset"
     listed(sbd / "train.txt", "b", "c", "d")
     listed(sbd / "val.txt", "e", "f")
     for i in "bcdef":
-        fields = {"Segmentation": np.array([[2, 3, 4]], np.uint8), "Boundaries": np.zeros(1)}
-        matlab(sbd / f"cls/{i}.mat", GTcls=fields)
-    pair(base / "JPEGImages/d.jpg", None, (0, 0, 0))  # a photograph of VOC's, the others SBD's own
-    for i in "ef":
+        matlab(sbd / f"cls/{i}.mat", "GTcls", np.array([[2, 3, 4]], np.uint8))
+    pair(base / "JPEGImages/d.jpg", None, (0, 0, 0))  # a photograph of VOC's, the others are SBD's own
+    for i in "def":
         pair(sbd / f"img/{i}.jpg", None, (0, 0, 0))
     assert labels_of("pascal_voc_aug", tmp_path) == AUGMENTED
+    folders = {image.stem: image.parent.name for image, _ in data.dataset("pascal_voc_aug", tmp_path).files}
+    assert folders == dict.fromkeys("abd", "JPEGImages") | dict.fromkeys("ef", "img")
+    # converted labels take the place of SBD's, its lists stay: x is in none
+    for i in "defx":
+        save(base / f"SegmentationClassAug/{i}.png", np.array([[5, 6, 7]], np.uint8))
+    converted = dict.fromkeys("def", [5, 6, 7])
+    assert labels_of("pascal_voc_aug", tmp_path) == AUGMENTED | converted
 
 
 def test_pascal_context_has_59_classes_from_converted_labels(tmp_path):
@@ -936,11 +967,12 @@ def test_pascal_context_has_59_classes_from_converted_labels(tmp_path):
     assert dataset.num_classes == 59 and (dataset.classes[0], dataset.classes[58]) == ("aeroplane", "wood")
 
 
-def test_pascal_context_has_59_of_459_ids_from_its_own_files(tmp_path):
+@pytest.mark.parametrize("folder", ["trainval", "VOCdevkit/VOC2010/trainval"])
+def test_pascal_context_has_59_of_459_ids_from_its_own_files(folder, tmp_path, matlab):
     voc_tree(tmp_path, {"train": ["a"], "val": ["b"]}, "VOC2010", "Main", None, (0,) * 7)
     for i in "ab":
         # aeroplane 2, bag 9, window 454, wood 458; 1, 3 and 459 are none of the 59
-        matlab(tmp_path / f"trainval/{i}.mat", LabelMap=np.array([[1, 2, 3, 9, 458, 459, 454]], np.uint16))
+        matlab(tmp_path / folder / f"{i}.mat", "LabelMap", np.array([[1, 2, 3, 9, 458, 459, 454]], np.uint16))
     assert labels_of("pascal_context", tmp_path) == {"a": [255, 0, 255, 1, 58, 255, 57]}
     names = dict(zip(data._CONTEXT_IDS.split(), data.dataset("pascal_context", tmp_path).classes))
     # names in alphabetical order, as the ids rise
@@ -966,12 +998,13 @@ def test_ade20k_is_raw_less_1_and_0_is_ignored(tmp_path):
     assert labels_of("ade20k", tmp_path) == {"ADE_train_00000001": [255, 0, 1, 149]}
     dataset = data.dataset("ade20k", tmp_path, "val")
     assert dataset[0][0].shape == (3, 1, 4) and dataset.num_classes == 150
-    assert [dataset.classes[i] for i in (0, 12, 149)] == ["wall", "person", "flag"]
+    known = {0: "wall", 12: "person", 16: "mountain", 17: "plant", 91: "dirt track", 140: "pier", 149: "flag"}
+    assert {i: dataset.classes[i] for i in known} == known and (0, 0, 0) not in dataset.palette
     assert dataset.raw_ids == list(range(1, 151))
 
 
 def test_cityscapes_takes_19_of_its_raw_ids(tmp_path):
-    raw = list(range(34)) + [255]
+    raw = list(range(34)) + [255]  # 34 and more are none of its ids
     for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "munster")):
         stem = f"{city}_000000_000019"
         image = tmp_path / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png"
@@ -982,7 +1015,10 @@ def test_cityscapes_takes_19_of_its_raw_ids(tmp_path):
     used = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     assert [label[i] for i in used] == list(range(19)) and label.count(255) == 35 - 19
     assert dataset.raw_ids == used and (dataset.classes[0], dataset.classes[18]) == ("road", "bicycle")
-    assert dataset.palette[0] == (128, 64, 128) and dataset.palette[13] == (0, 0, 142)
+    theirs = {c.train_id: (c.name, c.color) for c in Cityscapes.classes if c.train_id < 19 and c.train_id >= 0}
+    assert {i: (dataset.classes[i], dataset.palette[i]) for i in range(19)} == theirs
+    save(tmp_path / "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png", np.array([raw[:-1] + [34]], np.uint8))
+    mistake(lambda: data.dataset("cityscapes", tmp_path, "val")[0], "[34]", "has 0-33, 255")
 
 
 def test_coco_stuff164k_is_the_id_less_1_without_the_unused(tmp_path):
@@ -996,14 +1032,15 @@ def test_coco_stuff164k_is_the_id_less_1_without_the_unused(tmp_path):
     assert dataset.num_classes == 171 and dataset.raw_ids == used
     # COCO's ids: person 1, toothbrush 90; stuff from banner 92 to wood 182
     assert [dataset.classes[label[i - 1]] for i in (1, 90, 92, 182)] == ["person", "toothbrush", "banner", "wood"]
+    assert dataset.classes[80:] == sorted(dataset.classes[80:]) and (0, 0, 0) not in dataset.palette  # the stuff
 
 
-def test_coco_stuff10k_is_the_id_without_0_and_the_unused(tmp_path):
+def test_coco_stuff10k_is_the_id_without_0_and_the_unused(tmp_path, matlab):
     used = [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
     for part, i in (("train", "COCO_train2014_1"), ("test", "COCO_train2014_2")):
         listed(tmp_path / f"imageLists/{part}.txt", i)
         pair(tmp_path / f"images/{i}.jpg", None, range(183))
-        matlab(tmp_path / f"annotations/{i}.mat", S=np.arange(183, dtype=np.uint8)[None])
+        matlab(tmp_path / f"annotations/{i}.mat", "S", np.arange(183, dtype=np.uint8)[None])
     label = labels_of("coco_stuff10k", tmp_path)["COCO_train2014_1"]
     assert [label[i] for i in used] == list(range(171)) and label.count(255) == 12
     assert list(labels_of("coco_stuff10k", tmp_path, "val")) == ["COCO_train2014_2"]  # the authors' test list
@@ -1023,7 +1060,7 @@ def test_coco_voc_maps_cocos_things_and_keeps_images_with_more_than_1000_pixels_
     raw[0, :21] = [max(0, i - 1) for i in COCO_OF_VOC]
     raw[1, :4] = [255, 7, 100, 181]  # unlabelled; truck, and two of the stuff
     few = np.full((40, 40), 7, np.uint8)
-    few.flat[:1000] = 0
+    few.flat[:1000], few[-1] = 0, 255
     for stem, label in (("many", raw), ("few", few)):
         save(tmp_path / f"images/train2017/{stem}.jpg", photo(40, 40))
         save(tmp_path / f"annotations/train2017/{stem}.png", label)
@@ -1032,47 +1069,51 @@ def test_coco_voc_maps_cocos_things_and_keeps_images_with_more_than_1000_pixels_
     label = dataset[0][1]
     assert label[0, 1:21].tolist() == list(range(1, 21)) and label[1, :4].tolist() == [255, 0, 0, 0] and label[5, 5] == 15
     assert dataset.raw_ids == list(range(21))  # several ids are background
-    assert (tmp_path / "coco_voc_train.txt").read_text() == "many\n"
-    monkeypatch.setattr(data, "_examined", None)  # the second time nothing is read
-    assert len(data.dataset("coco_voc", tmp_path)) == 1
+    assert (tmp_path / "coco_voc_train.txt").read_text() == "# of 2 pairs\nmany\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "_examined", None)  # the second time nothing is read
+        assert len(data.dataset("coco_voc", tmp_path)) == 1
+    save(tmp_path / "images/train2017/more.jpg", photo(40, 40))
+    save(tmp_path / "annotations/train2017/more.png", raw)
+    with monkeypatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "2")
+        mistake(lambda: data.dataset("coco_voc", tmp_path), "is made once: run `python data.py coco_voc --data-root")
+    assert len(data.dataset("coco_voc", tmp_path)) == 2  # of another number of pairs the list is made anew
 
 
-def test_matlab_files_that_cannot_be_read_are_mistakes(tmp_path, monkeypatch):
+def test_coco_voc_names_wrong_labels_and_makes_no_list_of_the_others(tmp_path, capsys):
+    for stem in "ab":
+        save(tmp_path / f"images/val2017/{stem}.jpg", photo(40, 40))
+        save(tmp_path / f"annotations/val2017/{stem}.png", np.zeros((40, 40), np.uint8))
+    (tmp_path / "annotations/val2017/b.png").write_bytes(b"broken")
+    wrong = tmp_path / "annotations/val2017/b.png"
+    mistake(lambda: data.dataset("coco_voc", tmp_path, "val"), "1 of 2 labels are wrong", wrong)
+    assert not (tmp_path / "coco_voc_val.txt").exists()
+    assert "warning: coco_voc val has 2 of 5000 images" in capsys.readouterr().err
+    save(wrong, np.full((40, 40), 7, np.uint8))
+    save(tmp_path / "annotations/val2017/a.png", np.full((40, 40), 7, np.uint8))
+    mistake(lambda: data.dataset("coco_voc", tmp_path, "val"), "none of the 2 images", "more than 1000 pixels")
+
+
+def test_matlab_files_that_cannot_be_read_are_mistakes(tmp_path, matlab, monkeypatch):
     lut = data._lut({0: 0}, rest=-1)
     path = tmp_path / "a.mat"
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    mistake(lambda: data.read_label(path, lut), path, "pip install scipy", "convert to PNG")
-    monkeypatch.undo()
-    pytest.importorskip("scipy.io")
     mistake(lambda: data.read_label(path, lut), "no file", path)
     path.write_bytes(b"no such thing\n" * 20)
     mistake(lambda: data.read_label(path, lut), path, "cannot be read as a MATLAB label map")
-    matlab(path, other=np.zeros((2, 2)))
+    matlab(path, "other", np.zeros((2, 2)))
     mistake(lambda: data.read_label(path, lut), path, "no field GTcls, LabelMap or S")
-    matlab(path, S=np.array([[0, 700]], np.uint16))
+    matlab(path, "S", np.array([[0, 700]], np.uint16))
     mistake(lambda: data.read_label(path, lut), path, "[700]", "has 0, 255")
-
-
-class FakeMatlab:
-    """scipy.io where it is not installed: `loadmat` gives what was put in."""
-
-    def __init__(self, content):
-        self.content = content
-
-    def loadmat(self, path):
-        return self.content
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    mistake(lambda: data.read_label(path, lut), path, "pip install scipy", "convert to PNG")
 
 
 @pytest.mark.parametrize("field", ["GTcls", "LabelMap", "S"])
-def test_matlab_fields(field, monkeypatch, tmp_path):
-    values = np.array([[0, 2]], np.uint8)
-    content = values
-    if field == "GTcls":
-        content = np.empty((1, 1), dtype=[("Segmentation", object)])
-        content["Segmentation"][0, 0] = values
-    (tmp_path / "a.mat").touch()
-    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
-    monkeypatch.setitem(sys.modules, "scipy.io", FakeMatlab({field: content}))
+def test_matlab_files_by_scipy_itself(field, tmp_path):
+    scipy = pytest.importorskip("scipy.io")
+    values = np.array([[0, 2]], np.uint16)
+    scipy.savemat(tmp_path / "a.mat", {field: {"Segmentation": values} if field == "GTcls" else values})
     assert data.read_label(tmp_path / "a.mat", data._lut({0: 5, 2: 7}, rest=-1)).tolist() == [[5, 7]]
 
 
@@ -1091,6 +1132,8 @@ def test_a_missing_dataset_says_what_was_looked_for_found_and_expected_and_its_s
 
 
 def test_half_unpacked_is_missing_too(tmp_path):
+    base = voc_tree(tmp_path, {"train": []})
+    mistake(lambda: data.dataset("pascal_voc", tmp_path), base / "ImageSets/Segmentation/train.txt", "names no image")
     base = voc_tree(tmp_path, {"train": ["a", "b"]}, labels=None)
     mistake(lambda: data.dataset("pascal_voc", tmp_path), base / "SegmentationClass/a.png", "not there")
     (tmp_path / "leftImg8bit/train/x").mkdir(parents=True)
@@ -1101,7 +1144,8 @@ def test_half_unpacked_is_missing_too(tmp_path):
 def test_fewer_files_than_the_split_has_are_a_warning(tmp_path, capsys, monkeypatch):
     base = voc_tree(tmp_path, {"train": ["a", "b", "c"]})
     assert len(data.dataset("pascal_voc", tmp_path)) == 3
-    assert "warning: pascal_voc train has 3 of 1464 images" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "warning: pascal_voc train has 3 of 1464 images; the others are to be had from http://host" in err
     (base / "SegmentationClass/b.png").unlink()
     dataset = data.dataset("pascal_voc", tmp_path)
     assert [dataset.name(i) for i in range(2)] == ["a", "c"]
@@ -1150,3 +1194,20 @@ def test_the_report_reads_all_and_names_every_wrong_pair(workers, tmp_path, caps
     assert str(tmp_path / "labels/train/2.png") in second and "[9]" in second
     assert str(tmp_path / "labels/train/3.png") in third and "2x1" in third and "2x2" in third
     assert last == "data.py: 3 of 4 pairs are wrong"
+    assert data.main(["folder", "--data-root", str(tmp_path), "--workers", "-1"]) == 2
+    assert capsys.readouterr().err == "data.py: --workers -1: expected a number of at least 0\n"
+
+
+def test_the_report_reads_on_as_many_processes_as_asked(tmp_path, monkeypatch):
+    loaders = []
+
+    class Loader(data.DataLoader):
+        def __init__(self, *arguments, **options):
+            loaders.append(options["num_workers"])
+            super().__init__(*arguments, **options | {"num_workers": 0})
+
+    monkeypatch.setattr(data, "DataLoader", Loader)
+    dataset = folder(tmp_path, [[0]])
+    for workers in (0, 1, 5):
+        data.report(dataset, "mine", workers)
+    assert loaders == [0, 1, 1]  # never more than there are pairs

@@ -201,14 +201,14 @@ def test_evaluate_command_agrees_with_a_plain_loop(trained, tmp_path, capsys):
 def test_two_processes_give_the_numbers_of_one_with_unequal_shares(trained, tmp_path):
     _, checkpoint, _ = trained  # five images: three and two
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", "0", "--flip"]
+    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", "0", "--flip", "--scales", "0.5", "1"]
     assert evaluate.main([*flags, "--json", str(one)]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", evaluate.__file__]
     done = subprocess.run([*command, *flags, "--json", str(two)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mIoU") == 1  # printed by one process
+    assert done.stdout.count("pixel accuracy") == 1  # printed by one process
     a, b = json.loads(one.read_text()), json.loads(two.read_text())
-    assert a == b
+    assert a == b and len(a["mIoU_at_scale"]) == 2
 
 
 def test_photographs_get_an_overlay_a_palette_png_and_words(trained, tmp_path, capsys):
@@ -218,7 +218,7 @@ def test_photographs_get_an_overlay_a_palette_png_and_words(trained, tmp_path, c
     flags = ["--images", str(photo), "--save-predictions", str(tmp_path / "p"), "--figures", str(tmp_path / "f")]
     assert evaluate.main(["--checkpoint", checkpoint, *flags, "--pixel", "10", "20", "--device", "cpu"]) == 0
     assert "%" in capsys.readouterr().out
-    assert Image.open(tmp_path / "p" / "gray_classes.png").size == (61, 45)
+    assert Image.open(tmp_path / "p" / "gray.png").size == (61, 45)
     assert (tmp_path / "p" / "gray_overlay.png").exists()
     assert Image.open(tmp_path / "f" / "gray_figures.png").width > 4 * 240  # image, prediction and three maps of attention
 
@@ -334,7 +334,7 @@ def test_palette_png_keeps_ids_and_colours(tmp_path):
     assert data.IGNORE == 255
 
 
-def test_submissions_have_the_label_files_own_ids(tmp_path):
+def test_submissions_have_the_label_files_own_ids(tmp_path, monkeypatch):
     image, label = tmp_path / "leftImg8bit/val/x/x_1_leftImg8bit.png", tmp_path / "gtFine/val/x/x_1_gtFine_labelIds.png"
     for path, array in ((image, np.zeros((1, 3, 3), np.uint8)), (label, np.array([[7, 26, 33]], np.uint8))):
         path.parent.mkdir(parents=True)
@@ -346,6 +346,23 @@ def test_submissions_have_the_label_files_own_ids(tmp_path):
     saved = Image.open(tmp_path / "p.png")
     assert np.asarray(saved).tolist() == [[7, 26, 33]]
     assert np.asarray(saved.convert("RGB"))[0, 1].tolist() == [0, 0, 142]  # a car in its colour
+    # the same by command, of the split and of photographs without labels
+    net = evaluate.network("caa", 19, "resnet18", output_stride=32)
+    settings = dict(
+        method="caa", backbone="resnet18", output_stride=32, option={}, dataset="cityscapes", data_root=str(tmp_path)
+    )
+    about = dict(classes=dataset.classes, palette=dataset.palette, raw_ids=dataset.raw_ids, step=1)
+    torch.save(dict(net=net.state_dict(), settings=settings, **about), tmp_path / "net.pt")
+    flags = ["--checkpoint", str(tmp_path / "net.pt"), "--device", "cpu", "--workers", "0", "--save-predictions"]
+    assert evaluate.main([*flags, str(tmp_path / "split")]) == 0
+    assert evaluate.main([*flags, str(tmp_path / "photos"), "--images", str(image)]) == 0
+    with torch.no_grad():
+        prediction = evaluate.load(evaluate.read_checkpoint(tmp_path / "net.pt"))(dataset[0][0][None]).argmax(1)[0]
+    expected = [[dataset.raw_ids[i] for i in row] for row in prediction.tolist()]
+    assert min(min(row) for row in expected) >= 7
+    for folder in ("split", "photos"):
+        assert np.asarray(Image.open(tmp_path / folder / "x_1_leftImg8bit.png")).tolist() == expected
+    assert evaluate.main([*flags, str(image.parent), "--images", str(image)]) == 2  # it would overwrite the photograph
 
 
 class Two(torch.utils.data.Dataset):
@@ -386,8 +403,22 @@ def test_levels_are_printed_and_without_nan(capsys):
     found = evaluate.levels(net, Two((32, 64)), torch.device("cpu"), "off", 0)
     table, difference = np.array(found["table"], float), np.array(found["difference"], float)
     assert found["strides"] == [8, 4] and table.shape == (2, 2) and difference.shape == (2, 4)
-    assert found["table"][0][0] is None  # untrained, no cell is a unity-cell: nothing is taken from the coarser level
+    assert (
+        evaluate.without_nan(found)["table"][0][0] is None
+    )  # untrained, no cell is a unity-cell: nothing is taken from the coarser level
     assert np.nanmax(np.abs(difference[1])) == 0  # so the finest level is the fused result
-    json.loads(json.dumps(found, allow_nan=False))
+    json.dumps(evaluate.without_nan(found), allow_nan=False)
     out = capsys.readouterr().out
     assert "stride        8       4" in out and out.count("\n") == 7
+
+
+def test_figures_of_a_pyramid_tell_of_its_levels(photos, tmp_path, capsys):
+    net = evaluate.network("pyramid_fuse", 3, "resnet18", options={"strides": (8, 4), "context": None})
+    settings = dict(method="pyramid_fuse", backbone="resnet18", output_stride=None, dataset="folder", data_root=str(photos))
+    settings |= dict(option={"strides": (8, 4), "context": None})
+    about = dict(classes=["left", "right", "never"], palette=[(0, 0, 0)] * 3, step=1)
+    torch.save(dict(net=net.state_dict(), settings=settings, **about), tmp_path / "net.pt")
+    flags = ["--checkpoint", str(tmp_path / "net.pt"), "--device", "cpu", "--workers", "0"]
+    assert evaluate.main([*flags, "--figures", str(tmp_path / "f"), "--json", str(tmp_path / "n.json")]) == 0
+    assert json.loads((tmp_path / "n.json").read_text())["levels"]["strides"] == [8, 4]
+    assert "takes the level of the column" in capsys.readouterr().out
