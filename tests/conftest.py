@@ -1,3 +1,4 @@
+import traceback
 from datetime import timedelta
 
 import numpy as np
@@ -21,24 +22,42 @@ def one_seed_and_one_thread():  # several threads are slower on maps this small
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def two_processes(tmp_path):
-    """A function of `share`, which stands in a module: the results of share(0) and share(1) in a process group of two."""
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """A function of `share`, which stands in a module: the results of share(0) and share(1) in a process group of two.
+
+    The two stay for all tests: starting them takes longer than what they do.
+    """
+    folder, context = tmp_path_factory.mktemp("two"), torch.multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(2)]
+    both = [context.Process(target=process, args=(rank, folder, pipes[rank][1]), daemon=True) for rank in range(2)]
+    for one in both:
+        one.start()
 
     def run(share):
-        torch.multiprocessing.spawn(process, (share, str(tmp_path)), nprocs=2)
-        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+        for pipe, _ in pipes:
+            pipe.send(share)
+        errors = [pipe.recv() if pipe.poll(120) else "no answer" for pipe, _ in pipes]
+        assert errors == ["", ""]
+        return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
-    return run
+    yield run
+    for pipe, _ in pipes:
+        pipe.send(None)
+    for one in both:
+        one.join(30)
 
 
-def process(rank, share, folder):
-    store, limit = f"file://{folder}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
-    try:
-        torch.save(share(rank), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def process(rank, folder, pipe):
+    how = dict(init_method=f"file://{folder}/store", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=2, **how)
+    while (share := pipe.recv()) is not None:
+        try:
+            torch.save(share(rank), folder / f"{rank}.pt")
+            pipe.send("")
+        except Exception:
+            pipe.send(traceback.format_exc())
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
         backbones.build("swin_t", 16)
     with pytest.raises(ValueError, match="without multi_grid"):
         backbones.build("convnext_tiny", 8, multi_grid=(1, 2, 4))
-    with pytest.raises(ValueError, match="no weights of swin_l; give the path"):
+    with torch.device("meta"), pytest.raises(ValueError, match="no weights of swin_l; give the path"):
         backbones.build("swin_l", weights="imagenet")
 
 
@@ -271,7 +271,7 @@ def without_squeezing(net):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "xception65", "efficientnet_b5"])
 def test_dilated_network_computes_the_same_samples_only_denser(name):
     plain = without_squeezing(backbones.build(name, 32)).eval()
-    images = torch.randn(1, 3, 65, 97)
+    images = torch.randn(1, 3, 33, 65)
     with torch.no_grad():
         expected = plain(images)
         for stride in (16, 8):
