@@ -9,8 +9,8 @@ request, dilated:
 
 Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is removed, what follows is
 dilated by the same factor, so each kernel still sees the samples it was trained on (an EfficientNet's squeeze-and-excitation
-averages over more of them). `multi_grid` departs from that: it sets
-the rates of all blocks of the last stage to its factors (there, Sect. 3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
+averages over more of them). `multi_grid` departs from that: it sets the rates of all blocks of the last stage to its factors
+(there, Sect. 3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
 
 To copy: this file stands alone.
 """

@@ -337,14 +337,19 @@ def logits_losses(output, labels):
     return losses
 
 
+def stride_of(side, length):
+    """The power of two that is next to side / length, from above; at least 1."""
+    return 2 ** max(0, math.ceil(math.log2(side / length)))
+
+
 def pixels_of(side, length):
     """Which pixel of `side` each of the `length` positions of a feature map lies at: int64 `[length]`.
 
-    The stride is the power of two that is next to side / length, and position i lies at i·stride, the last ones perhaps
+    The stride is stride_of(side, length), and position i lies at i·stride, the last ones perhaps
     behind the end, where a network has continued the image: by less than a stride, to k·32 + 1 pixels, or to k·32. Where the
     map has no such size, its positions are spread evenly.
     """
-    stride = 2 ** max(0, math.ceil(math.log2(side / length)))
+    stride = stride_of(side, length)
     last = (length - 1) * stride
     if last < side + stride - 1 or last == -(-(side - 1) // 32) * 32 or last + stride == -(-side // 32) * 32:
         return torch.arange(length) * stride
@@ -367,7 +372,7 @@ def half_patch(net, labels, size):
     """How far the middle of a patch is from its corner: for the networks here that cut the image into patches, else 0."""
     if getattr(getattr(net, "backbone", None), "corners", True):
         return 0
-    return 2 ** max(0, math.ceil(math.log2(labels.shape[1] / size[0]))) // 2
+    return stride_of(labels.shape[1], size[0]) // 2
 
 
 # -------------------------------------------------------------------------------------------------------------- figures

@@ -316,7 +316,6 @@ _VOC = """
     background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
     motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
 """
-_VOC_LUT = {i: i for i in range(21)}
 
 
 def _pascal_voc(root, split, name="pascal_voc"):
@@ -324,7 +323,7 @@ def _pascal_voc(root, split, name="pascal_voc"):
     voc = root / "VOCdevkit" / "VOC2012"
     ids = _ids(name, split, root, voc / "ImageSets" / "Segmentation" / f"{split}.txt")
     files = [(voc / "JPEGImages" / f"{i}.jpg", voc / "SegmentationClass" / f"{i}.png") for i in ids]
-    return files, _names(_VOC), _palette(21), _lut(_VOC_LUT, rest=-1)
+    return files, _names(_VOC), _palette(21), _lut({i: i for i in range(21)}, rest=-1)
 
 
 def _pascal_voc_aug(root, split):
@@ -336,15 +335,15 @@ def _pascal_voc_aug(root, split):
     files, *rest = _pascal_voc(root, split, "pascal_voc_aug")
     if split == "val":
         return files, *rest
-    known, val = dict.fromkeys(image.stem for image, _ in files), _pascal_voc(root, "val", "pascal_voc_aug")[0]
+    known = {image.stem for image, _ in files + _pascal_voc(root, "val", "pascal_voc_aug")[0]}
     labels = {path.stem: path for path in (voc / "SegmentationClassAug").glob("*.png")}
     lists = [sbd / "train.txt", sbd / "val.txt"]
     if not labels or all(path.is_file() for path in lists):
         ids = [i for path in lists for i in _ids("pascal_voc_aug", split, root, path)]
         labels = {i: labels.get(i, sbd / "cls" / f"{i}.mat") for i in ids}
-    for i in sorted(set(labels) - set(known) - {image.stem for image, _ in val}):
-        image = voc / "JPEGImages" / f"{i}.jpg"  # SBD's photographs are VOC's
-        files.append((image if image.is_file() else sbd / "img" / f"{i}.jpg", labels[i]))
+    photographs = {path.stem: path for path in (voc / "JPEGImages").glob("*.jpg")}  # SBD's are VOC's
+    for i in sorted(set(labels) - known):
+        files.append((photographs.get(i, sbd / "img" / f"{i}.jpg"), labels[i]))
     return files, *rest
 
 

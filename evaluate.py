@@ -147,7 +147,8 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     scales = how.pop("scales", (1.0,))
-    matrix, *alone = (ConfusionMatrix(dataset.num_classes, device) for _ in range(1 + len(scales)))
+    matrix = ConfusionMatrix(dataset.num_classes, device)
+    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in scales} if len(scales) > 1 else {}
     loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=own_session)
     bar = tqdm(
         zip(indices, loader), total=len(indices), desc="evaluating", unit="img", leave=False, disable=rank > 0 or None
@@ -156,20 +157,20 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
         if stopped():
             break
         total, image, labels = 0, image.to(device), labels.to(device)
-        for scale, counts in zip(scales, alone):
+        for scale in scales:
             with autocast(device, amp):
                 probabilities = at_scale(net, image, scale, **how)
-            if len(scales) > 1:
-                counts.update(probabilities.argmax(1), labels)
+            if alone:
+                alone[scale].update(probabilities.argmax(1), labels)
             total = total + probabilities
             del probabilities  # 1.4 GB at 2048x1024 with 171 classes
         prediction = total.argmax(1)  # of the sum, as of the mean
         matrix.update(prediction, labels)
         if save:
             save(index, prediction[0])
-    for counts in (matrix, *alone):
+    for counts in (matrix, *alone.values()):
         counts.all_reduce()
-    each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in zip(scales, alone)} if len(scales) > 1 else {}
+    each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
     return matrix.result() | ({"mIoU_at_scale": each} if each else {})
 
 
@@ -589,10 +590,9 @@ def _run(args):
         raise Mistake("give --checkpoint FILE, or --method NAME with --cost or --speed")
     if args.method and (args.images or not (args.cost or args.speed)):
         raise Mistake("--method alone has no trained weights: it goes with --cost or --speed; else give --checkpoint")
-    if len(args.crop_size) > 2:
-        raise Mistake(f"--crop-size {' '.join(map(str, args.crop_size))}: expected one side, or height and width")
-    for flag, value in (("window", args.window), ("classes", args.classes), ("crop-size", min(args.crop_size))):
+    for flag, value in (("window", args.window), ("classes", args.classes)):
         at_least(1, flag, value)
+    check_sides("crop-size", args.crop_size)
     args.crop_size = (args.crop_size[0], args.crop_size[-1])
     at_least(1, "batch-size", args.batch_size)
     at_least(0, "workers", args.workers)
@@ -697,6 +697,13 @@ def at_least(least, flag, value):
     """Mistake where the value of --FLAG is a number below `least`."""
     if value is not None and not value >= least:
         raise Mistake(f"--{flag} {value}: expected a number of at least {least}")
+
+
+def check_sides(flag, sides):
+    """Mistake where --FLAG is not one side or two, each of at least 1."""
+    if len(sides) > 2:
+        raise Mistake(f"--{flag} {' '.join(map(str, sides))}: expected one side, or height and width")
+    at_least(1, flag, min(sides))
 
 
 def guarded(script, work):

@@ -155,9 +155,7 @@ def checked(settings):
     for name in ("iterations", "batch_size", "eval_every", "save_every"):
         evaluate.at_least(1, name.replace("_", "-"), settings[name])
     sides = [settings["crop_size"]] if isinstance(settings["crop_size"], int) else list(settings["crop_size"])
-    if len(sides) > 2:
-        raise Mistake(f"--crop-size {' '.join(map(str, sides))}: expected one side, or height and width")
-    evaluate.at_least(1, "crop-size", min(sides))
+    evaluate.check_sides("crop-size", sides)
     settings["crop_size"] = sides if len(sides) == 2 else sides[0]
     for name in ("seed", "workers", "lr", "power", "momentum", "weight_decay", "bn_momentum", "scale_step", "halve_every"):
         evaluate.at_least(0, name.replace("_", "-"), settings[name])
