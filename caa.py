@@ -38,15 +38,20 @@ What the paper prints and cannot mean, or counts in its own way:
   and 0.00037. A map has H + W such vectors: 0.013e9 at 513x513 and stride 16, 0.02 % of the network.
 
 Where the paper is silent, as the released code does:
-- 3x3 reduction to 512; queries of 64 channels (1x1 convolution, batch norm, ReLU; query = key), unscaled softmax; values
-  with batch norm and ReLU, no residual; an image-level branch; projection to 256, dropout 0.1; gates with leaky ReLU 0.2
-  and no biases; auxiliary loss 0.4; multi-grid (1, 2, 4) in the last stage of a ResNet.
+- 3x3 reduction to 512; queries of 64 channels (1x1 convolution, batch norm; query = key), unscaled softmax; values with
+  batch norm and ReLU, no residual; an image-level branch; projection to 256, dropout 0.1; gates with leaky ReLU 0.2 and
+  no biases; auxiliary loss 0.4; multi-grid (1, 2, 4) in the last stage of a ResNet.
+
+Where the released code departs from the paper: it has a ReLU behind the queries' batch norm, released=True here. The paper
+has "a 1x1 convolution" (Sect. 3.3.1.1), into which batch norm alone can be folded. In short runs that trains better: vectors
+behind a ReLU have no product below 0, so a long one draws positions that show something else. README, Results.
 
 Where both are silent, our choice:
 - The image-level branch has no batch norm, for there is one value of a channel in an image: too few to normalise.
-- The head starts as a plain one: the 1x1 convolutions around the attention as the identity. The queries and the gates start
-  from Kaiming's initialisation: from PyTorch's smaller one each step would turn the attention maps about, and shrink the
-  gates' signal a hundredfold. The gates start near 1/2 in any case, since Σα/HW carries a factor 1/H (1/W).
+- The head starts as a plain one: the 1x1 convolutions around the attention as the identity. The gates start from Kaiming's
+  initialisation, for PyTorch's smaller one would shrink their signal a hundredfold. They start near 1/2 in any case, since
+  Σα/HW carries a factor 1/H (1/W). The weights of linear queries' batch norm start at 0.7: a query's product with itself is
+  then near 64 · 0.7², 32 as behind a ReLU.
 - "Axial attention + SE" (Table 3.2) has SENet's reduction, 16.
 - The dual designs of Sect. 3.2 are DANet's (Fu et al., CVPR 2019): x + γ·attention with γ learned from 0, and a cross
   entropy of weight 1 for each branch. The channel map is DANet's equation, softmax(X Xᵀ); its released code takes
@@ -174,17 +179,21 @@ class ChannelAttention(nn.Module):
 class SpatialAttention(nn.Module):
     """Attention over positions, `[N, C, H, W] -> [N, C, H, W]`: axial (Eq. 3.11; 3.5 without gates) or self (Eq. 3.1)."""
 
-    def __init__(self, channels=512, attention="axial", channelization=True, layers=5, width=128, query_channels=64):
+    def __init__(
+        self, channels=512, attention="axial", channelization=True, layers=5, width=128, query_channels=64, released=False
+    ):
         super().__init__()
         if attention not in ("axial", "self"):
             raise ValueError(f"attention={attention!r}: it is 'axial' or 'self'")
         self.axial = attention == "axial"
-        self.theta = Conv2dNormActivation(channels, query_channels, 1)
-        self.phi = Conv2dNormActivation(channels, query_channels, 1) if self.axial else None
+        how = dict(kernel_size=1, activation_layer=nn.ReLU if released else None)
+        self.theta = Conv2dNormActivation(channels, query_channels, **how)
+        self.phi = Conv2dNormActivation(channels, query_channels, **how) if self.axial else None
         self.g = Conv2dNormActivation(channels, channels, 1)
         nn.init.dirac_(self.g[0].weight)
         for query in (self.theta, self.phi) if self.axial else (self.theta,):
             nn.init.kaiming_normal_(query[0].weight, nonlinearity="relu")
+            nn.init.constant_(query[1].weight, 1.0 if released else 0.7)
         self.gate_col = ChannelAttention(channels, width, layers) if channelization else None
         self.gate_row = ChannelAttention(channels, width, layers) if channelization and self.axial else None
 
@@ -206,10 +215,10 @@ class SpatialAttention(nn.Module):
 class CAA(nn.Module):
     """The head: `[N, in_channels, H, W]` -> `[N, 256, H, W]`."""
 
-    def __init__(self, in_channels, attention="axial", channelization=True, layers=5, width=128, se=False):
+    def __init__(self, in_channels, attention="axial", channelization=True, layers=5, width=128, se=False, released=False):
         super().__init__()
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
-        self.attention = SpatialAttention(512, attention, channelization, layers, width)
+        self.attention = SpatialAttention(512, attention, channelization, layers, width, released=released)
         self.se = SqueezeExcitation(512, 512 // 16) if se else nn.Identity()
         self.after = Conv2dNormActivation(512, 512, 1)
         nn.init.dirac_(self.after[0].weight)
@@ -230,13 +239,13 @@ class DualAttention(nn.Module):
     branches that show the conflicts (Sect. 3.2.1): "spatial" and "channel", or "channel" with its gradient stopped.
     """
 
-    def __init__(self, in_channels, num_classes, design="parallel", attention="axial"):
+    def __init__(self, in_channels, num_classes, design="parallel", attention="axial", released=False):
         super().__init__()
         if design not in ("parallel", "sequential"):
             raise ValueError(f"dual={design!r}: it is None, 'parallel' or 'sequential'")
         self.design, self.channels = design, 512
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
-        self.attention = SpatialAttention(512, attention, channelization=False)
+        self.attention = SpatialAttention(512, attention, channelization=False, released=released)
         self.gamma_spatial, self.gamma_channel = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.after = Conv2dNormActivation(512, 512, 3)
         self.channel_logits = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(512, num_classes, 1))
@@ -276,6 +285,7 @@ class CAANet(nn.Module):
     channelization: the gates of Eqs. (3.9), (3.10); channel_layers, channel_width: theirs (Table 3.1)
     se: squeeze-and-excitation after the attention (Table 3.2, with channelization=False)
     dual: None, "parallel" or "sequential": Sect. 3.2's designs in place of CAA; of the above only `attention` applies
+    released: queries with the ReLU of the authors' code
     auxiliary: a loss on the backbone's last map (Table 3.4); decoder: DeepLabv3+'s (Table 3.7)
     output_stride: of the backbone, 8 or 16 (Table 3.4)
     """
@@ -292,6 +302,7 @@ class CAANet(nn.Module):
         channel_width=128,
         se=False,
         dual=None,
+        released=False,
         auxiliary=True,
         decoder=False,
         output_stride=8,
@@ -302,9 +313,9 @@ class CAANet(nn.Module):
         low, *_, high = self.backbone.channels
         self.stride = self.backbone.strides[-1]
         if dual is not None:
-            self.head = DualAttention(high, num_classes, dual, attention)
+            self.head = DualAttention(high, num_classes, dual, attention, released)
         else:
-            self.head = CAA(high, attention, channelization, channel_layers, channel_width, se)
+            self.head = CAA(high, attention, channelization, channel_layers, channel_width, se, released)
         corners = self.backbone.corners
         self.decoder = backbones.Decoder(self.head.channels, low, corners) if decoder else None
         self.dropout = nn.Dropout(0.1)

@@ -517,7 +517,7 @@ class CARNet(nn.Module):
     head: "self_attention"; "fcn"; "deeplabv3" (ksac.ASPP); "uper"; "ocr"; "caa" (caa.CAA)
     intra, inter_c2c, inter_c2p: the terms (Table 4.1)
     pointwise: the paper's "A": the last convolution before the classifier is 1x1, not 3x3 (after OCR and CAA it always is)
-    centers, decay, epsilon_0, epsilon_1, released: see ClassAwareRegularization
+    centers, decay, epsilon_0, epsilon_1, released: see ClassAwareRegularization; released: also caa.CAA's
     channels: of the last convolution; the head's own if None (512; 256 for DeepLabv3 and CAA), 256 in Sect. 4.4.2.3
     pool_pointwise: UPer's convolution after the pooling is 1x1 too (Sect. 4.4.2.3: half a point to one better)
     auxiliary: a loss on the backbone's last map (Table 4.6)
@@ -561,7 +561,7 @@ class CARNet(nn.Module):
         elif head == "ocr":
             self.head, width = OCR(levels[-1], levels[-2], num_classes, corners), 2 * 512
         elif head == "caa":
-            self.head, width = caa.CAA(levels[-1]), 256
+            self.head, width = caa.CAA(levels[-1], released=released), 256
         else:
             raise ValueError(f"head={head!r}: it is self_attention, fcn, deeplabv3, uper, ocr or caa")
         self.stride = self.backbone.strides[0 if head == "uper" else -1]

@@ -31,7 +31,7 @@ What the paper leaves open, and what was chosen here:
 - Losses: "coarse" and "fine" are cross entropies of the logits, upsampled to the labels, with weight 1; CAR's are car.py's.
 - CAR acts on the output of the self-attention, in front of the trailing convolution, as Sect. 3.2 words it. (In car.py, by
   its paper, on what enters the classifier.) released=True is the form of its authors' code, with their 1x1 convolution in
-  between.
+  between; and caa.py's released=True for the axial attention.
 - The upsampler's coarsest input is the encoder's output. SemanticFPN adds maps top-down like FPN (Kirillov et al., "Panoptic
   Feature Pyramid Networks", CVPR 2019), but without FPN's 3x3 convolution on each of the sums: Table 5's 45.65 leave no
   room for their 12.2 (in 2^30, as there). Batch norm and ReLU follow each convolution; maps are upsampled bilinearly.
@@ -171,12 +171,12 @@ class HighLevelFeatureGuidedModule(nn.Module):
     """Sect. 3.1: U `[N, 256, h, w]` of the upsampler -> logits `[N, K, h, w]`.
 
     kernels: the 1x1 convolution of 256 to K channels that is trained elsewhere. axial: axial attention on U, which takes the
-    gradient of one pixel to all others (Table 2).
+    gradient of one pixel to all others (Table 2). released: queries as caa.py's released=True.
     """
 
-    def __init__(self, axial=True):
+    def __init__(self, axial=True, released=False):
         super().__init__()
-        self.attention = caa.SpatialAttention(256, channelization=False) if axial else None
+        self.attention = caa.SpatialAttention(256, channelization=False, released=released) if axial else None
 
     def forward(self, u, kernels):
         u = u if self.attention is None else u + self.attention(u)
@@ -200,7 +200,7 @@ class HFGD(nn.Module):
     upsampler: "usfpn", "sfpn" (stride 4 only), or None: the coarse logits (Tables 1, 3)
     guided: gradients are stopped and the class kernels reused (Tables 2, 4), where there is an upsampler; axial: then with
         axial attention
-    released: CAR of the encoder "ours" as in its authors' code, see car.py
+    released: CAR of the encoder "ours" and the axial attention's queries as in their authors' code, see car.py and caa.py
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class HFGD(nn.Module):
             self.upsampler, output_stride = None, self.backbone.strides[-1]
         else:
             raise ValueError(f"upsampler={upsampler!r}: it is 'usfpn', 'sfpn' or None")
-        self.guide = HighLevelFeatureGuidedModule(axial) if self.guided else None
+        self.guide = HighLevelFeatureGuidedModule(axial, released) if self.guided else None
         self.stride = output_stride
         self.regularized = "encoder.last" if encoder == "ours" else "classifier"  # CAR acts on what enters this submodule
         self.classifier = nn.Conv2d((self.upsampler or self.encoder).channels, num_classes, 1)  # the class kernels

@@ -22,6 +22,7 @@ OPTIONS = [
     dict(dual="parallel"),
     dict(dual="parallel", attention="self", auxiliary=False),
     dict(dual="sequential", decoder=True),
+    dict(released=True),
 ]
 
 
@@ -363,6 +364,50 @@ def test_gates_start_from_kaimings_initialisation():
         assert abs(fc.weight.mean().item()) < 0.03 / math.sqrt(fc.in_features)
 
 
+@pytest.mark.parametrize("attention", ["axial", "self"])
+def test_queries_are_linear_as_printed_and_behind_a_relu_as_released(attention):
+    def queries(released):
+        torch.manual_seed(0)
+        net = caa.SpatialAttention(8, attention, query_channels=6, released=released).eval()
+        return [layer for layer in (net.theta, net.phi) if layer is not None]
+
+    x, y = torch.randn(2, 8, 3, 4), torch.randn(2, 8, 3, 4)
+    assert len(queries(False)) == len(queries(True)) == (2 if attention == "axial" else 1)
+    for printed, released in zip(queries(False), queries(True)):
+        torch.testing.assert_close(printed(2 * x - 3 * y), 2 * printed(x) - 3 * printed(y))
+        torch.testing.assert_close(released(x), printed(x).relu() / 0.7)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(dual="parallel"), dict(dual="sequential")], ids=str)
+def test_released_reaches_the_queries(options):
+    for released in (False, True):
+        attention = caa.build(3, "resnet18", released=released, **options).head.attention
+        assert has_relu(attention.theta) == has_relu(attention.phi) == released
+
+
+def test_queries_are_linear_where_nothing_is_said():
+    for attention in (caa.SpatialAttention(8), caa.CAA(8).attention, caa.build(3, "resnet18").head.attention):
+        assert not has_relu(attention.theta) and not has_relu(attention.phi)
+
+
+def has_relu(query):
+    return any(isinstance(layer, torch.nn.ReLU) for layer in query)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_querys_product_with_itself_starts_near_32(released):
+    net, x = caa.SpatialAttention(128, released=released), torch.randn(8, 128, 9, 9)
+    for query in (net.theta(x), net.phi(x)):
+        assert query.square().sum(1).mean().item() == pytest.approx(32, rel=0.03)
+
+
+def test_behind_a_relu_a_long_query_draws_positions_that_show_something_else():
+    # a column of five: the last is three times as long and shows something else (its products with the others are below 0)
+    z = torch.tensor([[1.0, -1.4], [1.2, -1.5], [0.8, -1.1], [1.1, -1.3], [3.0, 3.2]]).T.reshape(1, 2, 5, 1)
+    assert caa.axial_attention(z.relu(), "column")[0, 0].argmax(-1).tolist() == [4, 4, 4, 4, 4]
+    assert caa.axial_attention(z, "column")[0, 0, :4].argmax(-1).max() < 4
+
+
 @pytest.mark.parametrize("options", [dict(layers=0), dict(layers=-1), dict(width=0)], ids=str)
 def test_gate_has_at_least_one_hidden_layer(options):
     with pytest.raises(ValueError, match="at least one"):
@@ -550,8 +595,10 @@ def test_a_training_step_takes_one_image(options):
     assert reduced[0].shape == (1, 512, 3, 4)
     assert all(p.isfinite().all() for p in net.parameters())
     same = {name for name, p in net.named_parameters() if torch.equal(p, before[name])}
-    # the scale of each value channel: at the start `after` is the identity, whose batch norm undoes it
-    assert same <= {"head.attention.g.1.weight"}
+    # Scales that a batch norm further on undoes (at the start `after` is the identity), or that softmax does not feel: the
+    # queries of twelve random positions are so far apart that its maps are 1 on the diagonal, to rounding.
+    undone, saturated = {"head.reduce.1.weight", "head.attention.g.1.weight"}, {"theta", "phi"}
+    assert same <= undone | {f"head.attention.{name}.1.weight" for name in saturated}
 
 
 def test_resnet_has_multi_grid_1_2_4_and_others_build_without():
@@ -833,7 +880,7 @@ def test_unknown_option_lists_the_known_ones_with_their_defaults():
         caa.build(3, "resnet18", heads=8)
     for part in (
         "heads", "attention='axial'", "channelization=True", "channel_layers=5", "channel_width=128", "se=False",
-        "dual=None", "auxiliary=True", "decoder=False", "output_stride=8",
+        "dual=None", "released=False", "auxiliary=True", "decoder=False", "output_stride=8",
     ):  # fmt: skip
         assert part in str(error.value)
 

@@ -767,3 +767,10 @@ def test_fig_4_5_by_hand():
     found = car.class_dependency(Identity().double().eval(), zip(images, labels), 4)
     # μμᵀ = (4 2 -2), (2 5 -1), (-2 -1 1), each row by its greatest
     torch.testing.assert_close(found, torch.tensor([[1, 0.5, 0, 0], [0.4, 1, 0, 0], [0, 0, 1, 0], [0] * 4]).double())
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_queries_of_the_caa_head_have_a_relu_in_the_released_form_alone(released):
+    attention = car.build(3, "resnet18", head="caa", released=released).head.attention
+    for query in (attention.theta, attention.phi):
+        assert any(isinstance(layer, torch.nn.ReLU) for layer in query) == released

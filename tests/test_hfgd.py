@@ -153,6 +153,13 @@ def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
     torch.testing.assert_close(logits[:, :, ::4, ::4].double(), expected, rtol=1e-4, atol=1e-4)  # position i at pixel 4i
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_queries_have_a_relu_in_the_released_form_alone(released):
+    attention = network(released=released).guide.attention
+    for query in (attention.theta, attention.phi):
+        assert any(isinstance(layer, nn.ReLU) for layer in query) == released
+
+
 @pytest.mark.parametrize("axial", [False, True])
 def test_axial_attention_takes_the_gradient_of_one_pixel_to_all(axial):
     guide = hfgd.HighLevelFeatureGuidedModule(axial).double()

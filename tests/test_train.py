@@ -17,7 +17,6 @@ from data import Mistake
 
 METHOD = """
 import torch
-import torch
 from torch import nn
 import backbones
 
