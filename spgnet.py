@@ -1,11 +1,12 @@
 """Semantic Prediction Guidance Network (SPGNet).
 
-Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xiong, Thomas S. Huang, Wen-Mei Hwu, Honghui Shi:
-"SPGNet: Semantic Prediction Guidance for Scene Parsing", ICCV 2019, https://arxiv.org/abs/1908.09798.
+Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xiong, Thomas S. Huang,
+Wen-Mei Hwu, Honghui Shi: "SPGNet: Semantic Prediction Guidance for Scene Parsing", ICCV 2019,
+https://arxiv.org/abs/1908.09798.
 
-The idea: encoder-decoders in a row, each of which looks again at what the one before has found. Between two of them the
-features are classified, with a loss of their own, and these predictions say, pixel by pixel and channel by channel, which
-features are passed on: "supervise and excite".
+The idea: encoder-decoders in a row, each of which looks again at what the one before has found.
+Between two of them the features are classified, with a loss of their own, and these predictions
+say, pixel by pixel and channel by channel, which features are passed on: "supervise and excite".
 
 The paper prints no numbered Eq.; its parts are
 
@@ -19,23 +20,29 @@ The paper prints no numbered Eq.; its parts are
 
 Where the paper is silent, chosen so that the parameters which its tables print are met within 2 %:
 - The decoder's residual blocks are half as wide in their middle as the decoder.
-- Cross-stage aggregation is a 1x1 convolution (batch norm, ReLU) of the previous stage's encoder map and one of its decoder
-  map, at each of the four strides, added to the encoder's map, as in MSPN (Li et al., 2019).
-- The first stage alone has a stem; what the guidance passes on has the channels that the stem would give (64 in a ResNet).
-Our choice, where the tables do not tell either:
+- Cross-stage aggregation is a 1x1 convolution (batch norm, ReLU) of the previous stage's encoder
+  map and one of its decoder map, at each of the four strides, added to the encoder's map, as in
+  MSPN (Li et al., 2019).
+- The first stage alone has a stem; what the guidance passes on has the channels that the stem would
+  give (64 in a ResNet). Our choice, where the tables do not tell either:
 - The loss of each stage has weight 1.
-- Without guidance ("directly passing", Table 3's second row), and after SE or GE, a 1x1 convolution gives the next stage its
-  channels. SE reduces by 16. GE averages, as the caption of Fig. 1 says, here over an extent of 8 (GE-θ⁻ of its paper).
-- Hard pixels (the paper cites others for them) are those whose true class has a probability below 0.7, and in each image at
-  least the hardest 15 %, DeeperLab's share.
-- Image and feature maps are aligned as at crops of 513 and 769 pixels: backbones.on_grid and backbones.upsample.
-- Batch norm, synchronized by train.py, in place of In-place ABN (the same but for memory and a leaky ReLU).
+- Without guidance ("directly passing", Table 3's second row), and after SE or GE, a 1x1 convolution
+  gives the next stage its channels. SE reduces by 16. GE averages, as the caption of Fig. 1 says,
+  here over an extent of 8 (GE-θ⁻ of its paper).
+- Hard pixels (the paper cites others for them) are those whose true class has a probability below
+  0.7, and in each image at least the hardest 15 %, DeeperLab's share.
+- Image and feature maps are aligned as at crops of 513 and 769 pixels: backbones.on_grid and
+  backbones.upsample.
+- Batch norm, synchronized by train.py, in place of In-place ABN (the same but for memory and a
+  leaky ReLU).
 
-The tables' multiply-adds, at 1024x2048, are 2 to 13 % above those of this file. What is missing is the same for every
-backbone and grows with the square of the decoder's channels: 9 to 10 G a stage with 128, 39 G with 256.
+The tables' multiply-adds, at 1024x2048, are 2 to 13 % above those of this file. What is missing is
+the same for every backbone and grows with the square of the decoder's channels: 9 to 10 G a stage
+with 128, 39 G with 256.
 
-    Table 3              channels=128, hard_examples=False, backbones=("resnet18", "resnet18") or ("resnet18",), guidance,
-                         excite, identity, supervise; aggregate=False costs 0.18 (Sect. 4.4)
+    Table 3              channels=128, hard_examples=False, backbones=("resnet18", "resnet18") or
+                         ("resnet18",), guidance, excite, identity, supervise; aggregate=False costs
+                         0.18 (Sect. 4.4)
     Table 4              the same, guidance
     Tables 5, 6, 7       channels=128, hard_examples=False, backbones (as many stages as names)
     Table 8              channels=128, backbones, hard_examples
@@ -55,48 +62,73 @@ import backbones
 
 IGNORE = 255
 
-# ----------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
-    """Cross entropy of the hard pixels (Table 8): the mean over those of all processes. Scalar, float32.
+    """Cross entropy of the hard pixels (Table 8): the mean over those of all processes. Scalar,
+    float32.
 
-    logits `[N, K, H, W]`, labels int64 `[N, H, W]`, 255 = ignored. Hard is a pixel whose true class has a probability below
-    `threshold`, and in each image at least the hardest `minimum` (a share) of its labelled pixels.
+    logits `[N, K, H, W]`, labels int64 `[N, H, W]`, 255 = ignored. Hard is a pixel whose true class
+    has a probability below `threshold`, and in each image at least the hardest `minimum` (a share)
+    of its labelled pixels.
     """
     labelled = (labels != IGNORE).flatten(1)  # [N, HW]
     with torch.no_grad():
-        loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none").flatten(1)
-        rank = loss.masked_fill(~labelled, -1).argsort(dim=1, descending=True).argsort(dim=1)  # 0: the hardest
-        hard = labelled & ((loss.neg().exp() < threshold) | (rank < labelled.sum(1, keepdim=True) * minimum))
+        loss = F.cross_entropy(
+            logits.float(), labels, ignore_index=IGNORE, reduction="none"
+        ).flatten(1)
+        rank = (
+            loss.masked_fill(~labelled, -1).argsort(dim=1, descending=True).argsort(dim=1)
+        )  # 0: the hardest
+        hard = labelled & (
+            (loss.neg().exp() < threshold) | (rank < labelled.sum(1, keepdim=True) * minimum)
+        )
     return backbones.pixel_cross_entropy(logits, labels.masked_fill(~hard.view_as(labels), IGNORE))
 
 
-# --------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 class ResidualBlock(Bottleneck):
-    """ResNet's bottleneck: `[N, in_channels, h, w]` -> `[N, channels, h, w]`, half as wide in its middle."""
+    """ResNet's bottleneck: `[N, in_channels, h, w]` -> `[N, channels, h, w]`, half as wide in its
+    middle.
+    """
 
     def __init__(self, in_channels, channels):
-        shortcut = Conv2dNormActivation(in_channels, channels, 1, activation_layer=None) if in_channels != channels else None
-        super().__init__(in_channels, channels // 4, downsample=shortcut, base_width=128)  # channels // 4 · 128 / 64
+        shortcut = (
+            Conv2dNormActivation(in_channels, channels, 1, activation_layer=None)
+            if in_channels != channels
+            else None
+        )
+        super().__init__(
+            in_channels, channels // 4, downsample=shortcut, base_width=128
+        )  # channels // 4 · 128 / 64
 
 
 class UpsampleModule(nn.Module):
-    """Fig. 2 (b): encoder map `[N, C_e, H, W]`, decoder map `[N, C, h, w]`, h <= H -> `[N, C, H, W]`."""
+    """Fig. 2 (b): encoder map `[N, C_e, H, W]`, decoder map `[N, C, h, w]`, h <= H -> `[N, C, H,
+    W]`.
+    """
 
     def __init__(self, encoder_channels, channels):
         super().__init__()
-        self.reduce, self.fuse = ResidualBlock(encoder_channels, channels), ResidualBlock(channels, channels)
+        self.reduce, self.fuse = (
+            ResidualBlock(encoder_channels, channels),
+            ResidualBlock(channels, channels),
+        )
 
     def forward(self, encoder_map, decoder_map):
         x = self.reduce(encoder_map)
-        return self.fuse(x + F.interpolate(decoder_map, size=x.shape[2:], mode="bilinear", align_corners=True))
+        return self.fuse(
+            x + F.interpolate(decoder_map, size=x.shape[2:], mode="bilinear", align_corners=True)
+        )
 
 
 class CrossStageAggregation(nn.Module):
-    """Fig. 2 (c): what the stage before adds to an encoder map of `channels`, from its maps of the same size."""
+    """Fig. 2 (c): what the stage before adds to an encoder map of `channels`, from its maps of the
+    same size.
+    """
 
     def __init__(self, encoder_channels, decoder_channels, channels):
         super().__init__()
@@ -108,10 +140,11 @@ class CrossStageAggregation(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), four each, finest first (strides 4 to 32).
+    """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), four each, finest
+    first (strides 4 to 32).
 
-    If it is the `first`, it has a stem and reads images `[N, 3, H, W]`, else what the guidance passes on, `[N, entry, H/4,
-    W/4]`; and the maps of the stage before, where it aggregates them.
+    If it is the `first`, it has a stem and reads images `[N, 3, H, W]`, else what the guidance
+    passes on, `[N, entry, H/4, W/4]`; and the maps of the stage before, where it aggregates them.
 
     before: the widths of that stage's four encoder maps; None: nothing is aggregated.
     """
@@ -143,11 +176,13 @@ class EncoderDecoder(nn.Module):
 
 
 class SemanticPredictionGuidance(nn.Module):
-    """Fig. 3, Sect. 3.4: decoder map x_d `[N, D, H, W]` -> (input of the next stage `[N, out_channels, H, W]`, x_l).
+    """Fig. 3, Sect. 3.4: decoder map x_d `[N, D, H, W]` -> (input of the next stage `[N,
+    out_channels, H, W]`, x_l).
 
     x_l `[N, K, H, W]` are the logits that are supervised.
 
-    excite: how they act: "sigmoid", "softmax" (over the positions), or "sum", added and nothing excited (Table 3)
+    excite: how they act: "sigmoid", "softmax" (over the positions), or "sum", added and nothing
+    excited (Table 3)
     identity: the path around the excited features
     """
 
@@ -176,24 +211,35 @@ class SemanticPredictionGuidance(nn.Module):
 
 
 class GatherExcite(nn.Module):
-    """GE-θ⁻ of extent 8 (Hu et al., "Gather-Excite", NeurIPS 2018): x `[N, C, H, W]` times the sigmoid of its averages."""
+    """GE-θ⁻ of extent 8 (Hu et al., "Gather-Excite", NeurIPS 2018): x `[N, C, H, W]` times the
+    sigmoid of its averages.
+    """
 
     def forward(self, x):
-        gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)  # around every eighth position
-        return x * F.interpolate(gathered, size=x.shape[2:], mode="bilinear", align_corners=True).sigmoid()
+        gathered = F.avg_pool2d(
+            x, 15, stride=8, padding=7, count_include_pad=False
+        )  # around every eighth position
+        return (
+            x
+            * F.interpolate(
+                gathered, size=x.shape[2:], mode="bilinear", align_corners=True
+            ).sigmoid()
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 
 class SPGNet(nn.Module):
-    """Stages of encoder-decoders with guidance between them (Fig. 2), bilinear upsampling of the last stage's logits.
+    """Stages of encoder-decoders with guidance between them (Fig. 2), bilinear upsampling of the
+    last stage's logits.
 
-    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images, labels), labels int64
-    `[N, H, W]`, 255 = ignored -> dict of scalar losses: "stage_1", … of each guidance's logits, if supervised, and
-    "cross_entropy" of the last stage's.
+    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "stage_1", … of each
+    guidance's logits, if supervised, and "cross_entropy" of the last stage's.
 
-    backbones: a name for each stage; None: `backbone` twice. `weights`: "imagenet", or a path where all are of one name
+    backbones: a name for each stage; None: `backbone` twice. `weights`: "imagenet", or a path where
+    all are of one name
     channels: of the decoders (Table 9), a multiple of 16
     guidance: "spg", "se", "ge", or None: the decoder's map is passed on as it is (Tables 3, 4)
     excite, identity: see SemanticPredictionGuidance; supervise: the loss on its logits (Table 3)
@@ -218,11 +264,18 @@ class SPGNet(nn.Module):
     ):
         super().__init__()
         names = (backbone, backbone) if backbones is None else backbones
-        if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"backbones={names!r}: expected a name for each stage, as in ('resnet50',) for one")
+        if (
+            not isinstance(names, (tuple, list))
+            or not names
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(
+                f"backbones={names!r}: expected a name for each stage, as in ('resnet50',) for one"
+            )
         if weights not in (None, "imagenet") and len(set(names)) > 1:
             raise ValueError(
-                f"weights '{weights}' cannot fit {' and '.join(names)}: give 'imagenet', or one kind of backbone"
+                f"weights '{weights}' cannot fit {' and '.join(names)}: give 'imagenet', or one "
+                "kind of backbone"
             )
         if channels < 16 or channels % 16:
             raise ValueError(f"channels={channels}: expected a multiple of 16")
@@ -236,9 +289,15 @@ class SPGNet(nn.Module):
             self.stages.append(EncoderDecoder(name, channels, weights, first=False, before=before))
             entry = self.stages[-1].entry
             if guidance == "spg":
-                self.guides.append(SemanticPredictionGuidance(channels, num_classes, entry, excite, identity))
+                self.guides.append(
+                    SemanticPredictionGuidance(channels, num_classes, entry, excite, identity)
+                )
             elif guidance == "se":
-                self.guides.append(nn.Sequential(SqueezeExcitation(channels, channels // 16), nn.Conv2d(channels, entry, 1)))
+                self.guides.append(
+                    nn.Sequential(
+                        SqueezeExcitation(channels, channels // 16), nn.Conv2d(channels, entry, 1)
+                    )
+                )
             elif guidance == "ge":
                 self.guides.append(nn.Sequential(GatherExcite(), nn.Conv2d(channels, entry, 1)))
             else:
@@ -256,7 +315,9 @@ class SPGNet(nn.Module):
             if isinstance(self.guides[i], SemanticPredictionGuidance):
                 x, x_l = self.guides[i](x_d)
                 if labels is not None and self.supervise:
-                    losses[f"stage_{i + 1}"] = loss_of(backbones.upsample(x_l, 4, images.shape[2:]), labels)
+                    losses[f"stage_{i + 1}"] = loss_of(
+                        backbones.upsample(x_l, 4, images.shape[2:]), labels
+                    )
             else:
                 x = self.guides[i](x_d)
         logits = backbones.upsample(self.classifier(x_d), 4, images.shape[2:])
@@ -266,10 +327,12 @@ class SPGNet(nn.Module):
 
     @torch.no_grad()
     def figures(self, image):
-        """Sect. 4.5: the first guidance's attention for each class, of one image `[3, H, W]` or `[1, 3, H, W]`.
+        """Sect. 4.5: the first guidance's attention for each class, of one image `[3, H, W]` or
+        `[1, 3, H, W]`.
 
-        dict of class number -> map `[H, W]` in 0…1: the l2 norm of the 15 channels of the mask m with the class's largest
-        weights. Empty where nothing is excited by predictions. ValueError in training mode.
+        dict of class number -> map `[H, W]` in 0…1: the l2 norm of the 15 channels of the mask m
+        with the class's largest weights. Empty where nothing is excited by predictions. ValueError
+        in training mode.
         """
         image = backbones.one_image(self, image)
         guide = self.guides[0] if self.guides else None
@@ -278,7 +341,9 @@ class SPGNet(nn.Module):
         x_d = self.stages[0](backbones.on_grid(image, 32))[1][0]
         m = guide.mask(guide.logits(x_d))[0]  # [D, h, w]
         weights = guide.attention.weight[:, :, 0, 0].T  # [classes, D]
-        maps = torch.stack([m[channels].norm(dim=0) for channels in weights.topk(15, dim=1).indices])
+        maps = torch.stack(
+            [m[channels].norm(dim=0) for channels in weights.topk(15, dim=1).indices]
+        )
         maps = backbones.upsample(maps[None], 4, image.shape[2:])[0]
         low, high = (f((1, 2), keepdim=True) for f in (maps.amin, maps.amax))
         return dict(enumerate((maps - low) / (high - low).clamp(min=1e-12)))
@@ -299,7 +364,8 @@ _COMMON = dict(
     bn_momentum=0.1,  # open
 )
 RECIPES = {
-    # crop_size is open, DeepLab's; test scales 0.75 1 1.25 1.5 1.75 2; for Table 1 on train and val together (Sect. 4.3)
+    # crop_size is open, DeepLab's; test scales 0.75 1 1.25 1.5 1.75 2; for Table 1 on train and val
+    # together (Sect. 4.3)
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
     # Sect. 4.6, "following the settings of DeepLabv3+": its learning rate is 0.007
     "pascal_voc_aug": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),
@@ -308,5 +374,7 @@ RECIPES = {
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):
-    """An SPGNet; `options` are its keywords, the paper's best setting by default. ValueError for an unknown one."""
+    """An SPGNet; `options` are its keywords, the paper's best setting by default. ValueError for an
+    unknown one.
+    """
     return SPGNet(num_classes, backbone, weights, **backbones.check_options(SPGNet, options))

@@ -24,13 +24,17 @@ def one_seed_and_one_thread():  # several threads are slower on maps this small
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
-    """A function of `share`, which stands in a module: the results of share(0) and share(1) in a process group of two.
+    """A function of `share`, which stands in a module: the results of share(0) and share(1) in a
+    process group of two.
 
     The two stay for all tests: starting them takes longer than what they do.
     """
     folder, context = tmp_path_factory.mktemp("two"), torch.multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
-    both = [context.Process(target=process, args=(rank, folder, pipes[rank][1]), daemon=True) for rank in range(2)]
+    both = [
+        context.Process(target=process, args=(rank, folder, pipes[rank][1]), daemon=True)
+        for rank in range(2)
+    ]
     for one in both:
         one.start()
 
@@ -62,7 +66,9 @@ def process(rank, folder, pipe):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A `folder` dataset of 4 + 5 small pictures, each of its own size: dark at the left, bright at the right."""
+    """A `folder` dataset of 4 + 5 small pictures, each of its own size: dark at the left, bright at
+    the right.
+    """
     root = tmp_path_factory.mktemp("photos")
     (root / "classes.txt").write_text("left\nright\nnever\n")
     rng = np.random.default_rng(0)

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
 
 def kernels(module):
     """(dilation, padding) of the convolutions that are larger than 1x1, in order."""
-    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1]
+    convolutions = [
+        m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1
+    ]
     return [(conv.dilation[0], conv.padding[0]) for conv in convolutions]
 
 
@@ -28,13 +30,15 @@ def meta(*arguments, **options):
         return backbones.build(*arguments, **options).body
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 PATCHES = [name for name in backbones.NAMES if name.startswith(("swin", "convnext"))]
 
 
-@pytest.mark.parametrize("name", [name for name in backbones.NAMES if not name.startswith(("swin", "convnext", "hrnet"))])
+@pytest.mark.parametrize(
+    "name", [name for name in backbones.NAMES if not name.startswith(("swin", "convnext", "hrnet"))]
+)
 @pytest.mark.parametrize("stride", [32, 16, 8])
 def test_four_maps_finest_first_at_their_strides(name, stride):
     with torch.device("meta"):  # shapes only
@@ -51,9 +55,18 @@ def test_networks_of_patches_have_four_maps_of_images_of_multiples_of_32(name, s
     with torch.device("meta"):
         net = backbones.build(name, stride)
         maps = net(torch.zeros(2, 3, 64, 96))
-    assert net.strides == (4, 8, 16, stride) and net.grid == 32 and not net.corners and backbones.build("resnet18").corners
-    assert net.channels[-1] == (2048 if stride == 8 else {"t": 768, "s": 768, "b": 1024, "l": 1536}[name.split("_")[1][0]])
-    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(net.channels, net.strides)]
+    assert (
+        net.strides == (4, 8, 16, stride)
+        and net.grid == 32
+        and not net.corners
+        and backbones.build("resnet18").corners
+    )
+    assert net.channels[-1] == (
+        2048 if stride == 8 else {"t": 768, "s": 768, "b": 1024, "l": 1536}[name.split("_")[1][0]]
+    )
+    assert [tuple(m.shape) for m in maps] == [
+        (2, c, 64 // s, 96 // s) for c, s in zip(net.channels, net.strides)
+    ]
 
 
 @pytest.mark.parametrize("name", ["swin_t", "convnext_tiny"])
@@ -70,13 +83,17 @@ def test_networks_of_patches_are_torchvisions_with_a_norm_for_each_level(tmp_pat
             x = stage(x)
             if i % 2:
                 y, eps = (x, 1e-5) if name == "swin_t" else (x.permute(0, 2, 3, 1), 1e-6)
-                expected.append((i // 2 + 2) * F.layer_norm(y, y.shape[-1:], eps=eps).permute(0, 3, 1, 2))
+                expected.append(
+                    (i // 2 + 2) * F.layer_norm(y, y.shape[-1:], eps=eps).permute(0, 3, 1, 2)
+                )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def authors_swin(state):
-    """torchvision's state dict of Swin-T with the names of its authors' checkpoint, and the buffers of that."""
+    """torchvision's state dict of Swin-T with the names of its authors' checkpoint, and the buffers
+    of that.
+    """
     names = {}
     for key, value in state.items():
         part = key.split(".")
@@ -106,12 +123,16 @@ def authors_convnext(state):
         elif part[3] == "layer_scale":
             key, value = f"stages.{int(part[1]) // 2}.{part[2]}.gamma", value.flatten()
         else:
-            key = f"stages.{int(part[1]) // 2}.{part[2]}.{layers[part[3] + '.' + part[4]]}.{part[5]}"
+            key = (
+                f"stages.{int(part[1]) // 2}.{part[2]}.{layers[part[3] + '.' + part[4]]}.{part[5]}"
+            )
         names[key] = value
     return names
 
 
-@pytest.mark.parametrize("name, renamed", [("swin_t", authors_swin), ("convnext_tiny", authors_convnext)])
+@pytest.mark.parametrize(
+    "name, renamed", [("swin_t", authors_swin), ("convnext_tiny", authors_convnext)]
+)
 def test_authors_checkpoints_load_as_they_are(tmp_path, name, renamed):
     model = changed(models.get_model(name))
     state = renamed(model.state_dict())
@@ -120,10 +141,15 @@ def test_authors_checkpoints_load_as_they_are(tmp_path, name, renamed):
     torch.save({"model": state}, tmp_path / "w.pth")
     net = backbones.build(name, weights=tmp_path / "w.pth")
     loaded = net.body.state_dict()
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.items()) and len(loaded) > 150
+    assert (
+        all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.items())
+        and len(loaded) > 150
+    )
     state.pop(known)
     torch.save({"model": state}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"1 missing from the file \(features.5.(5.mlp.3|8.block.3).bias\)"):
+    with pytest.raises(
+        ValueError, match=r"1 missing from the file \(features.5.(5.mlp.3|8.block.3).bias\)"
+    ):
         backbones.build(name, weights=tmp_path / "w.pth")
 
 
@@ -136,29 +162,43 @@ def test_joint_pyramid_upsampling_by_its_words():
 
     a, b, c = (reduced(x, layer) for x, layer in zip(maps, jpu.reduce))
     together = torch.cat(
-        [a, F.interpolate(b, size=(8, 16), mode="bilinear"), F.interpolate(c, size=(8, 16), mode="bilinear")], 1
+        [
+            a,
+            F.interpolate(b, size=(8, 16), mode="bilinear"),
+            F.interpolate(c, size=(8, 16), mode="bilinear"),
+        ],
+        1,
     )
     parts = []
     for rate, (depthwise, pointwise) in zip((1, 2, 4, 8), jpu.dilated):
-        y = F.conv2d(together, depthwise[0].weight, padding=rate, dilation=rate, groups=6) / math.sqrt(1 + 1e-5)
+        y = F.conv2d(
+            together, depthwise[0].weight, padding=rate, dilation=rate, groups=6
+        ) / math.sqrt(1 + 1e-5)
         parts.append(F.relu(F.conv2d(y, pointwise[0].weight) / math.sqrt(1 + 1e-5)))
     found = jpu(maps)
     assert found.shape == (1, 8, 8, 16) == (1, jpu.channels, 8, 16)
     torch.testing.assert_close(found, torch.cat(parts, 1))
-    with pytest.raises(ValueError, match="its output stride is 32, or 8 by Joint Pyramid Upsampling"):
+    with pytest.raises(
+        ValueError, match="its output stride is 32, or 8 by Joint Pyramid Upsampling"
+    ):
         backbones.build("swin_t", 16)
 
 
 def test_efficientnets_kernels_of_5_are_dilated_too():
     body = meta("efficientnet_b5", 8)
     five = [m for m in body.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (5, 5)]
-    assert {(m.dilation, m.padding) for m in five} == {((1, 1), (2, 2)), ((2, 2), (4, 4)), ((4, 4), (8, 8))}
+    assert {(m.dilation, m.padding) for m in five} == {
+        ((1, 1), (2, 2)),
+        ((2, 2), (4, 4)),
+        ((4, 4), (8, 8)),
+    }
 
 
 def test_swin_l_has_its_papers_size():
     with torch.device("meta"):
         net = backbones.build("swin_l")
-    # 197M in the paper's Table 1, with the classifier (1536·1000 + 1000), and without the norms of the first three levels
+    # 197M in the paper's Table 1, with the classifier (1536·1000 + 1000), and without the norms of
+    # the first three levels
     size = sum(p.numel() for p in net.parameters()) + 1_537_000 - 2 * (192 + 384 + 768)
     assert size == pytest.approx(196.5e6, rel=0.001)
 
@@ -168,7 +208,10 @@ def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
         backbones.build("swin_t", 16)
     with pytest.raises(ValueError, match="without multi_grid"):
         backbones.build("convnext_tiny", 8, multi_grid=(1, 2, 4))
-    with torch.device("meta"), pytest.raises(ValueError, match="no weights of swin_l; give the path"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="no weights of swin_l; give the path"),
+    ):
         backbones.build("swin_l", weights="imagenet")
 
 
@@ -181,7 +224,9 @@ def test_hrnet_has_four_maps_at_once_and_its_parameters(name):
         net = backbones.build(name)
         maps = net(torch.zeros(2, 3, 65, 97))
     assert net.strides == (4, 8, 16, 32) and net.corners
-    assert [tuple(m.shape) for m in maps] == [(2, c, -(-65 // s), -(-97 // s)) for c, s in zip(net.channels, net.strides)]
+    assert [tuple(m.shape) for m in maps] == [
+        (2, c, -(-65 // s), -(-97 // s)) for c, s in zip(net.channels, net.strides)
+    ]
     assert sum(p.numel() for p in net.parameters()) / 1000 == pytest.approx(HRNET[name], abs=1)
 
 
@@ -237,7 +282,12 @@ def test_high_resolution_modules_exchange_all_with_all():
     ]
     for found, y in zip(module(maps), expected, strict=True):
         torch.testing.assert_close(found, y)
-    assert f[0][0] is None and f[2][0][0][2].__class__ is nn.ReLU and len(f[2][0][1]) == 2 and len(f[0][1]) == 2
+    assert (
+        f[0][0] is None
+        and f[2][0][0][2].__class__ is nn.ReLU
+        and len(f[2][0][1]) == 2
+        and len(f[0][1]) == 2
+    )
 
 
 def test_hrnet_grows_by_one_map_a_stage():
@@ -260,7 +310,9 @@ def test_channels_are_those_of_the_papers():
 
 
 def without_squeezing(net):
-    """The network without squeeze-and-excitation, whose mean is over other samples where there are more."""
+    """The network without squeeze-and-excitation, whose mean is over other samples where there are
+    more.
+    """
     for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, SqueezeExcitation):
@@ -268,7 +320,9 @@ def without_squeezing(net):
     return net
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "xception65", "efficientnet_b5"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v2", "xception65", "efficientnet_b5"]
+)
 def test_dilated_network_computes_the_same_samples_only_denser(name):
     plain = without_squeezing(backbones.build(name, 32)).eval()
     images = torch.randn(1, 3, 33, 65)
@@ -280,11 +334,14 @@ def test_dilated_network_computes_the_same_samples_only_denser(name):
             for old, new, a, b in zip(expected, dense(images), plain.strides, dense.strides):
                 sampled = new[:, :, :: a // b, :: a // b]
                 assert sampled.shape == old.shape and old.std() > 0
-                torch.testing.assert_close(sampled, old, rtol=1e-4, atol=1e-4 * old.abs().max().item())
+                torch.testing.assert_close(
+                    sampled, old, rtol=1e-4, atol=1e-4 * old.abs().max().item()
+                )
 
 
 def test_dilation_rates_by_hand():
-    # The first block still reads the map that its stride used to thin out: it keeps the rate before it.
+    # The first block still reads the map that its stride used to thin out: it keeps the rate before
+    # it.
     assert set(kernels(meta("resnet50", 32).layer4)) == {(1, 1)}
     assert kernels(meta("resnet50", 16).layer4) == [(1, 1), (2, 2), (2, 2)]
     assert kernels(meta("resnet50", 8).layer3) == [(1, 1)] + 5 * [(2, 2)]
@@ -300,8 +357,17 @@ def test_multi_grid_multiplies_the_rates_of_the_last_blocks(stride, rates):
 
 
 def test_multi_grid_repeats_its_last_factor():
-    assert [rate for rate, _ in kernels(meta("resnet50", 16, multi_grid=(1, 2)).layer4)] == [2, 4, 4]
-    assert [rate for rate, _ in kernels(meta("resnet18", 16, multi_grid=(1, 2, 4)).layer4)] == [2, 2, 4, 4]
+    assert [rate for rate, _ in kernels(meta("resnet50", 16, multi_grid=(1, 2)).layer4)] == [
+        2,
+        4,
+        4,
+    ]
+    assert [rate for rate, _ in kernels(meta("resnet18", 16, multi_grid=(1, 2, 4)).layer4)] == [
+        2,
+        2,
+        4,
+        4,
+    ]
 
 
 def test_multi_grid_is_for_resnets():
@@ -311,9 +377,13 @@ def test_multi_grid_is_for_resnets():
 
 def test_xception65_is_deeplabs_by_its_numbers():
     body = meta("xception65")
-    assert sum(p.numel() for p in body.parameters()) == 37_867_312  # 39.9 M with ImageNet's classifier of 2,049,000
+    assert (
+        sum(p.numel() for p in body.parameters()) == 37_867_312
+    )  # 39.9 M with ImageNet's classifier of 2,049,000
     depthwise = [m for m in body.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
-    assert len(depthwise) == 3 * (3 + 16 + 2) and all(conv.groups == conv.in_channels for conv in depthwise)
+    assert len(depthwise) == 3 * (3 + 16 + 2) and all(
+        conv.groups == conv.in_channels for conv in depthwise
+    )
     assert all(m.eps == 1e-3 for m in body.modules() if isinstance(m, nn.BatchNorm2d))
 
 
@@ -357,7 +427,8 @@ def literal_xception65(state, x):
     def conv(name, x, stride=1, groups=1):
         w = state[f"{name}.0.weight"]
         mean, variance, gamma, beta = (
-            state[f"{name}.1.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+            state[f"{name}.1.{part}"][:, None, None]
+            for part in ("running_mean", "running_var", "weight", "bias")
         )
         y = F.conv2d(x, w, stride=stride, padding=w.shape[2] // 2, groups=groups)
         return (y - mean) / (variance + 1e-3) ** 0.5 * gamma + beta
@@ -371,7 +442,11 @@ def literal_xception65(state, x):
         y1 = separable(f"{name}.separable_conv1", x, 1, activated)
         y2 = separable(f"{name}.separable_conv2", y1, 1, activated)
         y3 = separable(f"{name}.separable_conv3", y2, stride, activated)
-        residual = {"conv": lambda: conv(f"{name}.shortcut", x, stride), "sum": lambda: x, None: lambda: 0}[skip]()
+        residual = {
+            "conv": lambda: conv(f"{name}.shortcut", x, stride),
+            "sum": lambda: x,
+            None: lambda: 0,
+        }[skip]()
         return y3 + residual, y2
 
     x = F.relu(conv("entry_flow.conv1_1", x, 2))
@@ -398,7 +473,9 @@ def test_xception65_is_deeplabs_layer_by_layer():
     with torch.no_grad():
         for level, expected in zip(net(images), literal_xception65(net.body.state_dict(), images)):
             assert expected.std() > 1e-6
-            torch.testing.assert_close(level, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
+            torch.testing.assert_close(
+                level, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item()
+            )
 
 
 def test_xception65_takes_a_converted_checkpoint_as_its_docstring_says(tmp_path):
@@ -409,7 +486,11 @@ def test_xception65_takes_a_converted_checkpoint_as_its_docstring_says(tmp_path)
             continue
         depthwise = "depthwise" in name and name.endswith("0.weight")
         order = (2, 3, 0, 1) if depthwise else (2, 3, 1, 0)
-        checkpoint[name] = torch.randn(value.shape).permute(order) if value.ndim == 4 else torch.rand(value.shape) + 0.5
+        checkpoint[name] = (
+            torch.randn(value.shape).permute(order)
+            if value.ndim == 4
+            else torch.rand(value.shape) + 0.5
+        )
     converted = {}
     for name, value in checkpoint.items():
         order = (2, 3, 0, 1) if "depthwise" in name else (3, 2, 0, 1)
@@ -417,11 +498,16 @@ def test_xception65_takes_a_converted_checkpoint_as_its_docstring_says(tmp_path)
     torch.save(converted, tmp_path / "before.pth")
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     W = converted["entry_flow.conv1_1.0.weight"]
-    converted["entry_flow.conv1_1.1.running_mean"] -= (W * (2 * mean - 1)[:, None, None]).sum((1, 2, 3))
+    converted["entry_flow.conv1_1.1.running_mean"] -= (W * (2 * mean - 1)[:, None, None]).sum(
+        (1, 2, 3)
+    )
     converted["entry_flow.conv1_1.0.weight"] = W * (2 * std)[:, None, None]
     torch.save(converted, tmp_path / "after.pth")
     first = []
-    for name, inputs in (("before", 2 * pixels - 1), ("after", (pixels - mean[:, None, None]) / std[:, None, None])):
+    for name, inputs in (
+        ("before", 2 * pixels - 1),
+        ("after", (pixels - mean[:, None, None]) / std[:, None, None]),
+    ):
         net = backbones.build("xception65", 16, str(tmp_path / f"{name}.pth")).eval()
         first.append(net.body.entry_flow.conv1_1(inputs)[:, :, 1:-1, 1:-1])
     torch.testing.assert_close(*first, rtol=1e-4, atol=1e-4)
@@ -431,7 +517,11 @@ def test_xception65_loads_its_own_weights_and_has_none_of_torchvision(tmp_path):
     torch.save(backbones.Xception65().state_dict(), tmp_path / "x.pth")
     net = backbones.build("xception65", 16, str(tmp_path / "x.pth"))
     saved = torch.load(tmp_path / "x.pth", weights_only=True)
-    assert all(torch.equal(value, net.body.get_parameter(key)) for key, value in saved.items() if key.endswith(".weight"))
+    assert all(
+        torch.equal(value, net.body.get_parameter(key))
+        for key, value in saved.items()
+        if key.endswith(".weight")
+    )
     with pytest.raises(ValueError, match="torchvision has no weights of xception65; give the path"):
         backbones.build("xception65", 16, "imagenet")
 
@@ -447,7 +537,7 @@ def test_unknown_stride_lists_the_known_ones(stride):
         backbones.build("resnet18", stride)
 
 
-# -------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def changed(model):
@@ -471,7 +561,9 @@ def test_torchvision_weights_give_torchvision_features(tmp_path, name, classifie
     model = changed(models.get_model(name))
     state = model.state_dict()
     if not classifier:
-        state = {key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))}
+        state = {
+            key: value for key, value in state.items() if not key.startswith(("fc.", "classifier."))
+        }
         assert len(state) < len(model.state_dict())
     torch.save(state, tmp_path / "weights.pth")
     net = backbones.build(name, weights=tmp_path / "weights.pth").eval()
@@ -493,7 +585,8 @@ def test_torchvision_weights_give_torchvision_features(tmp_path, name, classifie
 
 def test_classifier_of_another_number_of_classes_is_no_obstacle(tmp_path):
     path = saved(
-        tmp_path / "w.pth", lambda state: state.update({"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)})
+        tmp_path / "w.pth",
+        lambda state: state.update({"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}),
     )
     backbones.build("resnet18", weights=path)
 
@@ -501,11 +594,15 @@ def test_classifier_of_another_number_of_classes_is_no_obstacle(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state.pop("layer1.0.conv1.weight"), r"1 missing from the file \(layer1.0.conv1.weight\)"),
+        (
+            lambda state: state.pop("layer1.0.conv1.weight"),
+            r"1 missing from the file \(layer1.0.conv1.weight\)",
+        ),
         (lambda state: state.update(extra=torch.zeros(2)), r"1 not in the network \(extra\)"),
         (
             lambda state: state.update({"layer2.0.conv1.weight": torch.zeros(128, 64, 1, 1)}),
-            r"1 of another shape \(layer2.0.conv1.weight \[128, 64, 1, 1\] in the file, \[128, 64, 3, 3\] in the network",
+            r"1 of another shape \(layer2.0.conv1.weight \[128, 64, 1, 1\] in the file, \[128, 64, "
+            r"3, 3\] in the network",
         ),
     ],
     ids=["missing", "extra", "shape"],
@@ -524,7 +621,9 @@ def test_weights_of_another_network_name_few_keys_of_many(tmp_path):
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": {"conv1.weight": torch.zeros(2)}}, torch.zeros(2)])
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(2)], {"state_dict": {"conv1.weight": torch.zeros(2)}}, torch.zeros(2)]
+)
 def test_file_that_holds_something_else_is_no_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="no state dict"):
@@ -546,7 +645,9 @@ def test_missing_weights_are_a_file_not_found(tmp_path):
         backbones.build("resnet18", weights=tmp_path / "nowhere.pth")
 
 
-@pytest.mark.parametrize("error", [URLError("no route"), TimeoutError("no route"), ConnectionResetError("no route")])
+@pytest.mark.parametrize(
+    "error", [URLError("no route"), TimeoutError("no route"), ConnectionResetError("no route")]
+)
 def test_failed_download_is_a_value_error_that_says_what_to_do(monkeypatch, error):
     def get_model(name, weights):
         assert (name, weights) == ("resnet18", "IMAGENET1K_V1")
@@ -557,7 +658,7 @@ def test_failed_download_is_a_value_error_that_says_what_to_do(monkeypatch, erro
         backbones.build("resnet18", weights="imagenet")
 
 
-# ----------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def literal_cross_entropy(logits, labels):
@@ -574,7 +675,10 @@ def literal_cross_entropy(logits, labels):
 
 def scene(n=2, k=5, h=4, w=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    logits, labels = torch.randn(n, k, h, w, generator=generator), torch.randint(k, (n, h, w), generator=generator)
+    logits, labels = (
+        torch.randn(n, k, h, w, generator=generator),
+        torch.randint(k, (n, h, w), generator=generator),
+    )
     labels[torch.rand(n, h, w, generator=generator) < 0.3] = 255
     return logits.requires_grad_(), labels
 
@@ -583,9 +687,13 @@ def test_cross_entropy_by_hand():
     # Two pixels with the logits (ln 3, 0) and (0, 0), true class 0: probabilities 3/4 and 1/2,
     # so the loss is (ln 4/3 + ln 2) / 2 = ln(8/3) / 2 = 0.490415.
     logits = torch.tensor([[1.0986123, 0.0], [0.0, 0.0]]).view(1, 2, 1, 2)
-    assert backbones.pixel_cross_entropy(logits, torch.tensor([[[0, 0]]])).item() == pytest.approx(0.490415, abs=1e-6)
+    assert backbones.pixel_cross_entropy(logits, torch.tensor([[[0, 0]]])).item() == pytest.approx(
+        0.490415, abs=1e-6
+    )
     # The second one ignored: ln 4/3 = 0.287682.
-    assert backbones.pixel_cross_entropy(logits, torch.tensor([[[0, 255]]])).item() == pytest.approx(0.287682, abs=1e-6)
+    assert backbones.pixel_cross_entropy(
+        logits, torch.tensor([[[0, 255]]])
+    ).item() == pytest.approx(0.287682, abs=1e-6)
 
 
 def test_cross_entropy_and_its_gradient_equal_the_literal_loop():
@@ -621,14 +729,17 @@ def test_absent_classes_do_no_harm():
     logits, labels = scene()
     labels[labels != 255] = 2
     loss = backbones.pixel_cross_entropy(logits, labels)
-    assert loss.item() == pytest.approx(literal_cross_entropy(logits.detach().double(), labels).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(
+        literal_cross_entropy(logits.detach().double(), labels).item(), rel=1e-6
+    )
 
 
 def test_another_number_can_be_ignored():
     logits, labels = scene()
     expected = backbones.pixel_cross_entropy(logits, labels)
     torch.testing.assert_close(
-        backbones.pixel_cross_entropy(logits, labels.masked_fill(labels == 255, -1), ignore=-1), expected
+        backbones.pixel_cross_entropy(logits, labels.masked_fill(labels == 255, -1), ignore=-1),
+        expected,
     )
 
 
@@ -638,11 +749,13 @@ def test_half_precision_logits_give_a_float32_loss(dtype):
     half = logits.detach().to(dtype)
     loss = backbones.pixel_cross_entropy(half, labels)
     assert loss.dtype == torch.float32 and loss.ndim == 0
-    assert loss.item() == pytest.approx(literal_cross_entropy(half.double(), labels).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(
+        literal_cross_entropy(half.double(), labels).item(), rel=1e-6
+    )
 
 
 def share_of_the_batch(rank):
-    """The losses and gradients of one of two processes, whose share is image `rank` of each batch."""
+    """Losses and gradients of one of two processes, whose share is image `rank` of each batch."""
     results = []
     for logits, labels in joint_batches():
         logits = logits.detach()[rank : rank + 1].requires_grad_()
@@ -663,21 +776,29 @@ def joint_batches():
 def test_two_processes_equal_one_with_the_joint_batch(two_processes):
     first, second = two_processes(share_of_the_batch)
     counts = []
-    for (logits, labels), (loss0, gradient0), (loss1, gradient1) in zip(joint_batches(), first, second, strict=True):
+    for (logits, labels), (loss0, gradient0), (loss1, gradient1) in zip(
+        joint_batches(), first, second, strict=True
+    ):
         loss = backbones.pixel_cross_entropy(logits, labels)
         (gradient,) = torch.autograd.grad(loss, logits)
         torch.testing.assert_close((loss0 + loss1) / 2, loss.detach())
         # DDP averages over processes; image r's part of the gradient comes from process r alone
         torch.testing.assert_close(torch.cat([gradient0, gradient1]) / 2, gradient)
         counts.append((labels != 255).sum((1, 2)).tolist())
-    assert counts[0][0] > 3 * counts[0][1] > 0 and counts[1][0] == 0 < counts[1][1] and counts[2] == [0, 0]
+    assert (
+        counts[0][0] > 3 * counts[0][1] > 0
+        and counts[1][0] == 0 < counts[1][1]
+        and counts[2] == [0, 0]
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 class Network:
-    def __init__(self, num_classes, backbone="resnet50", *, rates=(1, 6), head="ksac", weights=None):
+    def __init__(
+        self, num_classes, backbone="resnet50", *, rates=(1, 6), head="ksac", weights=None
+    ):
         pass
 
 
@@ -705,10 +826,18 @@ def test_positional_arguments_are_no_options():
 def test_position_i_of_a_map_lies_at_pixel_i_times_stride(size, stride):
     ramp = torch.arange(float(size[0]))[:, None] * 3 + torch.arange(float(size[1]))
     images = backbones.on_grid(ramp[None, None], stride)
-    assert all(side % stride == 1 and 0 <= side - before < stride for side, before in zip(images.shape[2:], size))
-    assert torch.equal(images[0, 0, : size[0], : size[1]], ramp) and images[0, 0, -1, -1] == ramp[-1, -1]
+    assert all(
+        side % stride == 1 and 0 <= side - before < stride
+        for side, before in zip(images.shape[2:], size)
+    )
+    assert (
+        torch.equal(images[0, 0, : size[0], : size[1]], ramp)
+        and images[0, 0, -1, -1] == ramp[-1, -1]
+    )
     rows, columns = (torch.arange(0, side, stride) for side in images.shape[2:])
-    sampled = (rows[:, None] * 3.0 + columns)[None, None]  # what a strided convolution of the ramp reads
+    sampled = (rows[:, None] * 3.0 + columns)[
+        None, None
+    ]  # what a strided convolution of the ramp reads
     assert torch.allclose(backbones.upsample(sampled, stride, size)[0, 0], ramp, atol=1e-3)
 
 
@@ -717,13 +846,20 @@ def test_position_i_of_a_map_lies_at_pixel_i_times_stride(size, stride):
 def test_without_corners_position_i_covers_the_pixels_from_i_times_stride_on(size, stride):
     ramp = torch.arange(float(size[0]))[:, None] * 3 + torch.arange(float(size[1]))
     images = backbones.on_grid(ramp[None, None], stride, corners=False)
-    assert all(side % stride == 0 and 0 <= side - before < stride for side, before in zip(images.shape[2:], size))
+    assert all(
+        side % stride == 0 and 0 <= side - before < stride
+        for side, before in zip(images.shape[2:], size)
+    )
     rows, columns = (torch.arange(0, side, stride) + (stride - 1) / 2 for side in images.shape[2:])
     sampled = (rows[:, None] * 3 + columns)[None, None]  # the mean of the ramp over each patch
     found = backbones.upsample(sampled, stride, size, corners=False)[0, 0]
-    inner = found[stride // 2 : images.shape[2] - stride // 2, stride // 2 : images.shape[3] - stride // 2]
+    inner = found[
+        stride // 2 : images.shape[2] - stride // 2, stride // 2 : images.shape[3] - stride // 2
+    ]
     assert found.shape == size
-    assert torch.allclose(inner, ramp[stride // 2 :, stride // 2 :][: inner.shape[0], : inner.shape[1]], atol=1e-3)
+    assert torch.allclose(
+        inner, ramp[stride // 2 :, stride // 2 :][: inner.shape[0], : inner.shape[1]], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -732,16 +868,22 @@ def test_average_pool_is_torchs_with_its_gradient(size):
     found, expected = backbones.average_pool(x, size), F.adaptive_avg_pool2d(x, size)
     torch.testing.assert_close(found, expected)
     pull = torch.randn_like(found)
-    torch.testing.assert_close(*(torch.autograd.grad((y * pull).sum(), x)[0] for y in (found, expected)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad((y * pull).sum(), x)[0] for y in (found, expected))
+    )
 
 
 def test_upsampled_logits_are_float32():
-    assert backbones.upsample(torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16), 8, (17, 17)).dtype == torch.float32
+    assert (
+        backbones.upsample(torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16), 8, (17, 17)).dtype
+        == torch.float32
+    )
 
 
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 def test_a_backbone_answers_to_a_mark_at_pixel_i_times_stride_with_position_i(output_stride):
-    # all weights 1 in place of trained ones, so that nothing cancels: the answer is strongest where the mark is
+    # all weights 1 in place of trained ones, so that nothing cancels: the answer is strongest where
+    # the mark is
     net = backbones.build("resnet18", output_stride).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -1,4 +1,6 @@
-"""caa.py against the equations of the thesis, written here as loops over the printed indices i, j, m, n, in float64."""
+"""caa.py against the equations of the thesis, written here as loops over the printed indices i, j,
+m, n, in float64.
+"""
 
 import math
 from itertools import product
@@ -26,11 +28,13 @@ OPTIONS = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------- the printed equations
+# ---------------------------------------------------------------------------- the printed equations
 
 
 def loop_map(query, axis):
-    """Eqs. (3.3), (3.4): A[b, i, j] is the softmax of query (i, j) over m of its column or n of its row."""
+    """Eqs. (3.3), (3.4): A[b, i, j] is the softmax of query (i, j) over m of its column or n of its
+    row.
+    """
     N, _, H, W = query.shape
     A = {}
     for b, i, j in product(range(N), range(H), range(W)):
@@ -41,9 +45,14 @@ def loop_map(query, axis):
 
 
 def loop_column(A, g, gate):
-    """Eqs. (3.6), (3.9) and the sum over m of Eqs. (3.8), (3.11); the column is n, see caa's docstring."""
+    """Eqs. (3.6), (3.9) and the sum over m of Eqs. (3.8), (3.11); the column is n, see caa's
+    docstring.
+    """
     N, C, H, W = g.shape
-    alpha = {(b, i, n, m): A[b, i, n][m] * g[b, :, m, n] for b, i, n, m in product(range(N), range(H), range(W), range(H))}
+    alpha = {
+        (b, i, n, m): A[b, i, n][m] * g[b, :, m, n]
+        for b, i, n, m in product(range(N), range(H), range(W), range(H))
+    }
     y = [[[None] * W for _ in range(H)] for _ in range(N)]
     for b, i in product(range(N), range(H)):
         pooled = sum(alpha[b, i, j, m] for m in range(H) for j in range(W)) / (H * W)
@@ -56,7 +65,10 @@ def loop_column(A, g, gate):
 def loop_row(A, z, gate):
     """Eqs. (3.7), (3.10) and the sum over n of Eqs. (3.8), (3.11); z is the sum over m."""
     N, C, H, W = z.shape
-    beta = {(b, i, j, n): A[b, i, j][n] * z[b, :, i, n] for b, i, j, n in product(range(N), range(H), range(W), range(W))}
+    beta = {
+        (b, i, j, n): A[b, i, j][n] * z[b, :, i, n]
+        for b, i, j, n in product(range(N), range(H), range(W), range(W))
+    }
     y = [[[None] * W for _ in range(H)] for _ in range(N)]
     for b, j in product(range(N), range(W)):
         pooled = sum(beta[b, i, j, n] for i in range(H) for n in range(W)) / (H * W)
@@ -102,7 +114,9 @@ def assert_same(fast, literal, wanted):
     assert fast.shape == literal.shape
     torch.testing.assert_close(fast, literal, rtol=0, atol=1e-10)
     weight = torch.randn_like(fast)
-    for a, b in zip(torch.autograd.grad(fast, wanted, weight), torch.autograd.grad(literal, wanted, weight)):
+    for a, b in zip(
+        torch.autograd.grad(fast, wanted, weight), torch.autograd.grad(literal, wanted, weight)
+    ):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -116,28 +130,39 @@ def seed_and_one_thread():
     torch.set_num_threads(threads)
 
 
-# ------------------------------------------------------------------------------------------------------------ by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_eq_3_3_column_map_by_hand():
-    # column 0 is (0, R): products 0, 0 | 0, ln 3 -> 1/2 1/2 | 1/4 3/4; column 1 is 0; column 2 is (R, 0)
+    # column 0 is (0, R): products 0, 0 | 0, ln 3 -> 1/2 1/2 | 1/4 3/4; column 1 is 0; column 2 is
+    # (R, 0)
     query = torch.tensor([[0, 0, R], [R, 0, 0]])[None, None]
-    expected = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]])
+    expected = torch.tensor(
+        [[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]]
+    )
     torch.testing.assert_close(caa.axial_attention(query, "column"), expected[None])
 
 
 def test_eq_3_4_row_map_by_hand():
     query = torch.tensor([[0, R], [0, 0], [R, 0]])[None, None]  # rows as the columns above
-    expected = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]])
+    expected = torch.tensor(
+        [[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]]
+    )
     torch.testing.assert_close(caa.axial_attention(query, "row"), expected[None])
 
 
 def test_eq_3_9_by_hand():
-    # Σ_m α:  column 0: 8/2, 8·3/4;  column 1: 2/2, 2/2;  column 2: 4/4, 4/2  -> rows 4 1 1 and 6 1 2
-    # Σ_{m,j} α / HW: 6/6 and 9/6;  ω_c1 = 1, ω_c2 = 2 ln 2:  sigmoid(2 ln 2) = 4/5, sigmoid(3 ln 2) = 8/9
-    query, value = torch.tensor([[0, 0, R], [R, 0, 0]])[None, None], torch.tensor([[0.0, 0, 0], [8, 2, 4]])[None, None]
+    # Σ_m α:  column 0: 8/2, 8·3/4;  column 1: 2/2, 2/2;  column 2: 4/4, 4/2  -> rows 4 1 1 and 6 1
+    # 2 Σ_{m,j} α / HW: 6/6 and 9/6;  ω_c1 = 1, ω_c2 = 2 ln 2:  sigmoid(2 ln 2) = 4/5, sigmoid(3 ln
+    # 2) = 8/9
+    query, value = (
+        torch.tensor([[0, 0, R], [R, 0, 0]])[None, None],
+        torch.tensor([[0.0, 0, 0], [8, 2, 4]])[None, None],
+    )
     gate = caa.ChannelAttention(1, 1, 1, negative_slope=0)
-    gate.load_state_dict({"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))})
+    gate.load_state_dict(
+        {"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))}
+    )
     A = caa.axial_attention(query, "column")
     plain = torch.tensor([[4.0, 1, 1], [6, 1, 2]])[None, None]
     gated = torch.tensor([[16 / 5, 4 / 5, 4 / 5], [48 / 9, 8 / 9, 16 / 9]])[None, None]
@@ -148,9 +173,14 @@ def test_eq_3_9_by_hand():
 
 def test_eq_3_10_by_hand():
     # the example above with the axes exchanged: Σ_n β has the columns 4 1 1 and 6 1 2
-    query, value = torch.tensor([[0, R], [0, 0], [R, 0]])[None, None], torch.tensor([[0.0, 8], [0, 2], [0, 4]])[None, None]
+    query, value = (
+        torch.tensor([[0, R], [0, 0], [R, 0]])[None, None],
+        torch.tensor([[0.0, 8], [0, 2], [0, 4]])[None, None],
+    )
     gate = caa.ChannelAttention(1, 1, 1, negative_slope=0)
-    gate.load_state_dict({"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))})
+    gate.load_state_dict(
+        {"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))}
+    )
     A = caa.axial_attention(query, "row")
     plain = torch.tensor([[4.0, 6], [1, 1], [1, 2]])[None, None]
     gated = torch.tensor([[16 / 5, 48 / 9], [4 / 5, 8 / 9], [4 / 5, 16 / 9]])[None, None]
@@ -160,10 +190,16 @@ def test_eq_3_10_by_hand():
 
 
 def test_gate_by_hand_printed_and_leaky():
-    # one channel: ω1 = 1, ω2 = ln 3;  x = 1: sigmoid(ln 3) = 3/4;  x = -5: ReLU 0 -> 1/2, leaky -1 -> sigmoid(-ln 3) = 1/4
+    # one channel: ω1 = 1, ω2 = ln 3;  x = 1: sigmoid(ln 3) = 3/4;  x = -5: ReLU 0 -> 1/2, leaky -1
+    # -> sigmoid(-ln 3) = 1/4
     x = torch.tensor([[[1.0], [-5.0]]])
-    for gate, low in ((caa.ChannelAttention(1, 1, 1, negative_slope=0), 0.5), (caa.ChannelAttention(1, 1, 1), 0.25)):
-        gate.load_state_dict({"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), math.log(3))})
+    for gate, low in (
+        (caa.ChannelAttention(1, 1, 1, negative_slope=0), 0.5),
+        (caa.ChannelAttention(1, 1, 1), 0.25),
+    ):
+        gate.load_state_dict(
+            {"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), math.log(3))}
+        )
         torch.testing.assert_close(gate(x), torch.tensor([[[0.75], [low]]]))
 
 
@@ -174,12 +210,13 @@ def test_gate_printed_form_is_two_matrices():
 
 
 def test_channel_map_by_hand():
-    # channels 0 and R at one position, as in Eq. (3.3); DANet's released code would give 3/4 1/4 in the second row
+    # channels 0 and R at one position, as in Eq. (3.3); DANet's released code would give 3/4 1/4 in
+    # the second row
     x = torch.tensor([0, R]).view(1, 2, 1, 1)
     torch.testing.assert_close(caa.channel_map(x), torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]))
 
 
-# ------------------------------------------------------------------------------------------------------ against loops
+# ------------------------------------------------------------------------------------ against loops
 
 
 @pytest.mark.parametrize("axis", ["column", "row"])
@@ -199,7 +236,10 @@ def test_eq_3_6_and_3_7_without_gate_equal_loops(axis, size):
     query, value = inputs(*size)
     fast = caa.channelized(caa.axial_attention(query, axis), value, None, axis)
     literal = loop_axis(query, value, None, axis)
-    if (axis, 1) in (("column", size[0]), ("row", size[1])):  # nothing to choose from: the query has no gradient
+    if (axis, 1) in (
+        ("column", size[0]),
+        ("row", size[1]),
+    ):  # nothing to choose from: the query has no gradient
         torch.testing.assert_close(fast, value)
         torch.testing.assert_close(literal, value)
     else:
@@ -217,7 +257,9 @@ def test_eq_3_9_and_3_10_gated_equal_loops(axis):
 def test_eq_3_9_gate_pools_over_keys_and_width():
     query, value = inputs(3, 4)
     seen = []
-    caa.channelized(caa.axial_attention(query, "column"), value, lambda p: seen.append(p) or p, "column")
+    caa.channelized(
+        caa.axial_attention(query, "column"), value, lambda p: seen.append(p) or p, "column"
+    )
     A = loop_map(query, "column")
     for b, i in product(range(2), range(3)):
         alpha = [A[b, i, j][m] * value[b, :, m, j] for m in range(3) for j in range(4)]
@@ -239,7 +281,11 @@ def test_eq_3_10_gate_pools_over_keys_and_height():
 @pytest.mark.parametrize("channelization", [True, False])
 def test_eq_3_11_and_3_5_spatial_attention_equals_loops(channelization):
     for H, W in ((3, 4), (4, 2)):
-        net = caa.SpatialAttention(3, "axial", channelization, layers=2, width=4, query_channels=2).double().eval()
+        net = (
+            caa.SpatialAttention(3, "axial", channelization, layers=2, width=4, query_channels=2)
+            .double()
+            .eval()
+        )
         for p in net.parameters():
             torch.nn.init.normal_(p)
         x = torch.randn(2, 3, H, W, dtype=torch.float64, requires_grad=True)
@@ -251,7 +297,11 @@ def test_eq_3_11_and_3_5_spatial_attention_equals_loops(channelization):
 
 @pytest.mark.parametrize("channelization", [True, False])
 def test_eq_3_1_and_3_2_self_attention_equals_loops(channelization):
-    net = caa.SpatialAttention(3, "self", channelization, layers=2, width=4, query_channels=2).double().eval()
+    net = (
+        caa.SpatialAttention(3, "self", channelization, layers=2, width=4, query_channels=2)
+        .double()
+        .eval()
+    )
     for p in net.parameters():
         torch.nn.init.normal_(p)
     x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -275,7 +325,8 @@ def test_eq_3_5_as_printed_is_another_sum_unless_there_is_one_column():
         printed = torch.zeros_like(g)
         for b, i, j in product(range(2), range(H), range(W)):
             printed[b, :, i, j] = sum(
-                row[b, i, j][n] * sum(col[b, i, j][m] * g[b, :, m, n] for m in range(H)) for n in range(W)
+                row[b, i, j][n] * sum(col[b, i, j][m] * g[b, :, m, n] for m in range(H))
+                for n in range(W)
             )
         y = caa.channelized(caa.axial_attention(theta, "column"), g, None, "column")
         y = caa.channelized(caa.axial_attention(phi, "row"), y, None, "row")
@@ -285,7 +336,9 @@ def test_eq_3_5_as_printed_is_another_sum_unless_there_is_one_column():
 
 @pytest.mark.parametrize("axis", ["column", "row"])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 6, 9])  # of 6 or 4: groups that divide, do not, and are too many
+@pytest.mark.parametrize(
+    "groups", [1, 2, 3, 4, 5, 6, 9]
+)  # of 6 or 4: groups that divide, do not, and are too many
 def test_algorithm_2_equals_channelized(groups, gated, axis):
     (query, value), gate = inputs(6, 4), strong_gate(3) if gated else None
     fast = caa.channelized(caa.axial_attention(query, axis), value, gate, axis)
@@ -308,7 +361,9 @@ def test_algorithm_2_keeps_the_values_precision(dtype):
         A = caa.axial_attention(query, axis)
         grouped = caa.channelized_grouped(A, value.to(dtype), g, axis, 2)
         assert grouped.dtype == dtype
-        torch.testing.assert_close(grouped.float(), caa.channelized(A, value, g, axis), rtol=0, atol=0.03)
+        torch.testing.assert_close(
+            grouped.float(), caa.channelized(A, value, g, axis), rtol=0, atol=0.03
+        )
 
 
 def test_channel_map_and_channel_step_equal_loops():
@@ -317,7 +372,10 @@ def test_channel_map_and_channel_step_equal_loops():
     torch.nn.init.constant_(net.gamma_channel, 0.7)
     A, y = torch.zeros(2, 3, 3, dtype=torch.float64), torch.zeros_like(x)
     for b, c in product(range(2), range(3)):
-        e = [torch.exp(sum(x[b, c, i, j] * x[b, d, i, j] for i in range(2) for j in range(4))) for d in range(3)]
+        e = [
+            torch.exp(sum(x[b, c, i, j] * x[b, d, i, j] for i in range(2) for j in range(4)))
+            for d in range(3)
+        ]
         A[b, c] = torch.stack(e) / sum(e)
         y[b, c] = x[b, c] + 0.7 * sum(A[b, c, d] * x[b, d] for d in range(3))
     torch.testing.assert_close(caa.channel_map(x), A)
@@ -327,12 +385,15 @@ def test_channel_map_and_channel_step_equal_loops():
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_gradients_pass_gradcheck(axis):
     (query, value), gate = inputs(2, 3, C=2, N=1), strong_gate(2)
-    step = lambda q, v, *_: caa.channelized(caa.axial_attention(q, axis), v, gate, axis)  # noqa: E731
+
+    def step(query, value, *_):
+        return caa.channelized(caa.axial_attention(query, axis), value, gate, axis)
+
     assert torch.autograd.gradcheck(step, (query, value, *gate.parameters()))
     assert torch.autograd.gradcheck(caa.channel_map, (value,))
 
 
-# -------------------------------------------------------------------------------------------------------- the gate's size
+# ---------------------------------------------------------------------------------- the gate's size
 
 
 @pytest.mark.parametrize(
@@ -354,13 +415,22 @@ def test_table_3_1_counts_the_weights_of_two_gates(layers, width, expected):
 def test_default_gate_has_five_hidden_layers_of_128():
     shapes = [(128, 512)] + [(128, 128)] * 4 + [(512, 128)]
     spatial = caa.SpatialAttention()
-    for gate in (caa.ChannelAttention(512), spatial.gate_col, spatial.gate_row, caa.CAA(8).attention.gate_col):
+    for gate in (
+        caa.ChannelAttention(512),
+        spatial.gate_col,
+        spatial.gate_row,
+        caa.CAA(8).attention.gate_col,
+    ):
         assert [tuple(p.shape) for p in gate.parameters()] == shapes
 
 
 def test_gates_start_from_kaimings_initialisation():
-    for fc in caa.ChannelAttention(512).fc:  # of leaky ReLU 0.2: variance 2 / (1 + 0.2²) / what goes in
-        assert fc.weight.std().item() == pytest.approx(math.sqrt(2 / 1.04 / fc.in_features), rel=0.03)
+    for fc in caa.ChannelAttention(
+        512
+    ).fc:  # of leaky ReLU 0.2: variance 2 / (1 + 0.2²) / what goes in
+        assert fc.weight.std().item() == pytest.approx(
+            math.sqrt(2 / 1.04 / fc.in_features), rel=0.03
+        )
         assert abs(fc.weight.mean().item()) < 0.03 / math.sqrt(fc.in_features)
 
 
@@ -378,7 +448,9 @@ def test_queries_are_linear_as_printed_and_behind_a_relu_as_released(attention):
         torch.testing.assert_close(released(x), printed(x).relu() / 0.7)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(dual="parallel"), dict(dual="sequential")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(dual="parallel"), dict(dual="sequential")], ids=str
+)
 def test_released_reaches_the_queries(options):
     for released in (False, True):
         attention = caa.build(3, "resnet18", released=released, **options).head.attention
@@ -386,7 +458,11 @@ def test_released_reaches_the_queries(options):
 
 
 def test_queries_are_linear_where_nothing_is_said():
-    for attention in (caa.SpatialAttention(8), caa.CAA(8).attention, caa.build(3, "resnet18").head.attention):
+    for attention in (
+        caa.SpatialAttention(8),
+        caa.CAA(8).attention,
+        caa.build(3, "resnet18").head.attention,
+    ):
         assert not has_relu(attention.theta) and not has_relu(attention.phi)
 
 
@@ -402,8 +478,11 @@ def test_a_querys_product_with_itself_starts_near_32(released):
 
 
 def test_behind_a_relu_a_long_query_draws_positions_that_show_something_else():
-    # a column of five: the last is three times as long and shows something else (its products with the others are below 0)
-    z = torch.tensor([[1.0, -1.4], [1.2, -1.5], [0.8, -1.1], [1.1, -1.3], [3.0, 3.2]]).T.reshape(1, 2, 5, 1)
+    # a column of five: the last is three times as long and shows something else (its products with
+    # the others are below 0)
+    z = torch.tensor([[1.0, -1.4], [1.2, -1.5], [0.8, -1.1], [1.1, -1.3], [3.0, 3.2]]).T.reshape(
+        1, 2, 5, 1
+    )
     assert caa.axial_attention(z.relu(), "column")[0, 0].argmax(-1).tolist() == [4, 4, 4, 4, 4]
     assert caa.axial_attention(z, "column")[0, 0, :4].argmax(-1).max() < 4
 
@@ -420,14 +499,23 @@ def test_options_reach_the_gates_and_no_more():
 
     plain = count(channelization=False)
     assert count() - plain == 2 * (512 * 128 + 4 * 128 * 128 + 128 * 512)
-    assert count(channel_layers=3, channel_width=64) - plain == 2 * (512 * 64 + 2 * 64 * 64 + 64 * 512)
-    assert count(channelization=False, se=True) - plain == 512 * 32 + 32 + 32 * 512 + 512  # reduction 16
-    assert count(attention="self") - count(attention="self", channelization=False) == 512 * 128 + 4 * 128 * 128 + 128 * 512
-    assert plain - count(attention="self", channelization=False) == 512 * 64 + 2 * 64  # φ and its batch norm
+    assert count(channel_layers=3, channel_width=64) - plain == 2 * (
+        512 * 64 + 2 * 64 * 64 + 64 * 512
+    )
+    assert (
+        count(channelization=False, se=True) - plain == 512 * 32 + 32 + 32 * 512 + 512
+    )  # reduction 16
+    assert (
+        count(attention="self") - count(attention="self", channelization=False)
+        == 512 * 128 + 4 * 128 * 128 + 128 * 512
+    )
+    assert (
+        plain - count(attention="self", channelization=False) == 512 * 64 + 2 * 64
+    )  # φ and its batch norm
     assert plain - count(channelization=False, auxiliary=False) == 512 * 256 + 2 * 256 + 256 * 3 + 3
 
 
-# ----------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 def test_maps_are_exact_under_autocast():
@@ -436,10 +524,17 @@ def test_maps_are_exact_under_autocast():
         for axis in ("column", "row"):
             A = caa.axial_attention(query.bfloat16(), axis)
             assert A.dtype == torch.float32
-            torch.testing.assert_close(A, caa.axial_attention(query.bfloat16().double(), axis).float(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                A,
+                caa.axial_attention(query.bfloat16().double(), axis).float(),
+                rtol=1e-4,
+                atol=1e-6,
+            )
         A = caa.channel_map(query.bfloat16())
         assert A.dtype == torch.float32
-    torch.testing.assert_close(A, caa.channel_map(query.bfloat16().double()).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        A, caa.channel_map(query.bfloat16().double()).float(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_gate_is_exact_under_autocast():
@@ -476,14 +571,16 @@ def test_float16_features_are_pooled_in_float32():
     value = (1e-3 * torch.rand(1, 4, 32, 32)).half()
     for axis in ("column", "row"):
         A, seen = caa.axial_attention(torch.randn(1, 2, 32, 32), axis), []
-        y = caa.channelized(A, value, lambda p, seen=seen: seen.append(p) or torch.ones_like(p), axis)
+        y = caa.channelized(
+            A, value, lambda p, seen=seen: seen.append(p) or torch.ones_like(p), axis
+        )
         z = caa.channelized(A, value, None, axis).double()
         assert y.dtype == torch.float16 and seen[0].dtype == torch.float32
         pooled = z.mean(3 if axis == "column" else 2).transpose(1, 2) / 32
         torch.testing.assert_close(seen[0].double(), pooled, rtol=1e-4, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------- the network
+# -------------------------------------------------------------------------------------- the network
 
 
 def small(num_classes=5, output_stride=16, **options):
@@ -505,12 +602,16 @@ def open_gammas(net):
 def recorded(module, of="output"):
     """What goes in or comes out of `module`, a list that grows."""
     seen = []
-    module.register_forward_hook(lambda _, given, out: seen.append(given[0] if of == "input" else out))
+    module.register_forward_hook(
+        lambda _, given, out: seen.append(given[0] if of == "input" else out)
+    )
     return seen
 
 
 def at_pixels(m, stride, size):
-    """Linear between the positions of `m` `[N, K, h, w]`, the i-th of which lies at pixel i * stride."""
+    """Linear between the positions of `m` `[N, K, h, w]`, the i-th of which lies at pixel i *
+    stride.
+    """
     rows, columns = (
         (1 - (torch.arange(side)[:, None] / stride - torch.arange(n)).abs()).clamp(min=0)
         for side, n in zip(size, m.shape[2:])
@@ -523,9 +624,13 @@ def test_every_option_trains_every_parameter(options):
     net, (images, labels) = open_gammas(small(**options)), batch()
     losses = net(images, labels)
     names = {"cross_entropy"} | ({"auxiliary"} if options.get("auxiliary", True) else set())
-    names |= {"parallel": {"spatial", "channel"}, "sequential": {"channel"}}.get(options.get("dual"), set())
+    names |= {"parallel": {"spatial", "channel"}, "sequential": {"channel"}}.get(
+        options.get("dual"), set()
+    )
     assert set(losses) == names
-    assert all(loss.shape == () and loss.dtype == torch.float32 and loss > 0 for loss in losses.values())
+    assert all(
+        loss.shape == () and loss.dtype == torch.float32 and loss > 0 for loss in losses.values()
+    )
     sum(losses.values()).backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
@@ -550,14 +655,23 @@ def test_logits_and_losses_are_float32_under_autocast():
     assert logits.dtype == torch.float32 and logits.isfinite().all()
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     with torch.no_grad():
-        torch.testing.assert_close(losses["cross_entropy"], net(images, labels)["cross_entropy"], rtol=0.02, atol=0)
+        torch.testing.assert_close(
+            losses["cross_entropy"], net(images, labels)["cross_entropy"], rtol=0.02, atol=0
+        )
 
 
 @pytest.mark.parametrize(
     "stride, decoder, wide, size",
-    [(8, False, 57, (9, 8)), (16, False, 65, (5, 5)), (32, False, 65, (3, 3)), (16, True, 65, (17, 17))],
+    [
+        (8, False, 57, (9, 8)),
+        (16, False, 65, (5, 5)),
+        (32, False, 65, (3, 3)),
+        (16, True, 65, (17, 17)),
+    ],
 )
-def test_logits_at_pixel_i_times_stride_are_the_1x1_classifiers_of_position_i(stride, decoder, wide, size):
+def test_logits_at_pixel_i_times_stride_are_the_1x1_classifiers_of_position_i(
+    stride, decoder, wide, size
+):
     net, image = small(7, stride, decoder=decoder).eval(), torch.randn(1, 3, 58, 50)
     features, given = torch.randn(1, 256, *size), recorded(net.backbone, "input")
     shapes = []
@@ -568,17 +682,27 @@ def test_logits_at_pixel_i_times_stride_are_the_1x1_classifiers_of_position_i(st
         expected += net.classifier.bias.view(7, 1, 1)
     assert shapes == [features.shape]
     # continued to k * stride + 1 pixels: the last row and the last column are repeated
-    assert torch.equal(given[0], image[:, :, torch.arange(65).clamp(max=57)][:, :, :, torch.arange(wide).clamp(max=49)])
+    assert torch.equal(
+        given[0],
+        image[:, :, torch.arange(65).clamp(max=57)][:, :, :, torch.arange(wide).clamp(max=49)],
+    )
     step = 4 if decoder else stride
     torch.testing.assert_close(
-        logits[:, :, ::step, ::step], expected[:, :, : -(-58 // step), : -(-50 // step)], rtol=1e-4, atol=1e-5
+        logits[:, :, ::step, ::step],
+        expected[:, :, : -(-58 // step), : -(-50 // step)],
+        rtol=1e-4,
+        atol=1e-5,
     )
     torch.testing.assert_close(logits, at_pixels(expected, step, (58, 50)), rtol=1e-4, atol=1e-5)
 
 
 def test_decoder_puts_the_features_at_their_pixels_of_the_fine_map():
     net = small(decoder=True).eval()
-    coarse, fine, fused = recorded(net.head), recorded(net.decoder.low), recorded(net.decoder.fuse, "input")
+    coarse, fine, fused = (
+        recorded(net.head),
+        recorded(net.decoder.low),
+        recorded(net.decoder.fuse, "input"),
+    )
     with torch.no_grad():
         net(torch.randn(1, 3, 40, 65))
     assert coarse[0].shape == (1, 256, 4, 5) and fused[0].shape == (1, 304, 13, 17)
@@ -586,26 +710,36 @@ def test_decoder_puts_the_features_at_their_pixels_of_the_fine_map():
     assert torch.equal(fused[0][:, 256:], fine[0])
 
 
-@pytest.mark.parametrize("options", [dict(), dict(attention="self"), dict(channelization=False, se=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(attention="self"), dict(channelization=False, se=True)], ids=str
+)
 def test_a_training_step_takes_one_image(options):
     net, (images, labels) = small(**options), batch(1, 33, 49)
     for query in filter(None, (net.head.attention.theta, net.head.attention.phi)):
         torch.nn.init.constant_(
             query[1].weight, 0.1
         )  # else the maps of twelve random positions are the identity, to rounding
-    before, reduced = {name: p.detach().clone() for name, p in net.named_parameters()}, recorded(net.head.reduce)
+    before, reduced = (
+        {name: p.detach().clone() for name, p in net.named_parameters()},
+        recorded(net.head.reduce),
+    )
     sum(net(images, labels).values()).backward()
     torch.optim.SGD(net.parameters(), 0.1).step()
     assert reduced[0].shape == (1, 512, 3, 4)
     assert all(p.isfinite().all() for p in net.parameters())
     same = {name for name, p in net.named_parameters() if torch.equal(p, before[name])}
-    # the scale of each value channel: at the start `after` is the identity, whose batch norm undoes it
+    # the scale of each value channel: at the start `after` is the identity, whose batch norm undoes
+    # it
     assert same <= {"head.attention.g.1.weight"}
 
 
 def test_resnet_has_multi_grid_1_2_4_and_others_build_without():
     layer4 = caa.build(3, "resnet50", output_stride=16).backbone.body.layer4
-    assert [layer4.get_submodule(str(i)).conv2.dilation for i in range(3)] == [(2, 2), (4, 4), (8, 8)]
+    assert [layer4.get_submodule(str(i)).conv2.dilation for i in range(3)] == [
+        (2, 2),
+        (4, 4),
+        (8, 8),
+    ]
     net = caa.build(3, "mobilenet_v2", output_stride=16).eval()
     with torch.no_grad():
         assert net(torch.randn(1, 3, 40, 33)).shape == (1, 3, 40, 33)
@@ -619,8 +753,12 @@ def test_image_level_branch_adds_the_same_to_every_position():
         y = head(x)
         conv = head.image_level[1]
         assert conv.bias.abs().max() > 0
-        level = (head.reduce(x).mean((2, 3)) @ conv.weight[:, :, 0, 0].T + conv.bias).clamp(min=0)  # no batch norm
-        expected = F.relu(head.project[1]((level @ head.project[0].weight[:, 512:, 0, 0].T)[:, :, None, None]))
+        level = (head.reduce(x).mean((2, 3)) @ conv.weight[:, :, 0, 0].T + conv.bias).clamp(
+            min=0
+        )  # no batch norm
+        expected = F.relu(
+            head.project[1]((level @ head.project[0].weight[:, 512:, 0, 0].T)[:, :, None, None])
+        )
     assert y.shape == (2, 256, 5, 6) and y.max() > 0
     torch.testing.assert_close(y, expected.expand_as(y), rtol=1e-4, atol=1e-5)
 
@@ -630,11 +768,13 @@ def test_squeeze_and_excitation_scales_what_the_attention_gives():
     attended, excited = recorded(head.attention), recorded(head.after, "input")
     with torch.no_grad():
         head(x)
-        scale = torch.sigmoid(head.se.fc2(F.relu(head.se.fc1(attended[0].mean((2, 3), keepdim=True)))))
+        scale = torch.sigmoid(
+            head.se.fc2(F.relu(head.se.fc1(attended[0].mean((2, 3), keepdim=True))))
+        )
     torch.testing.assert_close(excited[0], scale * attended[0])
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 @pytest.mark.parametrize("dual", [None, "parallel", "sequential"])
@@ -695,20 +835,26 @@ def test_each_loss_trains_the_backbone(name):
     assert any(key.startswith("head") for key in reached) == (name == "cross_entropy")
 
 
-# ---------------------------------------------------------------------------------------------------- dual attention
+# ----------------------------------------------------------------------------------- dual attention
 
 
 def test_sequential_branch_trains_only_its_own_logits():
     net, (images, labels) = open_gammas(small(dual="sequential")), batch()
     net(images, labels)["channel"].backward()
-    trained = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    trained = {
+        name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    }
     assert trained == {"head.channel_logits.1.weight", "head.channel_logits.1.bias"}
 
 
 def test_parallel_branches_train_their_own_side():
     net, (images, labels) = open_gammas(small(dual="parallel")), batch()
     net(images, labels)["channel"].backward()
-    trained = {name for name, p in net.head.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    trained = {
+        name
+        for name, p in net.head.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
     assert {name.split(".")[0] for name in trained} == {
         "reduce_channel", "gamma_channel", "after_channel", "channel_logits",
     }  # fmt: skip
@@ -717,7 +863,9 @@ def test_parallel_branches_train_their_own_side():
 
 def test_parallel_features_are_the_sum_of_the_branches():
     net = open_gammas(small(dual="parallel")).eval()
-    branches = [recorded(layer, "input") for layer in (net.head.spatial_logits, net.head.channel_logits)]
+    branches = [
+        recorded(layer, "input") for layer in (net.head.spatial_logits, net.head.channel_logits)
+    ]
     features = recorded(net.classifier, "input")
     with torch.no_grad():
         net(torch.randn(1, 3, 64, 48))
@@ -755,15 +903,25 @@ def test_dual_attention_has_no_gates_and_either_attention(attention):
     assert ("self-attention" in maps) == (attention == "self")
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 @pytest.mark.parametrize(
     "pixel, cell",
-    [((0, 0), (0, 0)), ((59, 0), (4, 0)), ((7, 89), (0, 6)), ((8, 23), (1, 1)), ((55, 24), (3, 2)), (None, (2, 3))],
+    [
+        ((0, 0), (0, 0)),
+        ((59, 0), (4, 0)),
+        ((7, 89), (0, 6)),
+        ((8, 23), (1, 1)),
+        ((55, 24), (3, 2)),
+        (None, (2, 3)),
+    ],
 )
 def test_figures_show_the_column_and_row_of_the_position_nearest_to_the_pixel(pixel, cell):
-    net, image = small().eval(), torch.randn(3, 60, 90)  # continued to 65 x 97: 5 x 7 positions at stride 16
+    net, image = (
+        small().eval(),
+        torch.randn(3, 60, 90),
+    )  # continued to 65 x 97: 5 x 7 positions at stride 16
     given = recorded(net.head.attention, "input")
     figures = net.figures(image, pixel)
     assert set(figures) == {"column attention", "row attention", "column, then row"}
@@ -772,12 +930,20 @@ def test_figures_show_the_column_and_row_of_the_position_nearest_to_the_pixel(pi
         maps = caa.attended(net.head.attention, given[-1], *cell)
     assert given[-1].shape == (1, 512, 5, 7)
     # position i is nearest to the pixels 16 i - 8 … 16 i + 7
-    rows, columns = torch.arange(5).repeat_interleave(16)[8:68], torch.arange(7).repeat_interleave(16)[8:98]
+    rows, columns = (
+        torch.arange(5).repeat_interleave(16)[8:68],
+        torch.arange(7).repeat_interleave(16)[8:98],
+    )
     for name, figure in figures.items():
-        assert figure.shape == (60, 90) and figure.dtype == torch.float32 and not figure.requires_grad
+        assert (
+            figure.shape == (60, 90) and figure.dtype == torch.float32 and not figure.requires_grad
+        )
         assert figure.min() >= 0 and figure.max() == 1
         assert torch.equal(figure, (maps[name] / maps[name].max())[rows][:, columns])
-    own_row, own_column = (rows == cell[0])[:, None].expand(60, 90), (columns == cell[1]).expand(60, 90)
+    own_row, own_column = (
+        (rows == cell[0])[:, None].expand(60, 90),
+        (columns == cell[1]).expand(60, 90),
+    )
     assert torch.equal(figures["column attention"] > 0, own_column)
     assert torch.equal(figures["row attention"] > 0, own_row)
     assert (figures["column, then row"] > 0).all()
@@ -796,7 +962,10 @@ def test_figures_are_of_one_image_in_evaluation_mode(dual):
 
 
 def test_figures_of_a_pixel_outside_the_image_are_refused():
-    net, image = small().eval(), torch.randn(3, 33, 18)  # 33 x 33 with its continuation, which is not of the image
+    net, image = (
+        small().eval(),
+        torch.randn(3, 33, 18),
+    )  # 33 x 33 with its continuation, which is not of the image
     for pixel in ((33, 0), (0, 18), (-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="33 rows and 18 columns"):
             net.figures(image, pixel)
@@ -811,7 +980,10 @@ def test_attended_are_the_weights_of_every_position():
     col, row = net.maps(x)
     for i, j in product(range(3), range(5)):
         A_col, A_row = loop_map(net.theta(x), "column"), loop_map(net.phi(x), "row")
-        maps = {name: torch.zeros(3, 5).double() for name in ("column attention", "row attention", "column, then row")}
+        maps = {
+            name: torch.zeros(3, 5).double()
+            for name in ("column attention", "row attention", "column, then row")
+        }
         for m, n in product(range(3), range(5)):
             maps["column attention"][m, j] = A_col[0, i, j][m]
             maps["row attention"][i, n] = A_row[0, i, j][n]
@@ -832,7 +1004,9 @@ def test_attended_of_self_attention_are_its_weights():
         torch.testing.assert_close(caa.attended(net, x, i, j), {"self-attention": e / e.sum()})
 
 
-@pytest.mark.parametrize("design, branches", [("parallel", ("spatial", "channel")), ("sequential", ("channel",))])
+@pytest.mark.parametrize(
+    "design, branches", [("parallel", ("spatial", "channel")), ("sequential", ("channel",))]
+)
 def test_figures_of_dual_attention_are_label_maps_of_its_branches(design, branches):
     net, image = open_gammas(small(dual=design)).eval(), torch.randn(3, 65, 50)
     layers = {name: getattr(net.head, f"{name}_logits") for name in branches}
@@ -851,7 +1025,7 @@ def test_figures_of_dual_attention_are_label_maps_of_its_branches(design, branch
         assert len(labels.unique()) > 1 and torch.equal(figures[f"{name} attention"], labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 @pytest.mark.parametrize("backbone, decoder", [("swin_t", False), ("convnext_tiny", True)])
@@ -867,13 +1041,22 @@ def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder)
         whole = F.interpolate(caught[0], scale_factor=stride, mode="bilinear", align_corners=False)
         torch.testing.assert_close(logits, whole[:, :, :65, :40])
         shapes = {tuple(m.shape) for m in net.figures(images[0], (7, 39)).values()}
-        assert shapes == {(65, 40)} and net.figures(images[0], (7, 39))["column attention"][:, 31].max() == 0
-        assert net.figures(images[0], (7, 39))["column attention"][:, 32].max() > 0  # pixels 32 to 39 are one patch
+        assert (
+            shapes == {(65, 40)}
+            and net.figures(images[0], (7, 39))["column attention"][:, 31].max() == 0
+        )
+        assert (
+            net.figures(images[0], (7, 39))["column attention"][:, 32].max() > 0
+        )  # pixels 32 to 39 are one patch
         net.auxiliary.register_forward_hook(lambda module, inputs, output: caught.append(output))
         labels = torch.randint(3, (1, 65, 40))
         losses = net(images, labels)
-        auxiliary = F.interpolate(caught[-1], scale_factor=8, mode="bilinear", align_corners=False)[:, :, :65, :40]
-    assert losses["auxiliary"].item() == pytest.approx(0.4 * F.cross_entropy(auxiliary, labels).item(), rel=1e-5)
+        auxiliary = F.interpolate(caught[-1], scale_factor=8, mode="bilinear", align_corners=False)[
+            :, :, :65, :40
+        ]
+    assert losses["auxiliary"].item() == pytest.approx(
+        0.4 * F.cross_entropy(auxiliary, labels).item(), rel=1e-5
+    )
     assert net.decoder is None or not net.decoder.corners
 
 
@@ -881,8 +1064,9 @@ def test_unknown_option_lists_the_known_ones_with_their_defaults():
     with pytest.raises(ValueError) as error:
         caa.build(3, "resnet18", heads=8)
     for part in (
-        "heads", "attention='axial'", "channelization=True", "channel_layers=5", "channel_width=128", "se=False",
-        "dual=None", "released=False", "auxiliary=True", "decoder=False", "output_stride=8",
+        "heads", "attention='axial'", "channelization=True", "channel_layers=5",
+        "channel_width=128", "se=False", "dual=None", "released=False", "auxiliary=True",
+        "decoder=False", "output_stride=8",
     ):  # fmt: skip
         assert part in str(error.value)
 
@@ -904,7 +1088,9 @@ def test_wrong_value_is_named_with_the_right_ones(make, named):
     assert all(part in str(error.value) for part in named)
 
 
-@pytest.mark.parametrize("options", [dict(decoder=True), dict(dual="parallel"), dict(attention="self", se=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(decoder=True), dict(dual="parallel"), dict(attention="self", se=True)], ids=str
+)
 def test_saved_weights_reproduce_the_outputs(options, tmp_path):
     first, second, (images, labels) = small(**options), small(**options).eval(), batch()
     first(images, labels)  # moves the running means of the batch norms

@@ -1,4 +1,6 @@
-"""car.py against the equations of the thesis, chapter 4, written here over their indices, in float64."""
+"""car.py against the equations of the thesis, chapter 4, written here over their indices, in
+float64.
+"""
 
 import copy
 import math
@@ -38,7 +40,7 @@ def maps(*pixels):
     return torch.tensor(pixels, dtype=torch.float64).T[None, :, None]
 
 
-# ------------------------------------------------------------------------------------------------- the printed equations
+# ---------------------------------------------------------------------------- the printed equations
 
 
 def loop_centers(features, labels, K, images):
@@ -74,9 +76,16 @@ def loop_c2c(centers, epsilon, released):
     K, C = centers.shape
     sums = []
     for k in range(K):
-        energy = [sum(centers[k, c] * centers[m, c].detach() for c in range(C)) / math.sqrt(C) for m in range(K)]
+        energy = [
+            sum(centers[k, c] * centers[m, c].detach() for c in range(C)) / math.sqrt(C)
+            for m in range(K)
+        ]
         total = sum(torch.exp(e) for e in energy)
-        above = [torch.clamp(torch.exp(energy[m]) / total - epsilon / (K - 1), min=0) for m in range(K) if m != k]
+        above = [
+            torch.clamp(torch.exp(energy[m]) / total - epsilon / (K - 1), min=0)
+            for m in range(K)
+            if m != k
+        ]
         sums.append(sum(above))
     if released:
         return (sum(torch.clamp(s, 1e-7, 1 - 1e-7) for s in sums) / K) ** 2
@@ -96,7 +105,9 @@ def loop_c2p(features, labels, centers, epsilon, released):
             energy.append(e / math.sqrt(C) if released else e)
         total = sum(torch.exp(e) for e in energy)
         above = [
-            torch.clamp(torch.exp(energy[k]) / total - epsilon / (K - 1), min=0) for k in range(K) if k != labels[n, i, j]
+            torch.clamp(torch.exp(energy[k]) / total - epsilon / (K - 1), min=0)
+            for k in range(K)
+            if k != labels[n, i, j]
         ]
         ignored = labels[n, i, j] == 255 and not released
         sums.append(torch.zeros((), dtype=features.dtype) if ignored else sum(above))
@@ -112,11 +123,13 @@ def same_with_gradients(found, expected, *inputs):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------- class centres
+# ------------------------------------------------------------------------------------ class centres
 
 
 def test_eq_4_1_by_hand():
-    features = torch.tensor([[[[1.0, 3]], [[2.0, 4]]], [[[5.0, 7]], [[6.0, 8]]]])  # pixels (1 2), (3 4); (5 6), (7 8)
+    features = torch.tensor(
+        [[[[1.0, 3]], [[2.0, 4]]], [[[5.0, 7]], [[6.0, 8]]]]
+    )  # pixels (1 2), (3 4); (5 6), (7 8)
     labels = torch.tensor([[[0, 1]], [[0, 255]]])
     centers, counts = car.class_centers(features, labels, 3)
     assert centers.tolist() == [[3, 4], [3, 4], [0, 0]] and counts.tolist() == [2, 1, 0]
@@ -129,40 +142,56 @@ def test_eq_4_1_equals_the_loop_with_gradients():
     features, labels = scene()
     pull = torch.randn(3, 3, dtype=torch.float64)
     centers, _ = car.class_centers(features, labels, 3)
-    same_with_gradients((centers * pull).sum(), (loop_centers(features, labels, 3, (0, 1)) * pull).sum(), features)
+    same_with_gradients(
+        (centers * pull).sum(), (loop_centers(features, labels, 3, (0, 1)) * pull).sum(), features
+    )
     centers, _ = car.class_centers(features, labels, 3, scope="image")
     expected = torch.stack([loop_centers(features, labels, 3, (n,)) for n in (0, 1)])
     same_with_gradients((centers * pull).sum(), (expected * pull).sum(), features)
 
 
-# -------------------------------------------------------------------------------------------------------- the three terms
+# ---------------------------------------------------------------------------------- the three terms
 
 
 def test_eqs_4_2_4_3_intra_by_hand():
-    # distances (1 1), (0 2), and an ignored pixel that is far away: squares 1 + 1 + 0 + 4 over 3 pixels x 2 channels
+    # distances (1 1), (0 2), and an ignored pixel that is far away: squares 1 + 1 + 0 + 4 over 3
+    # pixels x 2 channels
     features, labels = maps((2, 3), (5, 9), (100, 100)), torch.tensor([[[0, 1, 255]]])
     centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]])
     assert car.intra_center_to_pixel(features, labels, centers).item() == pytest.approx(6 / 6)
-    assert car.intra_center_to_pixel(features, labels, centers, released=True).item() == pytest.approx((4 / 6) ** 2)
+    assert car.intra_center_to_pixel(
+        features, labels, centers, released=True
+    ).item() == pytest.approx((4 / 6) ** 2)
 
 
 def test_eqs_4_4_to_4_7_between_centres_by_hand():
-    # energies ln 3 against 0 and ln 7 against 0: A = (3/4, 1/4), (1/8, 7/8); above 1/16: 3/16 and 1/16
-    centers = torch.diag(torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt())[:2]
+    # energies ln 3 against 0 and ln 7 against 0: A = (3/4, 1/4), (1/8, 7/8); above 1/16: 3/16 and
+    # 1/16
+    centers = torch.diag(
+        torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt()
+    )[:2]
     loss = car.inter_center_to_center(centers, epsilon=1 / 16)
     assert loss.item() == pytest.approx((3**2 + 1) / 16**2 / 2)
-    assert car.inter_center_to_center(centers, epsilon=1 / 16, released=True).item() == pytest.approx((2 / 16) ** 2)
+    assert car.inter_center_to_center(
+        centers, epsilon=1 / 16, released=True
+    ).item() == pytest.approx((2 / 16) ** 2)
     # three centres in one place: A = 1/3 each; above ε_0/2 = 1/4 twice 1/12
-    assert car.inter_center_to_center(torch.ones(3, 5)).item() == pytest.approx((1 / 6) ** 2, rel=1e-5)
+    assert car.inter_center_to_center(torch.ones(3, 5)).item() == pytest.approx(
+        (1 / 6) ** 2, rel=1e-5
+    )
 
 
 def test_eqs_4_8_to_4_14_between_centres_and_pixels_by_hand():
-    # The pixel is of class 0: its own energy is replaced by |μ_0|² = ln 3, to class 1 it is 0: A = (3/4, 1/4)
+    # The pixel is of class 0: its own energy is replaced by |μ_0|² = ln 3, to class 1 it is 0: A =
+    # (3/4, 1/4)
     centers = torch.zeros(2, 4, dtype=torch.float64)
     centers[0, 0], centers[1, 1] = math.sqrt(math.log(3)), 1
     features, labels = maps((7, 0, 0, 0), (0, 0, 0, 0)), torch.tensor([[[0, 255]]])
-    assert car.inter_center_to_pixel(features, labels, centers, epsilon=1 / 8).item() == pytest.approx((1 / 8) ** 2 / 2)
-    # released: energies halved (√C = 2), 1/(1 + √3) to class 1; the ignored pixel is 1/2 on both, none of which is its own
+    assert car.inter_center_to_pixel(
+        features, labels, centers, epsilon=1 / 8
+    ).item() == pytest.approx((1 / 8) ** 2 / 2)
+    # released: energies halved (√C = 2), 1/(1 + √3) to class 1; the ignored pixel is 1/2 on both,
+    # none of which is its own
     first, second = 1 / (1 + math.sqrt(3)) - 1 / 8, 2 * (1 / 2 - 1 / 8)
     loss = car.inter_center_to_pixel(features, labels, centers, epsilon=1 / 8, released=True)
     assert loss.item() == pytest.approx(((first + second) / 2) ** 2)
@@ -196,7 +225,7 @@ def test_thresholds_are_shared_by_the_other_classes():
     assert D > 0 and loss.item() == pytest.approx((D / 5).item() ** 2, rel=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def test_no_gradient_reaches_the_centres_of_the_pixel_terms():
@@ -218,7 +247,9 @@ def test_gradient_reaches_one_of_the_two_centres_between_centres():
         return F.relu(A - 0.1 / 2).sum(1).square().mean()
 
     for k, c in product(range(3), range(4)):
-        assert found[k, c].item() == pytest.approx(((moved(k, c, 1e-6) - moved(k, c, -1e-6)) / 2e-6).item(), abs=1e-8)
+        assert found[k, c].item() == pytest.approx(
+            ((moved(k, c, 1e-6) - moved(k, c, -1e-6)) / 2e-6).item(), abs=1e-8
+        )
 
 
 def test_gradient_of_intra_through_the_centres_cancels():
@@ -227,18 +258,22 @@ def test_gradient_of_intra_through_the_centres_cancels():
     through = loop_intra(features, labels, centers, released=False, stop=False)
     same_with_gradients(car.intra_center_to_pixel(features, labels, centers), through, features)
     centers, _ = car.class_centers(features, labels, 3)
-    released = loop_intra(features, labels, centers, released=True, stop=False)  # a mean of distances: there it does not
+    released = loop_intra(
+        features, labels, centers, released=True, stop=False
+    )  # a mean of distances: there it does not
     found = car.intra_center_to_pixel(features, labels, centers, released=True)
     a, b = (torch.autograd.grad(loss, features, retain_graph=True)[0] for loss in (found, released))
     assert not torch.allclose(a, b, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------------ traps
+# -------------------------------------------------------------------------------------------- traps
 
 
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("centers", ["batch", "image", "moving"])
-@pytest.mark.parametrize("case", ["all ignored", "one class", "one position", "all classes absent but one pixel"])
+@pytest.mark.parametrize(
+    "case", ["all ignored", "one class", "one position", "all classes absent but one pixel"]
+)
 def test_losses_and_gradients_stay_finite(case, centers, released):
     features, labels = scene(n=1, c=4, h=5, w=3, classes=6)
     if case == "one position":
@@ -252,7 +287,9 @@ def test_losses_and_gradients_stay_finite(case, centers, released):
     module = car.ClassAwareRegularization(6, 4, centers=centers, released=released).double()
     losses = module(features, labels)
     (gradient,) = torch.autograd.grad(sum(losses.values()), features)
-    assert all(loss.isfinite() and loss >= 0 for loss in losses.values()) and gradient.isfinite().all()
+    assert (
+        all(loss.isfinite() and loss >= 0 for loss in losses.values()) and gradient.isfinite().all()
+    )
     if case == "all ignored" and not released:
         assert losses["intra_c2p"] == losses["inter_c2p"] == 0 and not gradient.any()
 
@@ -260,14 +297,18 @@ def test_losses_and_gradients_stay_finite(case, centers, released):
 def test_absent_classes_have_centre_0_and_take_part_in_the_softmax():
     centers = torch.zeros(4, 9)
     centers[0] = 100
-    A = torch.tensor([[0.0, 0, 0], [1 / 4] * 3, [1 / 4] * 3, [1 / 4] * 3])  # of the others: class 0 sees itself alone
+    A = torch.tensor(
+        [[0.0, 0, 0], [1 / 4] * 3, [1 / 4] * 3, [1 / 4] * 3]
+    )  # of the others: class 0 sees itself alone
     expected = F.relu(A - 0.5 / 3).sum(1).square().mean()
     assert car.inter_center_to_center(centers).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
-    features = (30 * torch.randn(2, 16, 4, 4)).to(dtype)  # squares of the norms exceed float16's 65504
+    features = (30 * torch.randn(2, 16, 4, 4)).to(
+        dtype
+    )  # squares of the norms exceed float16's 65504
     features[0, :, 0, 0] = 200
     labels = torch.randint(5, (2, 4, 4))
     module = car.ClassAwareRegularization(5, 16, centers="moving")
@@ -275,14 +316,24 @@ def test_half_precision_is_computed_in_float32(dtype):
     centers, _ = car.class_centers(features.float(), labels, 5)
     with torch.autocast("cpu", dtype):
         losses, found = module(features, labels), car.class_centers(features, labels, 5)[0]
-    assert all(losses[name].dtype == torch.float32 and torch.equal(losses[name], exact[name]) for name in TERMS)
+    assert all(
+        losses[name].dtype == torch.float32 and torch.equal(losses[name], exact[name])
+        for name in TERMS
+    )
     assert torch.equal(found, centers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_figures_are_no_rougher_than_the_features(dtype):
-    net, image, labels = Identity().eval(), 300 * torch.rand(1, 3, 9, 9).to(dtype), torch.randint(2, (1, 9, 9))
-    exact = car.class_dependency(net, [(image.float(), labels)], 2), car.pixel_relation(net, image.float())
+    net, image, labels = (
+        Identity().eval(),
+        300 * torch.rand(1, 3, 9, 9).to(dtype),
+        torch.randint(2, (1, 9, 9)),
+    )
+    exact = (
+        car.class_dependency(net, [(image.float(), labels)], 2),
+        car.pixel_relation(net, image.float()),
+    )
     with torch.autocast("cpu", dtype):
         found = car.class_dependency(net, [(image, labels)], 2), car.pixel_relation(net, image)
     assert all(torch.equal(a, b) for a, b in zip(found, exact))
@@ -297,7 +348,9 @@ class Largest(TorchDispatchMode):
         out = function(*arguments, **(keywords or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+                self.numbers = max(
+                    self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size()
+                )
         return out
 
 
@@ -311,7 +364,7 @@ def test_nothing_of_pixels_times_classes_times_channels_is_laid_out(centers):
     assert N * h * w * max(K, C) <= largest.numbers <= N * h * w * max(K + 1, C)
 
 
-# ------------------------------------------------------------------------------------------------------------- the module
+# --------------------------------------------------------------------------------------- the module
 
 
 def test_module_gives_the_terms_that_are_on():
@@ -324,25 +377,39 @@ def test_module_gives_the_terms_that_are_on():
         car.inter_center_to_center(centers, 0.5),
         car.inter_center_to_pixel(features, labels, centers, 0.25),
     )
-    assert [losses[name].item() for name in TERMS] == pytest.approx([loss.item() for loss in expected])
+    assert [losses[name].item() for name in TERMS] == pytest.approx(
+        [loss.item() for loss in expected]
+    )
     for name, option in zip(TERMS, NONE):
-        assert tuple(car.ClassAwareRegularization(3, **(NONE | {option: True}))(features, labels)) == (name,)
+        assert tuple(
+            car.ClassAwareRegularization(3, **(NONE | {option: True}))(features, labels)
+        ) == (name,)
     assert car.ClassAwareRegularization(3, **NONE)(features, labels) == {}
     thresholds = car.ClassAwareRegularization(3, epsilon_0=0.1, epsilon_1=0.2)(features, labels)
-    assert thresholds["inter_c2c"].item() == pytest.approx(car.inter_center_to_center(centers, 0.1).item())
-    assert thresholds["inter_c2p"].item() == pytest.approx(car.inter_center_to_pixel(features, labels, centers, 0.2).item())
+    assert thresholds["inter_c2c"].item() == pytest.approx(
+        car.inter_center_to_center(centers, 0.1).item()
+    )
+    assert thresholds["inter_c2p"].item() == pytest.approx(
+        car.inter_center_to_pixel(features, labels, centers, 0.2).item()
+    )
 
 
 def test_moving_average_by_hand():
     module = car.ClassAwareRegularization(3, 1, centers="moving", decay=0.75)
 
     def averaged(first, second, labels=(0, 1)):
-        centers, counts = car.class_centers(maps((first,), (second,)).float(), torch.tensor([[labels]]), 3)
+        centers, counts = car.class_centers(
+            maps((first,), (second,)).float(), torch.tensor([[labels]]), 3
+        )
         return module.moving_average(centers, counts > 0).flatten().tolist()
 
     assert averaged(8, 4) == [8, 4, 0]  # what is new is taken as it is
     assert averaged(16, 0) == [0.75 * 8 + 0.25 * 16, 3, 0]
-    assert averaged(2, 4, labels=(0, 0)) == [0.75 * 10 + 0.25 * 3, 3, 0]  # absent: class 1 keeps its own
+    assert averaged(2, 4, labels=(0, 0)) == [
+        0.75 * 10 + 0.25 * 3,
+        3,
+        0,
+    ]  # absent: class 1 keeps its own
     module.eval()
     assert averaged(0, 0) == [0.75 * 8.25, 2.25, 0] and module.mu.flatten().tolist() == [8.25, 3, 0]
 
@@ -353,7 +420,9 @@ def test_gradient_flows_through_the_new_part_of_the_moving_average():
     gradients = []
     for _ in range(2):
         centers, counts = car.class_centers(features, labels, 2)
-        gradients.append(torch.autograd.grad(module.moving_average(centers, counts > 0).sum(), features)[0])
+        gradients.append(
+            torch.autograd.grad(module.moving_average(centers, counts > 0).sum(), features)[0]
+        )
     torch.testing.assert_close(gradients[1], 0.1 * gradients[0])
     assert gradients[0].abs().max() > 0
 
@@ -372,7 +441,7 @@ def test_module_says_what_it_expects(options, message):
         car.ClassAwareRegularization(**options)
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 CASES = [dict(centers=c, released=r) for c in ("batch", "image", "moving") for r in (False, True)]
 
@@ -392,18 +461,30 @@ def terms_of(features, labels, options):
     module = car.ClassAwareRegularization(6, 4, **options).double()
     module(features.detach() + 1, labels)
     losses = module(features, labels)
-    (gradient,) = torch.autograd.grad(sum((i + 1) * loss for i, loss in enumerate(losses.values())), features)
+    (gradient,) = torch.autograd.grad(
+        sum((i + 1) * loss for i, loss in enumerate(losses.values())), features
+    )
     centers, counts = car.class_centers(features.detach(), labels, 6)
-    return {name: loss.detach() for name, loss in losses.items()}, gradient, centers, counts, module.state_dict()
+    return (
+        {name: loss.detach() for name, loss in losses.items()},
+        gradient,
+        centers,
+        counts,
+        module.state_dict(),
+    )
 
 
 def share_of_the_batch(rank):
     features, labels = joint_batch()
-    results = [terms_of(features[rank : rank + 1], labels[rank : rank + 1], options) for options in CASES]
+    results = [
+        terms_of(features[rank : rank + 1], labels[rank : rank + 1], options) for options in CASES
+    ]
     return results
 
 
-def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joint_batch(two_processes):
+def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joint_batch(
+    two_processes,
+):
     results = two_processes(share_of_the_batch)
     for options, first, second in zip(CASES, *results, strict=True):
         losses, gradient, centers, counts, state = terms_of(*joint_batch(), options)
@@ -417,14 +498,17 @@ def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joi
             assert all(torch.allclose(share[4][name], value) for name, value in state.items())
 
 
-# ------------------------------------------------------------------------------------------------ where the labels are
+# ----------------------------------------------------------------------------- where the labels are
 
 
 @pytest.mark.parametrize("side", [513, 512, 360, 160, 97, 50, 33])
 @pytest.mark.parametrize("stride", [4, 8, 16])
 def test_labels_are_read_where_the_positions_lie(side, stride):
     labels = torch.arange(side)[None, :, None].expand(1, side, side) + 1000 * torch.arange(side)
-    grids = (side - 2) // stride + 2, (side - 2) // 32 * (32 // stride) + 32 // stride + 1  # on_grid of the stride, of 32
+    grids = (
+        (side - 2) // stride + 2,
+        (side - 2) // 32 * (32 // stride) + 32 // stride + 1,
+    )  # on_grid of the stride, of 32
     for length in (*grids, -(-side // stride), -(-side // 32) * 32 // stride):  # …, plain, patches
         at = [min(i * stride, side - 1) for i in range(length)]
         assert car.pixels_of(side, length).tolist() == [i * stride for i in range(length)]
@@ -439,7 +523,7 @@ def test_positions_of_other_maps_are_spread_evenly():
     assert car.pixels_of(7, 7).tolist() == list(range(7)) and car.pixels_of(40, 1).tolist() == [0]
 
 
-# ----------------------------------------------------------------------------------------------------------- any network
+# -------------------------------------------------------------------------------------- any network
 
 
 class Other(nn.Module):
@@ -472,7 +556,10 @@ def test_regularize_adds_the_terms_of_what_enters_the_classifier():
 def losses_of(net, images, labels, small):
     features = net.body(images).relu()
     logits = F.interpolate(net.seg["cls"](features), size=labels.shape[1:], mode="bilinear")
-    return [F.cross_entropy(logits, labels), *car.ClassAwareRegularization(4, inter_c2c=False)(features, small).values()]
+    return [
+        F.cross_entropy(logits, labels),
+        *car.ClassAwareRegularization(4, inter_c2c=False)(features, small).values(),
+    ]
 
 
 def test_regularize_changes_nothing_at_inference():
@@ -483,7 +570,9 @@ def test_regularize_changes_nothing_at_inference():
     wrapped(images, labels)
     assert torch.equal(wrapped(images), before) and list(wrapped.net.state_dict()) == names
     assert not any(module._forward_pre_hooks for module in net.modules())
-    assert [name for name, _ in wrapped.named_parameters()] == [f"net.{name}" for name, _ in net.named_parameters()]
+    assert [name for name, _ in wrapped.named_parameters()] == [
+        f"net.{name}" for name, _ in net.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize("method", [caa, ksac])
@@ -494,12 +583,16 @@ def test_regularize_takes_the_losses_of_this_repositorys_networks(method):
     own = net(images, labels)
     torch.manual_seed(1)  # dropout
     losses = car.regularize(net, "classifier", 4)(images, labels)
-    assert list(losses) == [*own, *TERMS] and all(torch.equal(losses[name], own[name]) for name in own)
+    assert list(losses) == [*own, *TERMS] and all(
+        torch.equal(losses[name], own[name]) for name in own
+    )
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_regularize_takes_torchvisions_networks(name):
-    net = segmentation.__dict__[name](weights=None, weights_backbone=None, num_classes=4, aux_loss=True).train()
+    net = segmentation.__dict__[name](
+        weights=None, weights_backbone=None, num_classes=4, aux_loss=True
+    ).train()
     for dropout in (module for module in net.modules() if isinstance(module, nn.Dropout)):
         dropout.p = 0.0
     images, labels = torch.randn(2, 3, 33, 33), torch.randint(4, (2, 33, 33))
@@ -512,19 +605,26 @@ def test_regularize_takes_torchvisions_networks(name):
         torch.testing.assert_close(losses[name], expected, rtol=1e-4, atol=1e-5)
     sum(losses.values()).backward()
     assert net.backbone["conv1"].weight.grad.abs().sum() > 0
-    assert torch.equal(car.regularize(net.eval(), "classifier.4", 4)(images)["out"], net(images)["out"])
+    assert torch.equal(
+        car.regularize(net.eval(), "classifier.4", 4)(images)["out"], net(images)["out"]
+    )
 
 
 def test_regularize_says_what_it_expects():
     images, labels = torch.randn(1, 3, 8, 8), torch.randint(4, (1, 8, 8))
-    with pytest.raises(ValueError, match="Other has no submodule 'classifier'; its last layers are body, unused, seg.cls"):
+    with pytest.raises(
+        ValueError,
+        match="Other has no submodule 'classifier'; its last layers are body, unused, seg.cls",
+    ):
         car.regularize(Other(), "classifier", 4)
     with pytest.raises(ValueError, match="'unused' took no part"):
         car.regularize(Other(), "unused", 4)(images, labels)
     with pytest.raises(ValueError, match="no option epsilon"):
         car.regularize(Other(), "seg.cls", 4, epsilon=0.5)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (4, 1, 1)))
-    with pytest.raises(ValueError, match=r"what enters '1' is no feature map \[N, C, h, w\] but \[1, 192\]"):
+    with pytest.raises(
+        ValueError, match=r"what enters '1' is no feature map \[N, C, h, w\] but \[1, 192\]"
+    ):
         car.regularize(flat, "1", 4)(images, labels)
 
 
@@ -532,7 +632,7 @@ def test_regularize_keeps_a_moving_average_of_the_classifiers_input():
     assert car.regularize(Other(), "seg.cls", 4, centers="moving").car.mu.shape == (4, 8)
 
 
-# ------------------------------------------------------------------------------------------------------------- the heads
+# ---------------------------------------------------------------------------------------- the heads
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -551,7 +651,8 @@ def test_every_head_trains_every_parameter_at_odd_sizes(head, released):
 
 
 @pytest.mark.parametrize(
-    "backbone, head", [("resnet18", "uper"), ("resnet18", "ocr"), ("resnet18", "fcn"), ("swin_t", "uper")]
+    "backbone, head",
+    [("resnet18", "uper"), ("resnet18", "ocr"), ("resnet18", "fcn"), ("swin_t", "uper")],
 )
 def test_losses_are_those_of_the_logits_and_the_auxiliary_logits(backbone, head):
     net = car.build(4, backbone, head=head, auxiliary=True).eval()
@@ -559,7 +660,9 @@ def test_losses_are_those_of_the_logits_and_the_auxiliary_logits(backbone, head)
     labels[0, :9] = 255
     with torch.no_grad():
         losses, logits = net(images, labels), net(images)
-        torch.testing.assert_close(losses["cross_entropy"], F.cross_entropy(logits, labels, ignore_index=255))
+        torch.testing.assert_close(
+            losses["cross_entropy"], F.cross_entropy(logits, labels, ignore_index=255)
+        )
         corners = net.backbone.corners
         maps = net.backbone(backbones.on_grid(images, net.backbone.strides[-1], corners))
         if head == "ocr":  # the regions are found on the level before the last
@@ -581,17 +684,41 @@ def test_every_option_reaches_its_place():
         return net, net.car
 
     net, terms = parts()
-    assert (terms.epsilon_0, terms.epsilon_1, terms.centers, terms.released) == (0.5, 0.25, "batch", False)  # Sect. 4.4.1
-    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, True, True) and net.last[0].out_channels == 512
-    assert [block.conv2.dilation[0] for block in net.backbone.body.layer4.children()] == [4, 8, 16]  # multi-grid (1, 2, 4)
+    assert (terms.epsilon_0, terms.epsilon_1, terms.centers, terms.released) == (
+        0.5,
+        0.25,
+        "batch",
+        False,
+    )  # Sect. 4.4.1
+    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, True, True) and net.last[
+        0
+    ].out_channels == 512
+    assert [block.conv2.dilation[0] for block in net.backbone.body.layer4.children()] == [
+        4,
+        8,
+        16,
+    ]  # multi-grid (1, 2, 4)
     _, terms = parts(centers="moving", decay=0.8, epsilon_0=0.25, epsilon_1=0.125, inter_c2c=False)
-    assert (terms.centers, terms.decay, terms.epsilon_0, terms.epsilon_1) == ("moving", 0.8, 0.25, 0.125)
-    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, False, True) and terms.mu.shape == (4, 512)
+    assert (terms.centers, terms.decay, terms.epsilon_0, terms.epsilon_1) == (
+        "moving",
+        0.8,
+        0.25,
+        0.125,
+    )
+    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (
+        True,
+        False,
+        True,
+    ) and terms.mu.shape == (4, 512)
     assert parts(channels=256)[0].classifier.in_channels == 256
     net, terms = parts(head="uper", released=True, centers="moving")
     assert terms.released and terms.mu.shape == (4, 512) and net.linear.out_channels == 512
     assert net.backbone.strides == (4, 8, 16, 32) and net.head.top[0].kernel_size == (3, 3)
-    assert [conv.dilation[0] for conv in net.backbone.body.layer4.modules() if isinstance(conv, nn.Conv2d)] == [1] * 10
+    assert [
+        conv.dilation[0]
+        for conv in net.backbone.body.layer4.modules()
+        if isinstance(conv, nn.Conv2d)
+    ] == [1] * 10
     assert parts(head="uper", pool_pointwise=True)[0].head.top[0].kernel_size == (1, 1)
     for stride, rates in ((8, [12, 24, 36]), (16, [6, 12, 18])):
         branches = parts(head="deeplabv3", output_stride=stride)[0].head.convs[1:-1]
@@ -614,7 +741,10 @@ def test_without_terms_it_is_the_baseline():
 @pytest.mark.parametrize("head", HEADS)
 def test_pointwise_makes_the_last_convolution_1x1(head):
     with torch.device("meta"):
-        kernels = [car.build(4, "resnet50", head=head, pointwise=p).last[0].kernel_size[0] for p in (True, False)]
+        kernels = [
+            car.build(4, "resnet50", head=head, pointwise=p).last[0].kernel_size[0]
+            for p in (True, False)
+        ]
     assert kernels == [1, 1 if head in ("ocr", "caa") else 3]
 
 
@@ -624,7 +754,7 @@ def caught(net, name, images):
     return seen[0]
 
 
-def test_terms_act_on_what_enters_the_classifier_or_in_the_released_form_on_the_linear_convolution():
+def test_terms_act_before_the_classifier_or_released_on_the_linear_convolution():
     images, labels = torch.randn(2, 3, 33, 41), torch.randint(4, (2, 33, 41))
     for released, name in ((False, "classifier"), (True, "last")):
         net = car.build(4, "resnet18", released=released).eval()
@@ -632,18 +762,24 @@ def test_terms_act_on_what_enters_the_classifier_or_in_the_released_form_on_the_
         expected = net.car(features, labels[:, ::8, ::8])
         losses = net(images, labels)
         assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
-        assert (features.min() < 0) == released and net.car.released == released  # after ReLU, or linear
+        assert (
+            features.min() < 0
+        ) == released and net.car.released == released  # after ReLU, or linear
     linear = net.linear
     assert isinstance(linear, nn.Conv2d) and linear.bias is not None and linear.out_channels == 512
 
 
-@pytest.mark.parametrize("backbone, size, start", [("resnet18", (9, 13), 2), ("swin_t", (8, 12), 4)])
+@pytest.mark.parametrize(
+    "backbone, size, start", [("resnet18", (9, 13), 2), ("swin_t", (8, 12), 4)]
+)
 def test_upers_features_are_averaged_to_stride_8_and_labelled_in_the_middle(backbone, size, start):
     images, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
     net = car.build(4, backbone, head="uper").eval()
     features = F.avg_pool2d(caught(net, "classifier", images), 2, ceil_mode=True)
     assert features.shape[2:] == size
-    rows, columns = ([min(start + 8 * i, side - 1) for i in range(n)] for side, n in zip((64, 96), size))
+    rows, columns = (
+        [min(start + 8 * i, side - 1) for i in range(n)] for side, n in zip((64, 96), size)
+    )
     expected = net.car(features, labels[:, rows][:, :, columns])
     losses = net(images, labels)
     assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
@@ -657,7 +793,9 @@ def test_self_attention_is_the_unscaled_softmax_with_a_residual():
     weight = torch.softmax(torch.einsum("ncp,ncm->npm", q, k), dim=-1)
     expected = r + torch.einsum("npm,ncm->ncp", weight, v).reshape(r.shape)
     torch.testing.assert_close(head(x), expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(head.query.weight, head.key.weight) and head.query.weight is not head.key.weight
+    assert (
+        torch.equal(head.query.weight, head.key.weight) and head.query.weight is not head.key.weight
+    )
 
 
 def test_ocr_is_its_papers_equations():
@@ -671,14 +809,23 @@ def test_ocr_is_its_papers_equations():
     regions = f.T[None, ..., None]
     phi, psi, delta = (
         transform(y)[0].flatten(1)
-        for transform, y in ((head.phi, pixels.view(1, 512, 2, 3)), (head.psi, regions), (head.delta, regions))
+        for transform, y in (
+            (head.phi, pixels.view(1, 512, 2, 3)),
+            (head.psi, regions),
+            (head.delta, regions),
+        )
     )
     w = torch.softmax(
-        torch.stack([torch.stack([phi[:, i] @ psi[:, k] for k in range(3)]) for i in range(6)]), dim=1
+        torch.stack([torch.stack([phi[:, i] @ psi[:, k] for k in range(3)]) for i in range(6)]),
+        dim=1,
     )  # Eq. (3)
-    y = torch.stack([sum(w[i, k] * delta[:, k] for k in range(3)) for i in range(6)], dim=1)  # Eq. (2)
+    y = torch.stack(
+        [sum(w[i, k] * delta[:, k] for k in range(3)) for i in range(6)], dim=1
+    )  # Eq. (2)
     y = head.rho(y.reshape(1, 256, 2, 3))
-    torch.testing.assert_close(features, torch.cat([pixels.view(1, 512, 2, 3), y], dim=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        features, torch.cat([pixels.view(1, 512, 2, 3), y], dim=1), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("corners", [True, False])
@@ -689,7 +836,10 @@ def test_uper_level_by_level(corners):
     def up(x, like, corners=corners):
         return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=corners)
 
-    pooled = [up(pool(F.adaptive_avg_pool2d(x32, s)), x32, False) for pool, s in zip(head.pools, (1, 2, 3, 6))]
+    pooled = [
+        up(pool(F.adaptive_avg_pool2d(x32, s)), x32, False)
+        for pool, s in zip(head.pools, (1, 2, 3, 6))
+    ]
     y32 = head.top(torch.cat([x32, *pooled], 1))
     y16 = head.lateral[2](x16) + up(y32, x16)
     y8 = head.lateral[1](x8) + up(y16, x8)
@@ -713,10 +863,14 @@ def test_caa_on_swin_with_jpu_is_table_4_6s_network():
     assert net.stride == 8 and net.backbone.jpu is not None
     features = caught(net, "classifier", images)
     assert features.shape[2:] == (12, 8)  # of 96x64
-    rows, columns = ([min(4 + 8 * i, side - 1) for i in range(n)] for side, n in ((65, 12), (40, 8)))  # middles of patches
+    rows, columns = (
+        [min(4 + 8 * i, side - 1) for i in range(n)] for side, n in ((65, 12), (40, 8))
+    )  # middles of patches
     expected = net.car(features, labels[:, rows][:, :, columns])
     losses = net(images, labels)
-    assert all(torch.equal(losses[term], expected[term]) for term in TERMS) and losses["auxiliary"] > 0
+    assert (
+        all(torch.equal(losses[term], expected[term]) for term in TERMS) and losses["auxiliary"] > 0
+    )
 
 
 def test_options_that_do_not_exist_are_named():
@@ -726,7 +880,7 @@ def test_options_that_do_not_exist_are_named():
         car.build(4, "resnet18", intra_c2p=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 class Identity(nn.Module):
@@ -741,9 +895,13 @@ class Identity(nn.Module):
 
 
 def test_fig_4_4_by_hand():
-    image = torch.tensor([[[1.0, 2, 0]], [[0.0, 1, 3]], [[0.0, 0, -1]]])  # pixels (1 0 0), (2 1 0), (0 3 -1)
+    image = torch.tensor(
+        [[[1.0, 2, 0]], [[0.0, 1, 3]], [[0.0, 0, -1]]]
+    )  # pixels (1 0 0), (2 1 0), (0 3 -1)
     net = Identity().eval()
-    assert car.pixel_relation(net, image, (0, 1)).tolist() == [[pytest.approx(2 / 5), 1, pytest.approx(3 / 5)]]
+    assert car.pixel_relation(net, image, (0, 1)).tolist() == [
+        [pytest.approx(2 / 5), 1, pytest.approx(3 / 5)]
+    ]
     assert car.pixel_relation(net, image[None], (0, 0)).tolist() == [[0.5, 1, 0]]
     with pytest.raises(ValueError, match="outside the image: it has 1 rows and 3 columns"):
         car.pixel_relation(net, image, (1, 0))
@@ -757,16 +915,26 @@ def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
     similarity = net.figures(image, (20, 39))["similarity"]
     features = caught(net, "classifier", image[None])[0]
     assert similarity.shape == (45, 70) and similarity.max() == 1 and similarity.min() >= 0
-    dots = torch.einsum("c,chw->hw", features[:, 2, 5], features)  # stride 8: rows 16 to 24, columns 32 to 40
-    assert similarity[43, 69] == pytest.approx((dots[5, 9] / dots.max()).item(), rel=1e-4)  # next to row 40, column 72
+    dots = torch.einsum(
+        "c,chw->hw", features[:, 2, 5], features
+    )  # stride 8: rows 16 to 24, columns 32 to 40
+    assert similarity[43, 69] == pytest.approx(
+        (dots[5, 9] / dots.max()).item(), rel=1e-4
+    )  # next to row 40, column 72
 
 
 def test_fig_4_5_by_hand():
-    # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0); class 2: (-1 0 0), over two images; class 3 does not occur
-    images, labels = [maps((1, 0, 0), (3, 0, 0)), maps((1, 2, 0), (-1, 0, 0))], torch.tensor([[[[0, 0]]], [[[1, 2]]]])
+    # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0); class 2: (-1 0 0), over two images;
+    # class 3 does not occur
+    images, labels = (
+        [maps((1, 0, 0), (3, 0, 0)), maps((1, 2, 0), (-1, 0, 0))],
+        torch.tensor([[[[0, 0]]], [[[1, 2]]]]),
+    )
     found = car.class_dependency(Identity().double().eval(), zip(images, labels), 4)
     # μμᵀ = (4 2 -2), (2 5 -1), (-2 -1 1), each row by its greatest
-    torch.testing.assert_close(found, torch.tensor([[1, 0.5, 0, 0], [0.4, 1, 0, 0], [0, 0, 1, 0], [0] * 4]).double())
+    torch.testing.assert_close(
+        found, torch.tensor([[1, 0.5, 0, 0], [0.4, 1, 0, 0], [0, 0, 1, 0], [0] * 4]).double()
+    )
 
 
 @pytest.mark.parametrize("released", [False, True])

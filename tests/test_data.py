@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 
-# ------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def save(path, array):
@@ -37,7 +37,10 @@ def camvid(root, label, image=None):
 def folder(root, label, image=None, classes="one\ntwo\nthree\n", split="train"):
     if not isinstance(label, Image.Image):
         label = Image.fromarray(np.asarray(label, np.uint8))
-    save(root / "images" / split / "a.png", photo(label.height, label.width) if image is None else image)
+    save(
+        root / "images" / split / "a.png",
+        photo(label.height, label.width) if image is None else image,
+    )
     save(root / "labels" / split / "a.png", label)
     (root / "classes.txt").write_text(classes)
     return data.dataset("folder", root, split)
@@ -64,10 +67,16 @@ def ramp(height, width):
 
 
 def blocks(height=96, width=96, side=24):
-    return torch.arange(16).view(4, 4).repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width].to(torch.uint8)
+    return (
+        torch.arange(16)
+        .view(4, 4)
+        .repeat_interleave(side, 0)
+        .repeat_interleave(side, 1)[:height, :width]
+        .to(torch.uint8)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_camvid_keeps_0_to_10_and_ignores_11_and_255(tmp_path):
@@ -135,7 +144,9 @@ def test_label_that_is_not_one_8_bit_channel_is_a_mistake(tmp_path, mode):
 
 def test_label_of_another_size_is_a_mistake_giving_both(tmp_path):
     dataset = camvid(tmp_path, np.zeros((4, 6)), photo(4, 7))
-    mistake(lambda: dataset[0], tmp_path / "trainannot/a.png", "6x4", tmp_path / "train/a.png", "7x4")
+    mistake(
+        lambda: dataset[0], tmp_path / "trainannot/a.png", "6x4", tmp_path / "train/a.png", "7x4"
+    )
 
 
 def test_label_of_the_transposed_size_is_a_mistake(tmp_path):
@@ -150,7 +161,11 @@ def test_broken_file_is_a_mistake_naming_it(tmp_path, side, damage):
     dataset = camvid(tmp_path, noise)
     path = tmp_path / side / "a.png"
     content = path.read_bytes()
-    path.write_bytes({"truncated": content[: len(content) // 2], "text": b"not an\nimage\n", "empty": b""}[damage])
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "text": b"not an\nimage\n", "empty": b""}[
+            damage
+        ]
+    )
     mistake(lambda: dataset[0], path, "cannot be read as an image")
 
 
@@ -169,25 +184,36 @@ def test_missing_folder_is_a_mistake_naming_it(tmp_path):
 def test_empty_folder_is_a_mistake_naming_it(tmp_path):
     save(tmp_path / "trainannot/a.png", np.zeros((2, 2), np.uint8))
     (tmp_path / "train").mkdir()
-    mistake(lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "nothing of it there")
+    mistake(
+        lambda: data.dataset("camvid", tmp_path, "train"), tmp_path / "train", "nothing of it there"
+    )
 
 
 @pytest.mark.parametrize("alone", ["images/train", "labels/train"])
 def test_file_without_partner_is_a_mistake_naming_its_label(tmp_path, alone):
     folder(tmp_path, [[0]])
     save(tmp_path / alone / "lonely.png", np.zeros((2, 2), np.uint8))
-    mistake(lambda: data.dataset("folder", tmp_path, "train"), tmp_path / "labels/train/lonely.png", "partner")
+    mistake(
+        lambda: data.dataset("folder", tmp_path, "train"),
+        tmp_path / "labels/train/lonely.png",
+        "partner",
+    )
 
 
 def test_in_a_benchmark_an_image_without_label_is_left_out_with_a_warning(tmp_path, capsys):
     camvid(tmp_path, [[0]])
     save(tmp_path / "train/lonely.png", photo())
-    save(tmp_path / "trainannot/other_labelTrainIds.png", np.zeros((2, 2), np.uint8))  # of no image: no matter
+    save(
+        tmp_path / "trainannot/other_labelTrainIds.png", np.zeros((2, 2), np.uint8)
+    )  # of no image: no matter
     capsys.readouterr()
     dataset = data.dataset("camvid", tmp_path, "train")
     assert [dataset.name(i) for i in range(len(dataset))] == ["a"]
     err = capsys.readouterr().err
-    assert f"has 1 of 367 images; the first that is missing: {tmp_path / 'trainannot/lonely.png'}" in err
+    assert (
+        f"has 1 of 367 images; the first that is missing: {tmp_path / 'trainannot/lonely.png'}"
+        in err
+    )
 
 
 def test_pairs_are_matched_by_name_and_sorted(tmp_path):
@@ -214,7 +240,9 @@ def test_unknown_names_are_mistakes_that_list_the_known(tmp_path):
 
 def test_unknown_folder_split_is_a_mistake_naming_where_it_looked(tmp_path):
     folder(tmp_path, [[0]])
-    mistake(lambda: data.dataset("folder", tmp_path, "test"), tmp_path / "images" / "test", "not there")
+    mistake(
+        lambda: data.dataset("folder", tmp_path, "test"), tmp_path / "images" / "test", "not there"
+    )
 
 
 @pytest.mark.parametrize("name", ["camvid", "folder"])
@@ -225,11 +253,15 @@ def test_no_root_is_a_mistake(name):
 def test_missing_or_empty_or_overfull_classes_txt_is_a_mistake(tmp_path):
     mistake(lambda: data.dataset("folder", tmp_path), tmp_path / "classes.txt")
     mistake(lambda: folder(tmp_path, [[0]], classes="\n \n"), tmp_path / "classes.txt", "0 classes")
-    mistake(lambda: folder(tmp_path, [[0]], classes="c\n" * 255), tmp_path / "classes.txt", "255 classes")
+    mistake(
+        lambda: folder(tmp_path, [[0]], classes="c\n" * 255),
+        tmp_path / "classes.txt",
+        "255 classes",
+    )
     assert folder(tmp_path, [[0]], classes="c\n" * 254).num_classes == 254
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_gray_image_becomes_three_equal_channels(tmp_path):
@@ -259,21 +291,31 @@ def test_photograph_restores_every_value_of_uint8(tmp_path):
     assert restored.dtype == torch.uint8 and np.array_equal(restored.permute(1, 2, 0), array)
 
 
-# --------------------------------------------------------------------------------------------------------- augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 
-@pytest.mark.parametrize("size", [(40, 50), (120, 90), (33, 47), (1, 60), (60, 1), (1, 1), (32, 32)])
+@pytest.mark.parametrize(
+    "size", [(40, 50), (120, 90), (33, 47), (1, 60), (60, 1), (1, 1), (32, 32)]
+)
 @pytest.mark.parametrize("crop", [32, 33])
 def test_every_crop_is_full_and_padded_right_and_below_with_zeros_and_255(size, crop):
     transform = data.augment(crop)
     for seed in range(8):
         torch.manual_seed(seed)
-        image, label = transform(*tensors(torch.full((3, *size), 200).to(torch.uint8), torch.ones(size, dtype=torch.uint8)))
+        image, label = transform(
+            *tensors(
+                torch.full((3, *size), 200).to(torch.uint8), torch.ones(size, dtype=torch.uint8)
+            )
+        )
         assert image.shape == (3, crop, crop) and image.dtype == torch.float32
         assert label.shape == (crop, crop)
         height, width = (label[:, 0] != 255).sum(), (label[0] != 255).sum()
         assert height > 0 and width > 0
-        assert (label[:height, :width] == 1).all() and (label[height:] == 255).all() and (label[:, width:] == 255).all()
+        assert (
+            (label[:height, :width] == 1).all()
+            and (label[height:] == 255).all()
+            and (label[:, width:] == 255).all()
+        )
         padding = label == 255
         assert (image[:, padding] == 0).all() and (image[:, ~padding] > 1).all()
         assert padding.any() or 2 * min(size) >= crop
@@ -283,22 +325,29 @@ def test_image_at_least_as_large_as_the_largest_window_is_never_padded():
     transform = data.augment(32, scale=(0.5, 2.0))
     for seed in range(50):
         torch.manual_seed(seed)
-        _, label = transform(*tensors(torch.zeros(3, 64, 65, dtype=torch.uint8), torch.zeros(64, 65, dtype=torch.uint8)))
+        _, label = transform(
+            *tensors(
+                torch.zeros(3, 64, 65, dtype=torch.uint8), torch.zeros(64, 65, dtype=torch.uint8)
+            )
+        )
         assert (label == 0).all()
 
 
 def test_a_padded_side_has_the_scaled_length():
     torch.manual_seed(0)
     transform = data.augment(64, scale=(1.5, 1.5))
-    _, label = transform(*tensors(torch.zeros(3, 20, 30, dtype=torch.uint8), torch.zeros(20, 30, dtype=torch.uint8)))
+    _, label = transform(
+        *tensors(torch.zeros(3, 20, 30, dtype=torch.uint8), torch.zeros(20, 30, dtype=torch.uint8))
+    )
     assert ((label[:, 0] == 0).sum(), (label[0] == 0).sum()) == (30, 45)
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
 @pytest.mark.parametrize("size", [(200, 240), (70, 90)], ids=["cut", "padded"])
 def test_image_and_label_stay_aligned_through_scale_crop_and_flip(axis, size):
-    # Image and label both hold the pixel's own coordinate, so wherever a pixel goes, they agree to half a pixel. The third
-    # channel counts down: half the difference is the place, whatever the rounding of gray levels (torch 2.6 rounds down).
+    # Image and label both hold the pixel's own coordinate, so wherever a pixel goes, they agree to
+    # half a pixel. The third channel counts down: half the difference is the place, whatever the
+    # rounding of gray levels (torch 2.6 rounds down).
     image = ramp(*size)
     image[2] = 255 - image[axis]
     transform = data.augment(96)
@@ -308,11 +357,16 @@ def test_image_and_label_stay_aligned_through_scale_crop_and_flip(axis, size):
         new_image, new_label = transform(*tensors(image, image[axis]))
         seen = new_label != 255
         height, width = seen[:, 0].sum(), seen[0].sum()
-        inner = (slice(4, height - 4), slice(4, width - 4))  # at its rim, resizing repeats the outermost pixels
+        inner = (
+            slice(4, height - 4),
+            slice(4, width - 4),
+        )  # at its rim, resizing repeats the outermost pixels
         up, down = data.photograph(new_image)[[axis, 2]].double()
         gap = ((up + 255 - down) / 2 - new_label)[inner]
         assert gap.abs().max() <= 1
-        gaps.append(gap.mean().abs())  # at most 0.5: at half the size, the place lies between two labels
+        gaps.append(
+            gap.mean().abs()
+        )  # at most 0.5: at half the size, the place lies between two labels
         coordinate = data.photograph(new_image)[0]
         flips += bool(coordinate[5, 5] > coordinate[5, width - 5])
     assert 0.25 * total < flips < 0.75 * total
@@ -321,15 +375,23 @@ def test_image_and_label_stay_aligned_through_scale_crop_and_flip(axis, size):
 
 def test_blocks_of_color_and_of_label_agree_away_from_borders():
     label = blocks()
-    colors = torch.randint(0, 256, (16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    colors = torch.randint(
+        0, 256, (16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     image = colors[label.long()].permute(2, 0, 1)
     transform = data.augment(64)
     compared = 0
     for seed in range(12):
         torch.manual_seed(seed)
         new_image, new_label = transform(*tensors(image, label))
-        distance = (data.photograph(new_image)[:, None].int() - colors.int().T[:, :, None, None]).abs().sum(0)
-        windows = new_label.as_subclass(torch.Tensor).unfold(0, 5, 1).unfold(1, 5, 1).flatten(2).int()
+        distance = (
+            (data.photograph(new_image)[:, None].int() - colors.int().T[:, :, None, None])
+            .abs()
+            .sum(0)
+        )
+        windows = (
+            new_label.as_subclass(torch.Tensor).unfold(0, 5, 1).unfold(1, 5, 1).flatten(2).int()
+        )
         inner = (windows.amax(-1) == windows.amin(-1)) & (windows[..., 0] != 255)
         nearest = distance.argmin(0)[2:-2, 2:-2]
         assert torch.equal(nearest[inner], new_label[2:-2, 2:-2][inner].long())
@@ -340,7 +402,9 @@ def test_blocks_of_color_and_of_label_agree_away_from_borders():
 @pytest.mark.parametrize("color", ["none", "brightness", "photometric"])
 def test_ids_after_augmentation_are_original_ids_and_255(color):
     generator = torch.Generator().manual_seed(0)
-    label = torch.tensor([0, 3, 9, 200], dtype=torch.uint8)[torch.randint(4, (50, 60), generator=generator)]
+    label = torch.tensor([0, 3, 9, 200], dtype=torch.uint8)[
+        torch.randint(4, (50, 60), generator=generator)
+    ]
     image = torch.randint(256, (3, 50, 60), generator=generator).to(torch.uint8)
     transform = data.augment(48, color=color)
     seen = set()
@@ -367,7 +431,9 @@ def test_factors_without_a_grid_fill_the_range_evenly():
     torch.manual_seed(0)
     crop = data.RandomScaledCrop(10000, (0.5, 2.0))
     image = torch.zeros(1, 1, 1).expand(3, 50000, 50000)
-    factors = sorted(size / source for _ in range(600) for _, source, size in [crop.make_params([image])["rows"]])
+    factors = sorted(
+        size / source for _ in range(600) for _, source, size in [crop.make_params([image])["rows"]]
+    )
     assert 0.499 < factors[0] < 0.53 and 1.97 < factors[-1] < 2.001
     assert factors[300] == pytest.approx(1.25, abs=0.12)
     assert len({round(f, 3) for f in factors}) > 300
@@ -391,7 +457,9 @@ def test_windows_lie_inside_and_reach_both_ends():
 
 def test_at_factor_1_the_crop_is_a_cut_of_the_image():
     generator = torch.Generator().manual_seed(0)
-    image, label = tensors(torch.randint(256, (3, 30, 40), generator=generator).to(torch.uint8), ramp(30, 40)[0])
+    image, label = tensors(
+        torch.randint(256, (3, 30, 40), generator=generator).to(torch.uint8), ramp(30, 40)[0]
+    )
     crop = data.RandomScaledCrop(16, (1.0, 1.0))
     for seed in range(5):
         torch.manual_seed(seed)
@@ -408,7 +476,9 @@ def test_crops_can_be_wider_than_high():
     params = crop.make_params([image])
     assert params["rows"][1:] == (8, 8) and params["columns"][1:] == (16, 16)
     assert crop(image, label)[0].shape == (3, 8, 16)
-    dataset = data.dataset("shapes", train=True, crop_size=(48, 130))  # wider than the images: filled up
+    dataset = data.dataset(
+        "shapes", train=True, crop_size=(48, 130)
+    )  # wider than the images: filled up
     image, label = dataset[0]
     assert image.shape == (3, 48, 130) and label.shape == (48, 130) and (label[:, -1] == 255).any()
 
@@ -416,7 +486,9 @@ def test_crops_can_be_wider_than_high():
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_cutting_first_equals_resizing_the_whole_image_first(factor):
     generator = torch.Generator().manual_seed(0)
-    smooth = TF.resize(torch.randint(256, (3, 8, 8), generator=generator).to(torch.uint8), [100, 120])
+    smooth = TF.resize(
+        torch.randint(256, (3, 8, 8), generator=generator).to(torch.uint8), [100, 120]
+    )
     image, label = tensors(smooth, blocks(100, 120, 30))
     crop = data.RandomScaledCrop(32, (factor, factor))
     whole = TF.resize(image, [int(100 * factor), int(120 * factor)], antialias=True)
@@ -442,7 +514,9 @@ def test_cutting_first_equals_resizing_the_whole_image_first(factor):
 @pytest.mark.parametrize("color", ["none", "brightness", "photometric"])
 def test_color_changes_the_image_only(color):
     generator = torch.Generator().manual_seed(0)
-    image, label = tensors(torch.randint(20, 230, (3, 24, 24), generator=generator).to(torch.uint8), ramp(24, 24)[0])
+    image, label = tensors(
+        torch.randint(20, 230, (3, 24, 24), generator=generator).to(torch.uint8), ramp(24, 24)[0]
+    )
     transform = data.augment(24, scale=(1.0, 1.0), color=color)
     changed = 0
     for seed in range(24):
@@ -460,7 +534,9 @@ def test_color_changes_the_image_only(color):
 def test_brightness_adds_one_whole_number_to_half_of_the_images():
     torch.manual_seed(0)
     shift = data.RandomBrightness()
-    image, label = tensors(torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.full((2, 2), 7, dtype=torch.uint8))
+    image, label = tensors(
+        torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.full((2, 2), 7, dtype=torch.uint8)
+    )
     shifts = []
     for _ in range(600):
         new_image, new_label = shift(image, label)
@@ -473,13 +549,15 @@ def test_brightness_adds_one_whole_number_to_half_of_the_images():
 
 def test_brightness_ends_at_black_and_white():
     torch.manual_seed(0)
-    image = tv_tensors.Image(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2).expand(3, 1, 2))
+    image = tv_tensors.Image(
+        torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2).expand(3, 1, 2)
+    )
     seen = {tuple(data.RandomBrightness()(image)[0, 0].tolist()) for _ in range(200)}
     assert min(dark for dark, _ in seen) == 0 and max(dark for dark, _ in seen) == 10
     assert min(light for _, light in seen) == 245 and max(light for _, light in seen) == 255
 
 
-# ---------------------------------------------------------------------------------------------------------- determinism
+# -------------------------------------------------------------------------------------- determinism
 
 
 def test_sample_depends_on_seed_and_position_alone():
@@ -558,7 +636,10 @@ def test_batches_are_the_same_with_0_and_2_workers():
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_each_batch_in_order(world):
     alone = list(data.PositionSampler(10, 8, 0, 6, seed=5))
-    shares = [list(data.PositionSampler(10, 8, 0, 6, seed=5, rank=rank, world=world)) for rank in range(world)]
+    shares = [
+        list(data.PositionSampler(10, 8, 0, 6, seed=5, rank=rank, world=world))
+        for rank in range(world)
+    ]
     assert all(len(batch) == 8 // world for share in shares for batch in share)
     assert [[pair for share in step for pair in share] for step in zip(*shares)] == alone
 
@@ -584,7 +665,9 @@ def test_every_epoch_is_another_permutation_of_all():
 
 
 def test_another_seed_gives_another_order():
-    assert list(data.PositionSampler(50, 50, 0, 1, seed=1)) != list(data.PositionSampler(50, 50, 0, 1, seed=2))
+    assert list(data.PositionSampler(50, 50, 0, 1, seed=1)) != list(
+        data.PositionSampler(50, 50, 0, 1, seed=2)
+    )
 
 
 def test_batch_across_the_border_of_two_epochs_takes_from_both():
@@ -603,7 +686,7 @@ def test_batch_that_cannot_be_shared_is_a_mistake():
     mistake(lambda: data.PositionSampler(10, 6, 0, 1, world=4), "6", "4 processes")
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def labels(name, split, count=40):
@@ -623,13 +706,19 @@ def extents(name, split):
 def own_company(name, split):
     """Of all borders between a thing and stuff: the share where the stuff is the thing's own."""
     classes = data.Shapes("val").classes
-    own = {classes.index(thing): classes.index(stuff) for stuff, things in data.Shapes.COMPANY.items() for thing in things}
+    own = {
+        classes.index(thing): classes.index(stuff)
+        for stuff, things in data.Shapes.COMPANY.items()
+        for thing in things
+    }
     hits = []
     for label in labels(name, split):
         for turned in (label, label[:, ::-1], label.T, label.T[:, ::-1]):
             a, b = turned[:, 1:], turned[:, :-1]
             border = (a >= 5) & (b < 5)
-            hits += [own[thing] == stuff for thing, stuff in zip(a[border].tolist(), b[border].tolist())]
+            hits += [
+                own[thing] == stuff for thing, stuff in zip(a[border].tolist(), b[border].tolist())
+            ]
     return np.mean(hits)
 
 
@@ -639,7 +728,9 @@ def uniform_cells(name):
 
 
 def strokes(name):
-    """(share of the pixels of rings, crosses and lines amid 5x5 of their own, share of the three among the things)."""
+    """(share of the pixels of rings, crosses and lines amid 5x5 of their own, share of the three
+    among the things).
+    """
     all_labels = np.stack(labels(name, "train"))
     classes = data.Shapes("val").classes
     kinds = [classes.index(kind) for kind in ("ring", "cross", "line")]
@@ -654,7 +745,9 @@ def strokes(name):
 def test_same_index_is_the_same_image_whatever_the_seed():
     one, two = data.Shapes("train", seed=1), data.Shapes("train", seed=2)
     for index in (0, 7):
-        assert torch.equal(one.raw(index)[0], two.raw(index)[0]) and torch.equal(one.raw(index)[1], two.raw(index)[1])
+        assert torch.equal(one.raw(index)[0], two.raw(index)[0]) and torch.equal(
+            one.raw(index)[1], two.raw(index)[1]
+        )
     assert not torch.equal(one.raw(0)[1], one.raw(7)[1])
 
 
@@ -667,9 +760,15 @@ def test_splits_show_different_images():
 def test_shapes_have_image_label_and_names_that_fit():
     dataset = data.Shapes("val")
     image, label = dataset.raw(3)
-    assert image.shape == (3, 96, 96) and label.shape == (96, 96) and image.dtype == label.dtype == torch.uint8
+    assert (
+        image.shape == (3, 96, 96)
+        and label.shape == (96, 96)
+        and image.dtype == label.dtype == torch.uint8
+    )
     assert dataset.num_classes == len(dataset.classes) == len(set(dataset.palette)) == 12
-    assert (len(dataset), len(data.Shapes("train"))) == (100, 2000) and dataset.name(3) == "val_000003"
+    assert (len(dataset), len(data.Shapes("train"))) == (100, 2000) and dataset.name(
+        3
+    ) == "val_000003"
     assert data.Shapes("val", size=50).raw(0)[1].shape == (50, 50)
     assert len(data.Shapes("val", length=7)) == 7
 
@@ -698,11 +797,15 @@ def test_without_a_switch_things_range_from_small_to_half_the_image():
 
 
 def test_scale_separates_the_sizes_of_the_splits():
-    small, train, val, large = (extents("shapes+scale+unity", s) for s in ("val_small", "train", "val", "val_large"))
+    small, train, val, large = (
+        extents("shapes+scale+unity", s) for s in ("val_small", "train", "val", "val_large")
+    )
     assert 0.05 < np.median(small) < 0.13
     assert 0.17 < np.median(train) < 0.32 and 0.17 < np.median(val) < 0.32
     assert 0.38 < np.median(large) < 0.65
-    assert np.percentile(train, 5) > 0.12 > np.percentile(small, 60)  # boxes of two of a kind are larger
+    assert (
+        np.percentile(train, 5) > 0.12 > np.percentile(small, 60)
+    )  # boxes of two of a kind are larger
     assert np.percentile(large, 10) > np.percentile(train, 60)
 
 
@@ -730,12 +833,33 @@ def inside(kind, *points, width=None):
 
 
 def test_forms_by_hand():
-    assert inside("disk", (0, 0), (0.7, 0.7), (0.99, 0), (1.01, 0), (0.8, 0.8)) == [True, True, True, False, False]
-    assert inside("ring", (0, 0), (0.5, 0), (0.7, 0), (0, -0.95), (1.1, 0)) == [False, False, True, True, False]
-    assert inside("square", (0, 0), (0.79, 0.79), (-0.79, 0.79), (0.81, 0)) == [True, True, True, False]
+    assert inside("disk", (0, 0), (0.7, 0.7), (0.99, 0), (1.01, 0), (0.8, 0.8)) == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert inside("ring", (0, 0), (0.5, 0), (0.7, 0), (0, -0.95), (1.1, 0)) == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert inside("square", (0, 0), (0.79, 0.79), (-0.79, 0.79), (0.81, 0)) == [
+        True,
+        True,
+        True,
+        False,
+    ]
     # corners at distance 1, straight sides at distance 1/2
-    assert inside("triangle", (0, 0), (-0.98, 0), (0.49, 0), (0.51, 0), (0.48, 0.8), (0.48, -0.8)) == [1, 1, 1, 0, 1, 1]
-    assert inside("cross", (0, 0), (0.9, 0), (0, -0.9), (0.2, 0.9), (0.5, 0.5), (0.3, 0.3), (1.1, 0)) == [
+    assert inside(
+        "triangle", (0, 0), (-0.98, 0), (0.49, 0), (0.51, 0), (0.48, 0.8), (0.48, -0.8)
+    ) == [1, 1, 1, 0, 1, 1]
+    assert inside(
+        "cross", (0, 0), (0.9, 0), (0, -0.9), (0.2, 0.9), (0.5, 0.5), (0.3, 0.3), (1.1, 0)
+    ) == [
         1,
         1,
         1,
@@ -744,7 +868,13 @@ def test_forms_by_hand():
         0,
         0,
     ]
-    assert inside("line", (0, 0), (0.9, 0.1), (-0.9, -0.1), (0, 0.2), (1.1, 0)) == [True, True, True, False, False]
+    assert inside("line", (0, 0), (0.9, 0.1), (-0.9, -0.1), (0, 0.2), (1.1, 0)) == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_star_has_five_tips():
@@ -761,14 +891,17 @@ def test_strokes_have_the_width_asked_for():
     assert inside("line", (0.9, 0.04), (0.9, 0.06), width=0.1) == [True, False]
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_colorize_takes_the_palette_and_black_for_255():
     label = torch.tensor([[0, 1], [2, 255]])
     picture = data.colorize(label, [(1, 2, 3), (40, 50, 60), (250, 251, 252)])
     assert picture.dtype == torch.uint8
-    assert picture.permute(1, 2, 0).tolist() == [[[1, 2, 3], [40, 50, 60]], [[250, 251, 252], [0, 0, 0]]]
+    assert picture.permute(1, 2, 0).tolist() == [
+        [[1, 2, 3], [40, 50, 60]],
+        [[250, 251, 252], [0, 0, 0]],
+    ]
 
 
 def test_overlay_leaves_ignored_pixels_and_tints_the_others():
@@ -789,13 +922,16 @@ def test_overlay_of_an_all_ignored_image_is_the_image():
 
 def test_sheet_is_wide_enough_for_its_columns_and_high_enough_for_its_rows():
     red, blue = (
-        torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).expand(3, 10, 20) for color in ((255, 0, 0), (0, 0, 255))
+        torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).expand(3, 10, 20)
+        for color in ((255, 0, 0), (0, 0, 255))
     )
     picture = data.sheet([[red, blue, red], [blue]], ["a", "b", "c"], width=80)
     assert isinstance(picture, Image.Image)
     assert picture.width == 3 * 84 + 4 and picture.height >= 20 + 2 * 40
     array = np.asarray(picture)
-    assert (array == (255, 0, 0)).all(-1).sum() == (array == (0, 0, 255)).all(-1).sum() == 2 * 80 * 40
+    assert (
+        (array == (255, 0, 0)).all(-1).sum() == (array == (0, 0, 255)).all(-1).sum() == 2 * 80 * 40
+    )
 
 
 def test_sheet_shows_more_tiles_than_titles():
@@ -815,7 +951,7 @@ def test_legend_shows_each_class_color_and_ignored():
         assert swatch.all((2, 3)).any()
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def test_main_prints_counts_that_add_up_and_draws_a_sheet(tmp_path, capsys):
@@ -864,7 +1000,7 @@ def test_main_ends_with_2_and_one_line_for_an_unknown_split(tmp_path, capsys):
     assert "'dawn'" in line
 
 
-# ----------------------------------------------------------------------------------------------------------- benchmarks
+# --------------------------------------------------------------------------------------- benchmarks
 
 
 def listed(path, *ids):
@@ -881,7 +1017,9 @@ def pair(image, label, values):
 
 @pytest.fixture
 def matlab(monkeypatch):
-    """A function that writes a label map into a .mat file's field; scipy, which not every machine has, is played."""
+    """A function that writes a label map into a .mat file's field; scipy, which not every machine
+    has, is played.
+    """
 
     def write(path, field, values):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -904,8 +1042,17 @@ def labels_of(name, root, split="train"):
     return {dataset.name(i): dataset[i][1][0].tolist() for i in range(len(dataset))}
 
 
-def voc_tree(root, lists, year="VOC2012", sets="Segmentation", labels="SegmentationClass", values=(0, 20, 255)):
-    """VOC as it is shipped: `lists`, split -> ids; each id has a photograph, and a label where `labels` names a folder."""
+def voc_tree(
+    root,
+    lists,
+    year="VOC2012",
+    sets="Segmentation",
+    labels="SegmentationClass",
+    values=(0, 20, 255),
+):
+    """VOC as it is shipped: `lists`, split -> ids; each id has a photograph, and a label where
+    `labels` names a folder.
+    """
     base = root / "VOCdevkit" / year
     for split, ids in lists.items():
         listed(base / "ImageSets" / sets / f"{split}.txt", *ids)
@@ -915,14 +1062,29 @@ def voc_tree(root, lists, year="VOC2012", sets="Segmentation", labels="Segmentat
 
 
 def test_pascal_voc_keeps_0_to_20_and_ignores_the_borders(tmp_path):
-    base = voc_tree(tmp_path, {"train": ["2007_a", "2007_b"], "val": ["2008_c"], "trainval": ["2007_a", "2007_b", "2008_c"]})
+    base = voc_tree(
+        tmp_path,
+        {
+            "train": ["2007_a", "2007_b"],
+            "val": ["2008_c"],
+            "trainval": ["2007_a", "2007_b", "2008_c"],
+        },
+    )
     assert labels_of("pascal_voc", tmp_path) == {"2007_a": [0, 20, 255], "2007_b": [0, 20, 255]}
     assert list(labels_of("pascal_voc", tmp_path, "val")) == ["2008_c"]
     assert len(data.dataset("pascal_voc", tmp_path, "trainval")) == 3
     dataset = data.dataset("pascal_voc", tmp_path)
-    assert dataset.num_classes == 21 and dataset.classes[0] == "background" and dataset.classes[-1] == "tvmonitor"
+    assert (
+        dataset.num_classes == 21
+        and dataset.classes[0] == "background"
+        and dataset.classes[-1] == "tvmonitor"
+    )
     assert dataset.palette[:4] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
-    assert dataset.palette[15] == (192, 128, 128) and dataset.palette[20] == (0, 64, 128)  # person, tvmonitor
+    assert dataset.palette[15] == (192, 128, 128) and dataset.palette[20] == (
+        0,
+        64,
+        128,
+    )  # person, tvmonitor
     save(base / "SegmentationClass/2007_b.png", np.array([[0, 21, 255]], np.uint8))
     mistake(lambda: dataset[1], base / "SegmentationClass/2007_b.png", "[21]", "0-20, 255")
 
@@ -935,7 +1097,9 @@ def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_converted_labels(
     base = voc_tree(tmp_path, {"train": ["a", "b"], "val": ["c"]}, values=(0, 1, 255))
     for i in "abcdef":
         pair(base / f"JPEGImages/{i}.jpg", base / f"SegmentationClassAug/{i}.png", (2, 3, 4))
-    assert labels_of("pascal_voc_aug", tmp_path) == AUGMENTED  # c is left out; a and b have VOC's labels
+    assert (
+        labels_of("pascal_voc_aug", tmp_path) == AUGMENTED
+    )  # c is left out; a and b have VOC's labels
     assert labels_of("pascal_voc_aug", tmp_path, "val") == {"c": [0, 1, 255]}
 
 
@@ -946,11 +1110,15 @@ def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_sbd_as_shipped(tm
     listed(sbd / "val.txt", "e", "f")
     for i in "bcdef":
         matlab(sbd / f"cls/{i}.mat", "GTcls", np.array([[2, 3, 4]], np.uint8))
-    pair(base / "JPEGImages/d.jpg", None, (0, 0, 0))  # a photograph of VOC's, the others are SBD's own
+    pair(
+        base / "JPEGImages/d.jpg", None, (0, 0, 0)
+    )  # a photograph of VOC's, the others are SBD's own
     for i in "def":
         pair(sbd / f"img/{i}.jpg", None, (0, 0, 0))
     assert labels_of("pascal_voc_aug", tmp_path) == AUGMENTED
-    folders = {image.stem: image.parent.name for image, _ in data.dataset("pascal_voc_aug", tmp_path).files}
+    folders = {
+        image.stem: image.parent.name for image, _ in data.dataset("pascal_voc_aug", tmp_path).files
+    }
     assert folders == dict.fromkeys("abd", "JPEGImages") | dict.fromkeys("ef", "img")
     # converted labels take the place of SBD's, its lists stay: x is in none
     for i in "defx":
@@ -961,10 +1129,15 @@ def test_train_aug_is_voc_and_sbd_without_vocs_validation_from_sbd_as_shipped(tm
 
 def test_pascal_context_has_59_classes_from_converted_labels(tmp_path):
     lists = {"train": ["a"], "val": ["b"]}
-    voc_tree(tmp_path, lists, "VOC2010", "SegmentationContext", "SegmentationClassContext", (0, 1, 59))
+    voc_tree(
+        tmp_path, lists, "VOC2010", "SegmentationContext", "SegmentationClassContext", (0, 1, 59)
+    )
     assert labels_of("pascal_context", tmp_path) == {"a": [255, 0, 58]}  # background is ignored
     dataset = data.dataset("pascal_context", tmp_path, "val")
-    assert dataset.num_classes == 59 and (dataset.classes[0], dataset.classes[58]) == ("aeroplane", "wood")
+    assert dataset.num_classes == 59 and (dataset.classes[0], dataset.classes[58]) == (
+        "aeroplane",
+        "wood",
+    )
 
 
 @pytest.mark.parametrize("folder", ["trainval", "VOCdevkit/VOC2010/trainval"])
@@ -972,7 +1145,11 @@ def test_pascal_context_has_59_of_459_ids_from_its_own_files(folder, tmp_path, m
     voc_tree(tmp_path, {"train": ["a"], "val": ["b"]}, "VOC2010", "Main", None, (0,) * 7)
     for i in "ab":
         # aeroplane 2, bag 9, window 454, wood 458; 1, 3 and 459 are none of the 59
-        matlab(tmp_path / folder / f"{i}.mat", "LabelMap", np.array([[1, 2, 3, 9, 458, 459, 454]], np.uint16))
+        matlab(
+            tmp_path / folder / f"{i}.mat",
+            "LabelMap",
+            np.array([[1, 2, 3, 9, 458, 459, 454]], np.uint16),
+        )
     assert labels_of("pascal_context", tmp_path) == {"a": [255, 0, 255, 1, 58, 255, 57]}
     names = dict(zip(data._CONTEXT_IDS.split(), data.dataset("pascal_context", tmp_path).classes))
     # names in alphabetical order, as the ids rise
@@ -992,13 +1169,24 @@ def test_pascal_person_part_keeps_0_to_6(tmp_path):
 def test_ade20k_is_raw_less_1_and_0_is_ignored(tmp_path):
     base = tmp_path / "ADEChallengeData2016"
     for part, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
-        image, label = base / "images" / part / f"{name}.jpg", base / "annotations" / part / f"{name}.png"
+        image, label = (
+            base / "images" / part / f"{name}.jpg",
+            base / "annotations" / part / f"{name}.png",
+        )
         pair(image, label, (0, 1, 2, 150))
         Image.open(image).convert("L").save(image)  # a few are gray
     assert labels_of("ade20k", tmp_path) == {"ADE_train_00000001": [255, 0, 1, 149]}
     dataset = data.dataset("ade20k", tmp_path, "val")
     assert dataset[0][0].shape == (3, 1, 4) and dataset.num_classes == 150
-    known = {0: "wall", 12: "person", 16: "mountain", 17: "plant", 91: "dirt track", 140: "pier", 149: "flag"}
+    known = {
+        0: "wall",
+        12: "person",
+        16: "mountain",
+        17: "plant",
+        91: "dirt track",
+        140: "pier",
+        149: "flag",
+    }
     assert {i: dataset.classes[i] for i in known} == known and (0, 0, 0) not in dataset.palette
     assert dataset.raw_ids == list(range(1, 151))
 
@@ -1014,10 +1202,20 @@ def test_cityscapes_takes_19_of_its_raw_ids(tmp_path):
     label = dataset[0][1][0].tolist()
     used = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     assert [label[i] for i in used] == list(range(19)) and label.count(255) == 35 - 19
-    assert dataset.raw_ids == used and (dataset.classes[0], dataset.classes[18]) == ("road", "bicycle")
-    theirs = {c.train_id: (c.name, c.color) for c in Cityscapes.classes if c.train_id < 19 and c.train_id >= 0}
+    assert dataset.raw_ids == used and (dataset.classes[0], dataset.classes[18]) == (
+        "road",
+        "bicycle",
+    )
+    theirs = {
+        c.train_id: (c.name, c.color)
+        for c in Cityscapes.classes
+        if c.train_id < 19 and c.train_id >= 0
+    }
     assert {i: (dataset.classes[i], dataset.palette[i]) for i in range(19)} == theirs
-    save(tmp_path / "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png", np.array([raw[:-1] + [34]], np.uint8))
+    save(
+        tmp_path / "gtFine/val/munster/munster_000000_000019_gtFine_labelIds.png",
+        np.array([raw[:-1] + [34]], np.uint8),
+    )
     mistake(lambda: data.dataset("cityscapes", tmp_path, "val")[0], "[34]", "has 0-33, 255")
 
 
@@ -1025,14 +1223,25 @@ def test_coco_stuff164k_is_the_id_less_1_without_the_unused(tmp_path):
     used = [i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
     raw = [*range(182), 255]
     for split in ("train", "val"):
-        pair(tmp_path / f"images/{split}2017/000000000009.jpg", tmp_path / f"annotations/{split}2017/000000000009.png", raw)
+        pair(
+            tmp_path / f"images/{split}2017/000000000009.jpg",
+            tmp_path / f"annotations/{split}2017/000000000009.png",
+            raw,
+        )
     label = labels_of("coco_stuff164k", tmp_path)["000000000009"]
     assert [label[i] for i in used] == list(range(171)) and label.count(255) == 12
     dataset = data.dataset("coco_stuff164k", tmp_path, "val")
     assert dataset.num_classes == 171 and dataset.raw_ids == used
     # COCO's ids: person 1, toothbrush 90; stuff from banner 92 to wood 182
-    assert [dataset.classes[label[i - 1]] for i in (1, 90, 92, 182)] == ["person", "toothbrush", "banner", "wood"]
-    assert dataset.classes[80:] == sorted(dataset.classes[80:]) and (0, 0, 0) not in dataset.palette  # the stuff
+    assert [dataset.classes[label[i - 1]] for i in (1, 90, 92, 182)] == [
+        "person",
+        "toothbrush",
+        "banner",
+        "wood",
+    ]
+    assert (
+        dataset.classes[80:] == sorted(dataset.classes[80:]) and (0, 0, 0) not in dataset.palette
+    )  # the stuff
 
 
 def test_coco_stuff10k_is_the_id_without_0_and_the_unused(tmp_path, matlab):
@@ -1043,7 +1252,9 @@ def test_coco_stuff10k_is_the_id_without_0_and_the_unused(tmp_path, matlab):
         matlab(tmp_path / f"annotations/{i}.mat", "S", np.arange(183, dtype=np.uint8)[None])
     label = labels_of("coco_stuff10k", tmp_path)["COCO_train2014_1"]
     assert [label[i] for i in used] == list(range(171)) and label.count(255) == 12
-    assert list(labels_of("coco_stuff10k", tmp_path, "val")) == ["COCO_train2014_2"]  # the authors' test list
+    assert list(labels_of("coco_stuff10k", tmp_path, "val")) == [
+        "COCO_train2014_2"
+    ]  # the authors' test list
 
 
 def test_coco_stuff10k_converted_has_train_ids(tmp_path):
@@ -1055,7 +1266,9 @@ def test_coco_stuff10k_converted_has_train_ids(tmp_path):
 COCO_OF_VOC = [0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72]
 
 
-def test_coco_voc_maps_cocos_things_and_keeps_images_with_more_than_1000_pixels_of_them(tmp_path, monkeypatch):
+def test_coco_voc_maps_cocos_things_and_keeps_images_with_more_than_1000_pixels_of_them(
+    tmp_path, monkeypatch
+):
     raw = np.zeros((40, 40), np.uint8)  # all person
     raw[0, :21] = [max(0, i - 1) for i in COCO_OF_VOC]
     raw[1, :4] = [255, 7, 100, 181]  # unlabelled; truck, and two of the stuff
@@ -1067,7 +1280,11 @@ def test_coco_voc_maps_cocos_things_and_keeps_images_with_more_than_1000_pixels_
     dataset = data.dataset("coco_voc", tmp_path)
     assert [dataset.name(i) for i in range(len(dataset))] == ["many"]
     label = dataset[0][1]
-    assert label[0, 1:21].tolist() == list(range(1, 21)) and label[1, :4].tolist() == [255, 0, 0, 0] and label[5, 5] == 15
+    assert (
+        label[0, 1:21].tolist() == list(range(1, 21))
+        and label[1, :4].tolist() == [255, 0, 0, 0]
+        and label[5, 5] == 15
+    )
     assert dataset.raw_ids == list(range(21))  # several ids are background
     assert (tmp_path / "coco_voc_train.txt").read_text() == "# of 2 pairs\nmany\n"
     with monkeypatch.context() as patched:
@@ -1077,8 +1294,13 @@ def test_coco_voc_maps_cocos_things_and_keeps_images_with_more_than_1000_pixels_
     save(tmp_path / "annotations/train2017/more.png", raw)
     with monkeypatch.context() as patched:
         patched.setenv("WORLD_SIZE", "2")
-        mistake(lambda: data.dataset("coco_voc", tmp_path), "is made once: run `python data.py coco_voc --data-root")
-    assert len(data.dataset("coco_voc", tmp_path)) == 2  # of another number of pairs the list is made anew
+        mistake(
+            lambda: data.dataset("coco_voc", tmp_path),
+            "is made once: run `python data.py coco_voc --data-root",
+        )
+    assert (
+        len(data.dataset("coco_voc", tmp_path)) == 2
+    )  # of another number of pairs the list is made anew
 
 
 def test_coco_voc_names_wrong_labels_and_makes_no_list_of_the_others(tmp_path, capsys):
@@ -1092,7 +1314,11 @@ def test_coco_voc_names_wrong_labels_and_makes_no_list_of_the_others(tmp_path, c
     assert "warning: coco_voc val has 2 of 5000 images" in capsys.readouterr().err
     save(wrong, np.full((40, 40), 7, np.uint8))
     save(tmp_path / "annotations/val2017/a.png", np.full((40, 40), 7, np.uint8))
-    mistake(lambda: data.dataset("coco_voc", tmp_path, "val"), "none of the 2 images", "more than 1000 pixels")
+    mistake(
+        lambda: data.dataset("coco_voc", tmp_path, "val"),
+        "none of the 2 images",
+        "more than 1000 pixels",
+    )
 
 
 def test_matlab_files_that_cannot_be_read_are_mistakes(tmp_path, matlab, monkeypatch):
@@ -1113,43 +1339,73 @@ def test_matlab_files_that_cannot_be_read_are_mistakes(tmp_path, matlab, monkeyp
 def test_matlab_files_by_scipy_itself(field, tmp_path):
     scipy = pytest.importorskip("scipy.io")
     values = np.array([[0, 2]], np.uint16)
-    scipy.savemat(tmp_path / "a.mat", {field: {"Segmentation": values} if field == "GTcls" else values})
-    assert data.read_label(tmp_path / "a.mat", data._lut({0: 5, 2: 7}, rest=-1)).tolist() == [[5, 7]]
+    scipy.savemat(
+        tmp_path / "a.mat", {field: {"Segmentation": values} if field == "GTcls" else values}
+    )
+    assert data.read_label(tmp_path / "a.mat", data._lut({0: 5, 2: 7}, rest=-1)).tolist() == [
+        [5, 7]
+    ]
 
 
 NAMES = [name for name in data.LAYOUTS if name != "folder"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_missing_dataset_says_what_was_looked_for_found_and_expected_and_its_source(name, tmp_path):
+def test_a_missing_dataset_says_what_was_looked_for_found_and_expected_and_its_source(
+    name, tmp_path
+):
     layout = data.LAYOUTS[name]
     nowhere = tmp_path / "nowhere"
     for call in (partial(data.dataset, name, nowhere, split) for split in layout.counts):
         mistake(call, nowhere, "looked for", "no such folder", layout.tree, layout.source)
     (tmp_path / "something else").mkdir()
-    mistake(lambda: data.dataset(name, tmp_path, "train"), "looked for", "there is: something else;", layout.tree)
-    mistake(lambda: data.dataset(name, tmp_path, "dev"), f"{name} has no split 'dev'; it has {', '.join(layout.counts)}")
+    mistake(
+        lambda: data.dataset(name, tmp_path, "train"),
+        "looked for",
+        "there is: something else;",
+        layout.tree,
+    )
+    mistake(
+        lambda: data.dataset(name, tmp_path, "dev"),
+        f"{name} has no split 'dev'; it has {', '.join(layout.counts)}",
+    )
 
 
 def test_half_unpacked_is_missing_too(tmp_path):
     base = voc_tree(tmp_path, {"train": []})
-    mistake(lambda: data.dataset("pascal_voc", tmp_path), base / "ImageSets/Segmentation/train.txt", "names no image")
+    mistake(
+        lambda: data.dataset("pascal_voc", tmp_path),
+        base / "ImageSets/Segmentation/train.txt",
+        "names no image",
+    )
     base = voc_tree(tmp_path, {"train": ["a", "b"]}, labels=None)
-    mistake(lambda: data.dataset("pascal_voc", tmp_path), base / "SegmentationClass/a.png", "not there")
+    mistake(
+        lambda: data.dataset("pascal_voc", tmp_path), base / "SegmentationClass/a.png", "not there"
+    )
     (tmp_path / "leftImg8bit/train/x").mkdir(parents=True)
     save(tmp_path / "leftImg8bit/train/x/x_1_leftImg8bit.png", photo())
-    mistake(lambda: data.dataset("cityscapes", tmp_path), tmp_path / "gtFine/train/x/x_1_gtFine_labelIds.png", "not there")
+    mistake(
+        lambda: data.dataset("cityscapes", tmp_path),
+        tmp_path / "gtFine/train/x/x_1_gtFine_labelIds.png",
+        "not there",
+    )
 
 
 def test_fewer_files_than_the_split_has_are_a_warning(tmp_path, capsys, monkeypatch):
     base = voc_tree(tmp_path, {"train": ["a", "b", "c"]})
     assert len(data.dataset("pascal_voc", tmp_path)) == 3
     err = capsys.readouterr().err
-    assert "warning: pascal_voc train has 3 of 1464 images; the others are to be had from http://host" in err
+    assert (
+        "warning: pascal_voc train has 3 of 1464 images; the others are to be had from http://host"
+        in err
+    )
     (base / "SegmentationClass/b.png").unlink()
     dataset = data.dataset("pascal_voc", tmp_path)
     assert [dataset.name(i) for i in range(2)] == ["a", "c"]
-    assert f"has 2 of 1464 images; the first that is missing: {base / 'SegmentationClass/b.png'}" in capsys.readouterr().err
+    assert (
+        f"has 2 of 1464 images; the first that is missing: {base / 'SegmentationClass/b.png'}"
+        in capsys.readouterr().err
+    )
     monkeypatch.setenv("RANK", "1")
     data.dataset("pascal_voc", tmp_path)
     assert not capsys.readouterr().err  # once a job
@@ -1188,7 +1444,12 @@ def test_the_report_reads_all_and_names_every_wrong_pair(workers, tmp_path, caps
     save(tmp_path / "labels/train/3.png", np.zeros((1, 2), np.uint8))
     (tmp_path / "classes.txt").write_text("one\ntwo\n")
     output = str(tmp_path / "s.png")
-    assert data.main(["folder", "--data-root", str(tmp_path), "--output", output, "--workers", str(workers)]) == 2
+    assert (
+        data.main(
+            ["folder", "--data-root", str(tmp_path), "--output", output, "--workers", str(workers)]
+        )
+        == 2
+    )
     first, second, third, last = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "labels/train/0.png") in first and "[7]" in first
     assert str(tmp_path / "labels/train/2.png") in second and "[9]" in second

@@ -17,7 +17,9 @@ from data import Mistake
 
 
 class Constant(nn.Module):
-    """Logits that are a fixed linear map of each pixel: exactly the same whole, in windows, or mirrored."""
+    """Logits that are a fixed linear map of each pixel: exactly the same whole, in windows, or
+    mirrored.
+    """
 
     def __init__(self, classes=3):
         super().__init__()
@@ -27,15 +29,16 @@ class Constant(nn.Module):
         return self.classifier(images)
 
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def test_confusion_matrix_by_hand():
     matrix = evaluate.ConfusionMatrix(4)
     labels = torch.tensor([[0, 0, 0, 1], [1, 255, 0, 1]])
     matrix.update(torch.tensor([[0, 0, 1, 1], [1, 2, 0, 0]]), labels)
-    # class 0: 3 right of 4 labelled, 1 predicted elsewhere: 3 / 5. class 1: 2 right of 3, 1 elsewhere: 2 / 4. The 2 was
-    # predicted where nothing is labelled. Classes 2 and 3 are in neither.
+    # class 0: 3 right of 4 labelled, 1 predicted elsewhere: 3 / 5. class 1: 2 right of 3, 1
+    # elsewhere: 2 / 4. The 2 was predicted where nothing is labelled. Classes 2 and 3 are in
+    # neither.
     result = matrix.result()
     assert result["IoU"] == [3 / 5, 2 / 4, None, None]
     assert result["mIoU"] == pytest.approx((3 / 5 + 2 / 4) / 2)
@@ -60,7 +63,9 @@ def test_confusion_matrix_adds_up_over_updates():
     whole.update(prediction, labels)
     for p, t in zip(prediction, labels):
         parts.update(p, t)
-    expected = [[((labels == t) & (prediction == p)).sum().item() for p in range(5)] for t in range(5)]
+    expected = [
+        [((labels == t) & (prediction == p)).sum().item() for p in range(5)] for t in range(5)
+    ]
     assert whole.matrix.tolist() == parts.matrix.tolist() == expected
 
 
@@ -71,17 +76,22 @@ def test_nothing_labelled_gives_nan_and_no_error():
 
 
 def test_table_names_the_classes_that_are_left_out():
-    text = evaluate.table({"mIoU": 0.5, "pixel_accuracy": 0.6, "class_accuracy": 0.7, "IoU": [0.5, None]}, ["cat", "dog"])
+    text = evaluate.table(
+        {"mIoU": 0.5, "pixel_accuracy": 0.6, "class_accuracy": 0.7, "IoU": [0.5, None]},
+        ["cat", "dog"],
+    )
     assert "cat                   0.500" in text
     assert text.endswith("not in the mean (neither labelled nor predicted): dog")
 
 
-# -------------------------------------------------------------------------------------------------------------- predict
+# ------------------------------------------------------------------------------------------ predict
 
 
 def test_predict_gives_probabilities_at_the_size_of_the_image():
     images = torch.randn(2, 3, 33, 47)
-    probabilities = evaluate.predict(Constant(), images, scales=(0.5, 1.0, 1.7), flip=True, window=20)
+    probabilities = evaluate.predict(
+        Constant(), images, scales=(0.5, 1.0, 1.7), flip=True, window=20
+    )
     assert probabilities.shape == (2, 3, 33, 47)
     assert torch.allclose(probabilities.sum(1), torch.ones(2, 33, 47), atol=1e-5)
 
@@ -102,16 +112,24 @@ def test_scales_and_flip_equal_the_plain_average():
         for mirror in (False, True):
             p = net(scaled.flip(3) if mirror else scaled).softmax(1)
             p = p.flip(3) if mirror else p
-            views.append(nn.functional.interpolate(p, size=(16, 24), mode="bilinear") if size != (16, 24) else p)
+            views.append(
+                nn.functional.interpolate(p, size=(16, 24), mode="bilinear")
+                if size != (16, 24)
+                else p
+            )
     expected = sum(views) / 6
-    assert torch.allclose(evaluate.predict(net, images, scales=(0.5, 1, 1.5), flip=True), expected, atol=1e-6)
+    assert torch.allclose(
+        evaluate.predict(net, images, scales=(0.5, 1, 1.5), flip=True), expected, atol=1e-6
+    )
     assert not torch.allclose(evaluate.predict(net, images), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(9, 11), (10, 40), (41, 10), (37, 53), (1, 25)])
 def test_windows_of_a_network_without_context_equal_the_whole_image(size):
     net, images = Constant(), torch.randn(2, 3, *size)
-    assert torch.allclose(evaluate.predict(net, images, window=10), evaluate.predict(net, images), atol=1e-6)
+    assert torch.allclose(
+        evaluate.predict(net, images, window=10), evaluate.predict(net, images), atol=1e-6
+    )
 
 
 def test_windows_cover_every_pixel_once_or_more_and_stay_inside():
@@ -122,18 +140,22 @@ def test_windows_cover_every_pixel_once_or_more_and_stay_inside():
 
 
 def test_windows_overlap_is_averaged():
-    class Shifted(nn.Module):  # answers with the column inside the window: neighbours disagree where they overlap
+    class Shifted(
+        nn.Module
+    ):  # answers with the column inside the window: neighbours disagree where they overlap
         def forward(self, x):
             ramp = torch.arange(x.shape[3], dtype=torch.float32).expand(len(x), 1, x.shape[2], -1)
             return torch.cat([ramp, torch.zeros_like(ramp)], 1)
 
-    p = evaluate.predict(Shifted(), torch.zeros(1, 3, 1, 8), window=6)[0, 0, 0]  # windows at 0 and 2
+    p = evaluate.predict(Shifted(), torch.zeros(1, 3, 1, 8), window=6)[
+        0, 0, 0
+    ]  # windows at 0 and 2
     sigmoid = torch.arange(6.0).sigmoid()
     expected = torch.cat([sigmoid[:2], (sigmoid[2:] + sigmoid[:4]) / 2, sigmoid[4:]])
     assert torch.allclose(p, expected)
 
 
-# ------------------------------------------------------------------------------------------------------- cost and speed
+# ----------------------------------------------------------------------------------- cost and speed
 
 
 def test_cost_by_hand():
@@ -148,7 +170,10 @@ def test_cost_of_a_list_is_that_of_its_members():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.list = nn.Conv2d(3, 4, 1, bias=False), nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+            self.first, self.list = (
+                nn.Conv2d(3, 4, 1, bias=False),
+                nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2)),
+            )
 
         def forward(self, x):
             return self.list[1](self.list[0](self.first(x)))
@@ -158,25 +183,30 @@ def test_cost_of_a_list_is_that_of_its_members():
 
 
 def test_cost_command_prices_an_untrained_network(capsys):
-    arguments = "--method caa --backbone resnet18 --output-stride 32 --cost --crop-size 65 --classes 7 --device cpu".split()
+    arguments = "--method caa --backbone resnet18 --output-stride 32 --cost --crop-size 65".split()
+    arguments += "--classes 7 --device cpu".split()
     assert evaluate.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "M parameters" in out and "for 65x65" in out and "backbone" in out and "classifier" in out
-    assert evaluate.main("--method ksac --backbone resnet18 --cost --speed --crop-size 33 65 --device cpu".split()) == 0
+    assert (
+        "M parameters" in out and "for 65x65" in out and "backbone" in out and "classifier" in out
+    )
+    arguments = "--method ksac --backbone resnet18 --cost --speed --crop-size 33 65".split()
+    assert evaluate.main([*arguments, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "for 33x65" in out and "2 images of 33x65" in out
     assert evaluate.main("--method caa --cost --crop-size 1 2 3".split()) == 2
     assert "expected one side, or height and width" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------ a trained network
+# -------------------------------------------------------------------------------- a trained network
 
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
     """A run of two steps: (its folder, the path of its checkpoint, the dataset's root)."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    flags = "--dataset folder --iterations 2 --batch-size 2 --crop-size 32 --output-stride 32 --workers 0 --device cpu"
+    flags = "--dataset folder --iterations 2 --batch-size 2 --crop-size 32 --output-stride 32"
+    flags += " --workers 0 --device cpu"
     assert train.main([*flags.split(), "--data-root", str(photos), "--output", str(folder)]) == 0
     return folder, str(folder / "last.pt"), photos
 
@@ -184,7 +214,16 @@ def trained(photos, tmp_path_factory):
 def test_evaluate_command_agrees_with_a_plain_loop(trained, tmp_path, capsys):
     _, checkpoint, root = trained
     predictions, numbers = tmp_path / "predictions", tmp_path / "n.json"
-    flags = ["--save-predictions", str(predictions), "--json", str(numbers), "--device", "cpu", "--workers", "0"]
+    flags = [
+        "--save-predictions",
+        str(predictions),
+        "--json",
+        str(numbers),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
     assert evaluate.main(["--checkpoint", checkpoint, *flags]) == 0
     result = json.loads(numbers.read_text())
     assert f"{result['mIoU']:.3f}" in capsys.readouterr().out
@@ -201,10 +240,31 @@ def test_evaluate_command_agrees_with_a_plain_loop(trained, tmp_path, capsys):
 def test_two_processes_give_the_numbers_of_one_with_unequal_shares(trained, tmp_path):
     _, checkpoint, _ = trained  # five images: three and two
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", "0", "--flip", "--scales", "0.5", "1"]
+    flags = [
+        "--checkpoint",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--flip",
+        "--scales",
+        "0.5",
+        "1",
+    ]
     assert evaluate.main([*flags, "--json", str(one)]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", evaluate.__file__]
-    done = subprocess.run([*command, *flags, "--json", str(two)], capture_output=True, text=True, timeout=240)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        evaluate.__file__,
+    ]
+    done = subprocess.run(
+        [*command, *flags, "--json", str(two)], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pixel accuracy") == 1  # printed by one process
     a, b = json.loads(one.read_text()), json.loads(two.read_text())
@@ -215,44 +275,91 @@ def test_photographs_get_an_overlay_a_palette_png_and_words(trained, tmp_path, c
     _, checkpoint, root = trained
     photo = tmp_path / "gray.jpg"
     Image.fromarray(np.full((45, 61), 90, np.uint8)).save(photo)
-    flags = ["--images", str(photo), "--save-predictions", str(tmp_path / "p"), "--figures", str(tmp_path / "f")]
-    assert evaluate.main(["--checkpoint", checkpoint, *flags, "--pixel", "10", "20", "--device", "cpu"]) == 0
+    flags = [
+        "--images",
+        str(photo),
+        "--save-predictions",
+        str(tmp_path / "p"),
+        "--figures",
+        str(tmp_path / "f"),
+    ]
+    assert (
+        evaluate.main(
+            ["--checkpoint", checkpoint, *flags, "--pixel", "10", "20", "--device", "cpu"]
+        )
+        == 0
+    )
     assert "%" in capsys.readouterr().out
     assert Image.open(tmp_path / "p" / "gray.png").size == (61, 45)
     assert (tmp_path / "p" / "gray_overlay.png").exists()
-    assert Image.open(tmp_path / "f" / "gray_figures.png").width > 4 * 240  # image, prediction and three maps of attention
+    assert (
+        Image.open(tmp_path / "f" / "gray_figures.png").width > 4 * 240
+    )  # image, prediction and three maps of attention
 
 
 def test_figures_of_a_split(trained, tmp_path):
     _, checkpoint, _ = trained
-    assert evaluate.main(["--checkpoint", checkpoint, "--figures", str(tmp_path), "--device", "cpu", "--workers", "0"]) == 0
+    assert (
+        evaluate.main(
+            [
+                "--checkpoint",
+                checkpoint,
+                "--figures",
+                str(tmp_path),
+                "--device",
+                "cpu",
+                "--workers",
+                "0",
+            ]
+        )
+        == 0
+    )
     sheets = [f"{i}.png" for i in range(5)]
     assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "class_dependency.png"]
 
 
 def test_matrix_has_a_square_for_each_entry_rows_downwards():
-    picture = evaluate.draw_matrix(torch.tensor([[1.0, 0.0], [0.5, 0.0]]), ["a", "b"], cell=20, margin=40)
+    picture = evaluate.draw_matrix(
+        torch.tensor([[1.0, 0.0], [0.5, 0.0]]), ["a", "b"], cell=20, margin=40
+    )
     bright, dark, middle = (255, 255, 140), (10, 10, 60), (220, 60, 60)
     assert picture.size == (80, 80)
-    assert [picture.getpixel(place) for place in ((50, 50), (70, 50), (50, 70), (70, 70))] == [bright, dark, middle, dark]
+    assert [picture.getpixel(place) for place in ((50, 50), (70, 50), (50, 70), (70, 70))] == [
+        bright,
+        dark,
+        middle,
+        dark,
+    ]
     ink = 255 - np.asarray(picture.convert("L")).astype(int)
-    assert ink[40:, :40].sum() > 0 and ink[:40, 40:].sum() > 0 and ink[:40, :40].sum() == 0  # names left and above
+    assert (
+        ink[40:, :40].sum() > 0 and ink[:40, 40:].sum() > 0 and ink[:40, :40].sum() == 0
+    )  # names left and above
 
 
 def test_heat_is_dark_at_zero_and_bright_at_one_and_keeps_the_size():
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     picture = evaluate.heat(torch.tensor([[0.0, 1.0]]), image)
     assert picture.shape == (3, 20, 30) and picture.dtype == torch.uint8
-    assert picture[:, 5, 5].tolist() == [10, 10, 60] and picture[:, 5, 25].tolist() == [255, 255, 140]
+    assert picture[:, 5, 5].tolist() == [10, 10, 60] and picture[:, 5, 25].tolist() == [
+        255,
+        255,
+        140,
+    ]
 
 
 def test_heat_of_the_images_size_lies_over_the_image():
     image = torch.full((3, 4, 6), 200, dtype=torch.uint8)
-    assert evaluate.heat(torch.zeros(4, 6), image)[:, 0, 0].tolist() == [int(0.65 * c + 0.35 * 200) for c in (10, 10, 60)]
-    assert evaluate.heat(torch.zeros(8, 12), image)[:, 0, 0].tolist() == [10, 10, 60]  # another size: no map of the image
+    assert evaluate.heat(torch.zeros(4, 6), image)[:, 0, 0].tolist() == [
+        int(0.65 * c + 0.35 * 200) for c in (10, 10, 60)
+    ]
+    assert evaluate.heat(torch.zeros(8, 12), image)[:, 0, 0].tolist() == [
+        10,
+        10,
+        60,
+    ]  # another size: no map of the image
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def mistake(capsys, *flags):
@@ -277,21 +384,33 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     assert "has no function build" in mistake(capsys, "--method", "json", "--cost")
     line = mistake(capsys, "--method", "caa", "--option", "layers=3", "--cost")
     assert "no option layers" in line and "channel_layers=5" in line
-    assert "expected KEY=VALUE" in mistake(capsys, "--method", "caa", "--option", "layers", "--cost")
+    assert "expected KEY=VALUE" in mistake(
+        capsys, "--method", "caa", "--option", "layers", "--cost"
+    )
     assert "goes with --cost or --speed" in mistake(capsys, "--method", "caa")
-    assert "camvid val not found" in mistake(capsys, "--checkpoint", checkpoint, "--dataset", "camvid")
-    assert "the classes of shapes are not those" in mistake(capsys, "--checkpoint", checkpoint, "--dataset", "shapes")
+    assert "camvid val not found" in mistake(
+        capsys, "--checkpoint", checkpoint, "--dataset", "camvid"
+    )
+    assert "the classes of shapes are not those" in mistake(
+        capsys, "--checkpoint", checkpoint, "--dataset", "shapes"
+    )
     assert "no file 'no.jpg'" in mistake(capsys, "--checkpoint", checkpoint, "--images", "no.jpg")
     assert "fp16 needs a CUDA GPU" in mistake(capsys, "--checkpoint", checkpoint, "--amp", "fp16")
     assert "factors above 0" in mistake(capsys, "--checkpoint", checkpoint, "--scales", "0")
-    assert "--window 0: expected a number of at least 1" in mistake(capsys, "--checkpoint", checkpoint, "--window", "0")
+    assert "--window 0: expected a number of at least 1" in mistake(
+        capsys, "--checkpoint", checkpoint, "--window", "0"
+    )
     assert "lies outside the image" in mistake(
         capsys, "--checkpoint", checkpoint, "--figures", str(tmp_path), "--pixel", "99", "0"
     )
     photos = [str(root / "images" / split / "0.png") for split in ("train", "val")]
-    assert "two photographs of one name" in mistake(capsys, "--checkpoint", checkpoint, "--images", *photos)
+    assert "two photographs of one name" in mistake(
+        capsys, "--checkpoint", checkpoint, "--images", *photos
+    )
     labels = str(root / "labels" / "val")
-    assert "holds the dataset itself" in mistake(capsys, "--checkpoint", checkpoint, "--save-predictions", labels)
+    assert "holds the dataset itself" in mistake(
+        capsys, "--checkpoint", checkpoint, "--save-predictions", labels
+    )
 
 
 def test_wrong_label_in_a_loader_process_is_one_line_too_and_the_command_ends(trained, tmp_path):
@@ -302,8 +421,17 @@ def test_wrong_label_in_a_loader_process_is_one_line_too_and_the_command_ends(tr
     label = np.array(Image.open(file))
     label[0, 0] = 77
     Image.fromarray(label).save(file)
-    command = [sys.executable, evaluate.__file__, "--checkpoint", checkpoint, "--data-root", str(copy)]
-    done = subprocess.run([*command, "--workers", "2", "--device", "cpu"], capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        evaluate.__file__,
+        "--checkpoint",
+        checkpoint,
+        "--data-root",
+        str(copy),
+    ]
+    done = subprocess.run(
+        [*command, "--workers", "2", "--device", "cpu"], capture_output=True, text=True, timeout=120
+    )
     line = done.stderr.strip().splitlines()[-1]  # the progress bar may stand before it
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert line.startswith("evaluate.py: '") and "3.png' holds the label ids [77]" in line
@@ -315,7 +443,9 @@ def test_unknown_device_is_a_mistake():
 
 
 def test_parse_options_reads_literals_and_keeps_text():
-    assert evaluate.parse_options(["a=3", "b=None", "c=axial", "d=(1, 2)", "e=false", "f=none"]) == {
+    assert evaluate.parse_options(
+        ["a=3", "b=None", "c=axial", "d=(1, 2)", "e=false", "f=none"]
+    ) == {
         "a": 3,
         "b": None,
         "c": "axial",
@@ -335,8 +465,14 @@ def test_palette_png_keeps_ids_and_colours(tmp_path):
 
 
 def test_submissions_have_the_label_files_own_ids(tmp_path, monkeypatch):
-    image, label = tmp_path / "leftImg8bit/val/x/x_1_leftImg8bit.png", tmp_path / "gtFine/val/x/x_1_gtFine_labelIds.png"
-    for path, array in ((image, np.zeros((1, 3, 3), np.uint8)), (label, np.array([[7, 26, 33]], np.uint8))):
+    image, label = (
+        tmp_path / "leftImg8bit/val/x/x_1_leftImg8bit.png",
+        tmp_path / "gtFine/val/x/x_1_gtFine_labelIds.png",
+    )
+    for path, array in (
+        (image, np.zeros((1, 3, 3), np.uint8)),
+        (label, np.array([[7, 26, 33]], np.uint8)),
+    ):
         path.parent.mkdir(parents=True)
         Image.fromarray(array).save(path)
     dataset = data.dataset("cityscapes", tmp_path, "val")
@@ -349,20 +485,39 @@ def test_submissions_have_the_label_files_own_ids(tmp_path, monkeypatch):
     # the same by command, of the split and of photographs without labels
     net = evaluate.network("caa", 19, "resnet18", output_stride=32)
     settings = dict(
-        method="caa", backbone="resnet18", output_stride=32, option={}, dataset="cityscapes", data_root=str(tmp_path)
+        method="caa",
+        backbone="resnet18",
+        output_stride=32,
+        option={},
+        dataset="cityscapes",
+        data_root=str(tmp_path),
     )
     about = dict(classes=dataset.classes, palette=dataset.palette, raw_ids=dataset.raw_ids, step=1)
     torch.save(dict(net=net.state_dict(), settings=settings, **about), tmp_path / "net.pt")
-    flags = ["--checkpoint", str(tmp_path / "net.pt"), "--device", "cpu", "--workers", "0", "--save-predictions"]
+    flags = [
+        "--checkpoint",
+        str(tmp_path / "net.pt"),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--save-predictions",
+    ]
     assert evaluate.main([*flags, str(tmp_path / "split")]) == 0
     assert evaluate.main([*flags, str(tmp_path / "photos"), "--images", str(image)]) == 0
     with torch.no_grad():
-        prediction = evaluate.load(evaluate.read_checkpoint(tmp_path / "net.pt"))(dataset[0][0][None]).argmax(1)[0]
+        prediction = evaluate.load(evaluate.read_checkpoint(tmp_path / "net.pt"))(
+            dataset[0][0][None]
+        ).argmax(1)[0]
     expected = [[dataset.raw_ids[i] for i in row] for row in prediction.tolist()]
     assert min(min(row) for row in expected) >= 7
     for folder in ("split", "photos"):
-        assert np.asarray(Image.open(tmp_path / folder / "x_1_leftImg8bit.png")).tolist() == expected
-    assert evaluate.main([*flags, str(image.parent), "--images", str(image)]) == 2  # it would overwrite the photograph
+        assert (
+            np.asarray(Image.open(tmp_path / folder / "x_1_leftImg8bit.png")).tolist() == expected
+        )
+    assert (
+        evaluate.main([*flags, str(image.parent), "--images", str(image)]) == 2
+    )  # it would overwrite the photograph
 
 
 class Two(torch.utils.data.Dataset):
@@ -388,18 +543,24 @@ def test_several_scales_are_measured_together_and_each_alone():
     result = evaluate.evaluate(net, dataset, scales=(0.5, 1.0, 1.5), **how)
     for scale in (0.5, 1.0, 1.5):
         alone = evaluate.evaluate(net, dataset, scales=(scale,), **how)
-        assert result["mIoU_at_scale"][f"{scale:g}"] == alone["mIoU"] and "mIoU_at_scale" not in alone
+        assert (
+            result["mIoU_at_scale"][f"{scale:g}"] == alone["mIoU"] and "mIoU_at_scale" not in alone
+        )
     assert len(set(result["mIoU_at_scale"].values())) == 3
     matrix = evaluate.ConfusionMatrix(4)
     for image, labels in dataset:
-        matrix.update(evaluate.predict(net, image[None], (0.5, 1.0, 1.5), True).argmax(1), labels[None])
+        matrix.update(
+            evaluate.predict(net, image[None], (0.5, 1.0, 1.5), True).argmax(1), labels[None]
+        )
     assert result["mIoU"] == matrix.result()["mIoU"]
     assert "mIoU at scale 0.5" in evaluate.table(result, dataset.classes)
 
 
 def test_levels_are_printed_and_without_nan(capsys):
     torch.manual_seed(0)
-    net = evaluate.network("pyramid_fuse", 4, "resnet18", options={"strides": (8, 4), "context": None}).eval()
+    net = evaluate.network(
+        "pyramid_fuse", 4, "resnet18", options={"strides": (8, 4), "context": None}
+    ).eval()
     found = evaluate.levels(net, Two((32, 64)), torch.device("cpu"), "off", 0)
     table, difference = np.array(found["table"], float), np.array(found["difference"], float)
     assert found["strides"] == [8, 4] and table.shape == (2, 2) and difference.shape == (2, 4)
@@ -413,12 +574,25 @@ def test_levels_are_printed_and_without_nan(capsys):
 
 
 def test_figures_of_a_pyramid_tell_of_its_levels(photos, tmp_path, capsys):
-    net = evaluate.network("pyramid_fuse", 3, "resnet18", options={"strides": (8, 4), "context": None})
-    settings = dict(method="pyramid_fuse", backbone="resnet18", output_stride=None, dataset="folder", data_root=str(photos))
+    net = evaluate.network(
+        "pyramid_fuse", 3, "resnet18", options={"strides": (8, 4), "context": None}
+    )
+    settings = dict(
+        method="pyramid_fuse",
+        backbone="resnet18",
+        output_stride=None,
+        dataset="folder",
+        data_root=str(photos),
+    )
     settings |= dict(option={"strides": (8, 4), "context": None})
     about = dict(classes=["left", "right", "never"], palette=[(0, 0, 0)] * 3, step=1)
     torch.save(dict(net=net.state_dict(), settings=settings, **about), tmp_path / "net.pt")
     flags = ["--checkpoint", str(tmp_path / "net.pt"), "--device", "cpu", "--workers", "0"]
-    assert evaluate.main([*flags, "--figures", str(tmp_path / "f"), "--json", str(tmp_path / "n.json")]) == 0
+    assert (
+        evaluate.main(
+            [*flags, "--figures", str(tmp_path / "f"), "--json", str(tmp_path / "n.json")]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "n.json").read_text())["levels"]["strides"] == [8, 4]
     assert "takes the level of the column" in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""hfgd.py against the words and figures of its paper: who learns from what, and what is computed, written here anew."""
+"""hfgd.py against the words and figures of its paper: who learns from what, and what is computed,
+written here anew.
+"""
 
 import math
 
@@ -37,7 +39,7 @@ def seen_by(module):
     return seen
 
 
-# ------------------------------------------------------------------------------------------------------ who learns what
+# ---------------------------------------------------------------------------------- who learns what
 
 
 def learners(net, loss):
@@ -45,12 +47,17 @@ def learners(net, loss):
     net.zero_grad()
     loss.backward(retain_graph=True)
     parts = dict(
-        backbone=net.backbone, encoder=net.encoder, kernels=net.classifier, upsampler=net.upsampler, guide=net.guide
+        backbone=net.backbone,
+        encoder=net.encoder,
+        kernels=net.classifier,
+        upsampler=net.upsampler,
+        guide=net.guide,
     )
     return {
         name
         for name, part in parts.items()
-        if part is not None and any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+        if part is not None
+        and any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
     }
 
 
@@ -70,7 +77,11 @@ def test_fine_loss_reaches_every_weight_of_the_upsampler_and_the_attention():
     losses["fine"].backward()
     weights = [*net.upsampler.parameters(), *net.guide.parameters()]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in weights if p.ndim > 1)
-    assert all(p.grad is None for part in (net.backbone, net.encoder, net.classifier) for p in part.parameters())
+    assert all(
+        p.grad is None
+        for part in (net.backbone, net.encoder, net.classifier)
+        for p in part.parameters()
+    )
 
 
 def test_unguided_the_fine_loss_trains_all():
@@ -110,7 +121,7 @@ def test_class_kernels_step_as_without_upsampler():
         torch.testing.assert_close(net.get_parameter(name).grad, parameter.grad, msg=name)
 
 
-# ---------------------------------------------------------------------------------------------------------- the kernels
+# -------------------------------------------------------------------------------------- the kernels
 
 
 def test_guided_logits_by_hand():
@@ -150,7 +161,9 @@ def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
     W, b = net.classifier.weight[:, :, 0, 0].double(), net.classifier.bias.double()
     expected = torch.einsum("kc,ncij->nkij", W, x) + b[:, None, None]
     assert expected.shape == (1, 3, 17, 25)
-    torch.testing.assert_close(logits[:, :, ::4, ::4].double(), expected, rtol=1e-4, atol=1e-4)  # position i at pixel 4i
+    torch.testing.assert_close(
+        logits[:, :, ::4, ::4].double(), expected, rtol=1e-4, atol=1e-4
+    )  # position i at pixel 4i
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -179,12 +192,18 @@ def test_the_classifier_reads_the_fine_features_and_with_labels_last_the_coarse_
     losses = net(images, labels)
     fine, coarse = seen
     assert fine.shape == (2, 256, 17, 25) and coarse.shape == (2, 256, 3, 4)
-    assert losses["fine"].item() == pytest.approx(F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5)
-    coarse = backbones.upsample(F.conv2d(coarse, net.classifier.weight, net.classifier.bias), 32, (64, 96))
-    assert losses["coarse"].item() == pytest.approx(F.cross_entropy(coarse, labels, ignore_index=255).item(), rel=1e-5)
+    assert losses["fine"].item() == pytest.approx(
+        F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5
+    )
+    coarse = backbones.upsample(
+        F.conv2d(coarse, net.classifier.weight, net.classifier.bias), 32, (64, 96)
+    )
+    assert losses["coarse"].item() == pytest.approx(
+        F.cross_entropy(coarse, labels, ignore_index=255).item(), rel=1e-5
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- upsampling
+# --------------------------------------------------------------------------------------- upsampling
 
 
 def kernel_sizes(module):
@@ -199,7 +218,9 @@ def test_blocks_of_semantic_fpn_by_hand():
     assert all(m.out_channels == 256 for m in plain.modules() if isinstance(m, nn.Conv2d))
 
 
-@pytest.mark.parametrize("stride, counts", [(4, [1, 1, 2, 3]), (2, [2, 2, 3, 4]), (1, [3, 3, 4, 5])])
+@pytest.mark.parametrize(
+    "stride, counts", [(4, [1, 1, 2, 3]), (2, [2, 2, 3, 4]), (1, [3, 3, 4, 5])]
+)
 def test_blocks_of_ultra_semantic_fpn_by_hand(stride, counts):
     with torch.device("meta"):
         ultra = hfgd.UltraSemanticFPN((8, 16, 32, 64), stride)
@@ -208,10 +229,14 @@ def test_blocks_of_ultra_semantic_fpn_by_hand(stride, counts):
 
 
 def literal_fpn(net, maps, corners, blocks):
-    """The pyramid as Sect. 3.3 and its source say it, with the weights of `net` and untouched batch norms."""
+    """The pyramid as Sect. 3.3 and its source say it, with the weights of `net` and untouched batch
+    norms.
+    """
 
     def layer(conv, x):
-        return F.relu(F.conv2d(x, conv.weight, padding=conv.kernel_size[0] // 2) / math.sqrt(1 + 1e-5))
+        return F.relu(
+            F.conv2d(x, conv.weight, padding=conv.kernel_size[0] // 2) / math.sqrt(1 + 1e-5)
+        )
 
     def twice(x):
         h, w = x.shape[2:]
@@ -242,12 +267,19 @@ def test_semantic_fpn_equals_its_words(stride, corners):
         net = hfgd.UltraSemanticFPN(channels, stride, corners)
     net = net.double().eval()
     sizes = ((9, 17), (5, 9), (3, 5), (2, 3)) if corners else ((8, 16), (4, 8), (2, 4), (1, 2))
-    maps = [torch.randn(1, c, *size, dtype=torch.double, requires_grad=True) for c, size in zip(channels, sizes)]
+    maps = [
+        torch.randn(1, c, *size, dtype=torch.double, requires_grad=True)
+        for c, size in zip(channels, sizes)
+    ]
     blocks = {None: 0, 4: 0, 2: 1, 1: 2}[stride]
     found, expected = net(maps), literal_fpn(net, maps, corners, blocks)
     h, w = sizes[0]
     scale = 2**blocks
-    assert found.shape == (1, 256, *((scale * (s - 1) + 1 if corners else scale * s) for s in (h, w)))
+    assert found.shape == (
+        1,
+        256,
+        *((scale * (s - 1) + 1 if corners else scale * s) for s in (h, w)),
+    )
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(found)
     ours, theirs = (torch.autograd.grad((y * weights).sum(), maps) for y in (found, expected))
@@ -260,7 +292,16 @@ def test_twice_keeps_positions_in_place():
     ramp = torch.arange(4.0).expand(1, 1, 2, 4)
     assert hfgd.Twice(corners=True)(ramp)[0, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     # patches: their halves lie a quarter to the left and to the right
-    assert hfgd.Twice(corners=False)(ramp)[0, 0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    assert hfgd.Twice(corners=False)(ramp)[0, 0, 0].tolist() == [
+        0,
+        0.25,
+        0.75,
+        1.25,
+        1.75,
+        2.25,
+        2.75,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "swin_t", "convnext_tiny"])
@@ -273,14 +314,16 @@ def test_odd_sizes_at_every_output_stride(backbone, stride):
         assert all(loss.isfinite() for loss in net(images, labels).values())
 
 
-# -------------------------------------------------------------------------------------------------------------- encoder
+# ------------------------------------------------------------------------------------------ encoder
 
 
 def test_ours_is_two_pointwise_convolutions_attention_and_a_pointwise_one():
     net = network()
     assert kernel_sizes(net.encoder) == [1] * 6  # two leading; query, key, value; trailing
     widths = [m.out_channels for m in net.encoder.modules() if isinstance(m, nn.Conv2d)]
-    assert widths == [512, 512, 64, 64, 512, 256] and isinstance(net.encoder.body, car.SelfAttention)
+    assert widths == [512, 512, 64, 64, 512, 256] and isinstance(
+        net.encoder.body, car.SelfAttention
+    )
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -291,7 +334,9 @@ def test_every_encoder_stands_under_every_upsampler(encoder, upsampler):
         losses = net(*scene())
         names = {"coarse"} if upsampler is None else {"coarse", "fine"} if guided else {"fine"}
         names |= {"ours": set(CAR), "ocr": {"auxiliary"}}.get(encoder, set())
-        assert set(losses) == names and all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
+        assert set(losses) == names and all(
+            loss.isfinite() and loss.ndim == 0 for loss in losses.values()
+        )
         width = 512 if encoder == "identity" and not net.guided else 256
         assert net.encoder.channels == width
         assert net.classifier.in_channels == (width if upsampler is None else 256)
@@ -309,7 +354,11 @@ def test_identity_is_the_last_map_itself():
 
 def test_aspp_is_torchvisions_at_the_rates_of_stride_32():
     net = network(encoder="aspp")
-    rates = [m.dilation[0] for m in net.encoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    rates = [
+        m.dilation[0]
+        for m in net.encoder.modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    ]
     assert type(net.encoder.body).__module__.startswith("torchvision") and rates == [3, 6, 9]
 
 
@@ -328,8 +377,12 @@ def test_car_acts_between_the_attention_and_the_trailing_convolution(released, g
         inter_c2c=car.inter_center_to_center(mu, released=released),
         inter_c2p=car.inter_center_to_pixel(features, coarse, mu, released=released),
     )
-    assert {name: losses[name].item() for name in CAR} == pytest.approx({name: x.item() for name, x in expected.items()})
-    assert [layer.out_channels for layer in net.encoder.linear.modules() if isinstance(layer, nn.Conv2d)] == [512] * released
+    assert {name: losses[name].item() for name in CAR} == pytest.approx(
+        {name: x.item() for name, x in expected.items()}
+    )
+    assert [
+        layer.out_channels for layer in net.encoder.linear.modules() if isinstance(layer, nn.Conv2d)
+    ] == [512] * released
 
 
 def test_labels_of_patches_are_those_of_their_middles():
@@ -342,7 +395,9 @@ def test_labels_of_patches_are_those_of_their_middles():
     assert given[0].tolist() == [[[16, 48], [16, 48]]]
 
 
-@pytest.mark.parametrize("backbone, stride, size", [("resnet18", 32, (3, 4)), ("swin_t", 32, (2, 3))])
+@pytest.mark.parametrize(
+    "backbone, stride, size", [("resnet18", 32, (3, 4)), ("swin_t", 32, (2, 3))]
+)
 def test_regions_of_ocr_are_compared_at_stride_16_with_weight_0_4(backbone, stride, size):
     net = hfgd.build(3, backbone, encoder="ocr").eval()
     images, labels = scene(64, 96)
@@ -351,23 +406,35 @@ def test_regions_of_ocr_are_compared_at_stride_16_with_weight_0_4(backbone, stri
     with torch.no_grad():
         loss = net(images, labels)["auxiliary"]
     corners = backbone == "resnet18"
-    assert regions[0].shape[2:] == ((5, 7) if corners else (4, 6)) and net.encoder.body.corners == corners
+    assert (
+        regions[0].shape[2:] == ((5, 7) if corners else (4, 6))
+        and net.encoder.body.corners == corners
+    )
     size = (65, 97) if corners else (64, 96)
-    logits = F.interpolate(regions[0], size=size, mode="bilinear", align_corners=corners)[:, :, :64, :96]
-    assert loss.item() == pytest.approx(0.4 * F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5)
+    logits = F.interpolate(regions[0], size=size, mode="bilinear", align_corners=corners)[
+        :, :, :64, :96
+    ]
+    assert loss.item() == pytest.approx(
+        0.4 * F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5
+    )
 
 
 def test_layers_of_every_encoder():
     kinds = {name: network(encoder=name).encoder for name in ENCODERS}
     sizes = {name: kernel_sizes(encoder) for name, encoder in kinds.items()}
-    norms = {name: sum(isinstance(m, nn.BatchNorm2d) for m in encoder.modules()) for name, encoder in kinds.items()}
+    norms = {
+        name: sum(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
+        for name, encoder in kinds.items()
+    }
     assert sizes["self_attention"] == [3, 1, 1, 1, 1] and norms["self_attention"] == 2
     assert sizes["ours"] == [1] * 6 and norms["ours"] == 3
-    assert sizes["identity"] == [1] and norms["identity"] == 1  # for the class kernels; none where it is not guided
+    assert (
+        sizes["identity"] == [1] and norms["identity"] == 1
+    )  # for the class kernels; none where it is not guided
     assert sizes["aspp"] == [1, 3, 3, 3, 1, 1] and norms["aspp"] == 6
 
 
-# -------------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 
 def test_any_networks_regularizer_finds_the_coarse_features():
@@ -390,8 +457,12 @@ def test_patches_lie_where_they_are(upsampler):
         whole = F.interpolate(fine, scale_factor=4, mode="bilinear", align_corners=False)
         torch.testing.assert_close(logits, whole[:, :, :45, :70])
         image = backbones.on_grid(images, 32, corners=False)
-        coarse = F.conv2d(net.encoder(net.backbone(image))[0], net.classifier.weight, net.classifier.bias)
-        coarse = F.interpolate(coarse, scale_factor=32, mode="bilinear", align_corners=False)[:, :, :45, :70]
+        coarse = F.conv2d(
+            net.encoder(net.backbone(image))[0], net.classifier.weight, net.classifier.bias
+        )
+        coarse = F.interpolate(coarse, scale_factor=32, mode="bilinear", align_corners=False)[
+            :, :, :45, :70
+        ]
         assert torch.equal(net.figures(images)["coarse"], coarse.argmax(1)[0])
 
 
@@ -407,7 +478,9 @@ def test_class_dependency_is_of_what_car_acts_on_or_of_what_is_classified(encode
     X, stride = torch.cat(features), 32 if encoder == "ours" else 4
     mu, _ = car.class_centers(X, torch.cat([label for _, label in pairs])[:, ::stride, ::stride], 3)
     similarity = (mu @ mu.T).clamp(min=0)
-    torch.testing.assert_close(found.float(), similarity / similarity.amax(1, keepdim=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.float(), similarity / similarity.amax(1, keepdim=True), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_nothing_labelled_gives_zero_losses_and_gradients():
@@ -431,7 +504,10 @@ def test_half_precision_gives_float32_losses_and_logits(dtype):
     with torch.autocast("cpu", dtype=dtype):
         losses = net(*scene(33, 33))
         logits = net.eval()(torch.randn(1, 3, 33, 33))
-    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values()) and logits.dtype == torch.float32
+    assert (
+        all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+        and logits.dtype == torch.float32
+    )
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
@@ -445,11 +521,18 @@ def test_layer_norms_have_the_papers_epsilon():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(encoder="ppm"), "encoder='ppm': it is 'ours', 'identity', 'aspp', 'ocr' or 'self_attention'"),
+        (
+            dict(encoder="ppm"),
+            "encoder='ppm': it is 'ours', 'identity', 'aspp', 'ocr' or 'self_attention'",
+        ),
         (dict(upsampler="unet"), "upsampler='unet': it is 'usfpn', 'sfpn' or None"),
         (dict(output_stride=8), "output_stride=8: it is 4, 2 or 1"),
         (dict(upsampler="sfpn", output_stride=2), "upsampler='sfpn' has 4; 2 and 1 are U-SFPN's"),
-        (dict(guide=True), "HFGD has no option guide; its options and defaults are output_stride=4, encoder='ours'"),
+        (
+            dict(guide=True),
+            "HFGD has no option guide; its options and defaults are output_stride=4, "
+            "encoder='ours'",
+        ),
     ],
 )
 def test_wrong_options_say_what_there_is(options, message):
@@ -470,7 +553,7 @@ def test_parameters_of_the_upsamplers_by_hand():
         assert sum(p.numel() for p in net.parameters()) == expected
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def test_compared_by_hand():
@@ -480,25 +563,52 @@ def test_compared_by_hand():
     b[4:6, 9:13] = 2  # and a whole window there
     c[5, 10] = 1
     pictures = hfgd.compared({"a": a, "b": b, "c": c})
-    assert list(pictures) == ["a", "b", "c", "difference", "a, enlarged", "b, enlarged", "c, enlarged"]
+    assert list(pictures) == [
+        "a",
+        "b",
+        "c",
+        "difference",
+        "a, enlarged",
+        "b, enlarged",
+        "c, enlarged",
+    ]
     assert pictures["b, enlarged"].tolist() == [[2] * 4] * 2
-    assert pictures["c, enlarged"].tolist() == [[0] * 4, [0, 1, 0, 0]] and pictures["a, enlarged"].tolist() == [[0] * 4] * 2
+    assert (
+        pictures["c, enlarged"].tolist() == [[0] * 4, [0, 1, 0, 0]]
+        and pictures["a, enlarged"].tolist() == [[0] * 4] * 2
+    )
     # of the three pairs, two disagree where b alone differs, three where b and c do, each otherwise
     difference = pictures["difference"]
-    assert difference[0, 0].item() == pytest.approx(2 / 3) and difference[5, 10] == 1 and difference[7, 7] == 0
-    tiles = evaluate.drawn(pictures, torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)])
+    assert (
+        difference[0, 0].item() == pytest.approx(2 / 3)
+        and difference[5, 10] == 1
+        and difference[7, 7] == 0
+    )
+    tiles = evaluate.drawn(
+        pictures, torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)]
+    )
     assert tiles[1][:, 0, 0].tolist() == [1, 2, 3]  # a label map in its colours
-    assert tiles[3][:, 5, 10].tolist() > tiles[3][:, 0, 0].tolist() > tiles[3][:, 7, 7].tolist()  # the share as heat
+    assert (
+        tiles[3][:, 5, 10].tolist() > tiles[3][:, 0, 0].tolist() > tiles[3][:, 7, 7].tolist()
+    )  # the share as heat
 
 
 def test_figures_show_the_coarse_and_the_fine_prediction():
     net = network(output_stride=2).eval()
     image = torch.randn(3, 44, 70)
     pictures = net.figures(image)
-    assert list(pictures) == ["coarse", "stride 2", "difference", "coarse, enlarged", "stride 2, enlarged"]
+    assert list(pictures) == [
+        "coarse",
+        "stride 2",
+        "difference",
+        "coarse, enlarged",
+        "stride 2, enlarged",
+    ]
     assert torch.equal(pictures["stride 2"], net(image[None]).argmax(1)[0])
     x = F.conv2d(
-        net.encoder(net.backbone(backbones.on_grid(image[None], 32)))[0], net.classifier.weight, net.classifier.bias
+        net.encoder(net.backbone(backbones.on_grid(image[None], 32)))[0],
+        net.classifier.weight,
+        net.classifier.bias,
     )
     assert torch.equal(pictures["coarse"], backbones.upsample(x, 32, (44, 70)).argmax(1)[0])
     assert pictures["coarse, enlarged"].shape == (11, 17)
@@ -512,15 +622,31 @@ def test_figures_need_guidance_and_evaluation_mode():
         network().figures(torch.randn(3, 33, 33))
 
 
-# -------------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 def test_recipes_are_the_papers():
-    context, stuff, city = (hfgd.RECIPES[name] for name in ("pascal_context", "coco_stuff164k", "cityscapes"))
+    context, stuff, city = (
+        hfgd.RECIPES[name] for name in ("pascal_context", "coco_stuff164k", "cityscapes")
+    )
     for recipe in (context, stuff, city):
         assert (recipe["batch_size"], recipe["bn_momentum"], recipe["power"]) == (16, 0.0003, 0.9)
     keys = ("backbone", "optimizer", "lr", "weight_decay", "iterations", "color")
     assert [context[key] for key in keys] == ["resnet50", "sgd", 0.01, 1e-4, 30_000, "brightness"]
-    assert [stuff[key] for key in keys] == ["convnext_large", "adamw", 4e-5, 0.05, 40_000, "photometric"]
-    assert [city[key] for key in keys] == ["convnext_large", "adamw", 4e-5, 0.05, 60_000, "photometric"]
+    assert [stuff[key] for key in keys] == [
+        "convnext_large",
+        "adamw",
+        4e-5,
+        0.05,
+        40_000,
+        "photometric",
+    ]
+    assert [city[key] for key in keys] == [
+        "convnext_large",
+        "adamw",
+        4e-5,
+        0.05,
+        60_000,
+        "photometric",
+    ]
     assert city["crop_size"] == (513, 1025) and context["crop_size"] == 513

@@ -12,13 +12,21 @@ import backbones
 import ksac
 import train
 
-shared_atrous = partial(ksac.shared_atrous, rearranged=True)  # the default for so few channels is F.conv2d
+shared_atrous = partial(
+    ksac.shared_atrous, rearranged=True
+)  # the default for so few channels is F.conv2d
 RATES = [(1,), (1, 2), (6, 12, 18), (1, 6, 12, 18, 24), (3, 3)]
-OPTIONS = [dict(), dict(head="aspp"), dict(head="fcn"), dict(decoder=True), dict(rates=(1, 2, 3, 4))]
+OPTIONS = [
+    dict(),
+    dict(head="aspp"),
+    dict(head="fcn"),
+    dict(decoder=True),
+    dict(rates=(1, 2, 3, 4)),
+]
 SIZES = [(7, 9), (1, 5), (4, 1), (1, 1), (8, 8)]
 
 
-# --------------------------------------------------------------------------------------------------------- Algorithm 1
+# -------------------------------------------------------------------------------------- Algorithm 1
 
 
 def loop_conv2d(T, r, K):
@@ -48,13 +56,16 @@ def algorithm_1(T, K, R, gamma, beta, eps=1e-5):
 
 
 def test_line_4_by_hand():
-    # A kernel that takes 1 of the position itself, 10 of the one r to its left, 100 of the one r below.
+    # A kernel that takes 1 of the position itself, 10 of the one r to its left, 100 of the one r
+    # below.
     weight = torch.tensor([[[[0.0, 0, 0], [10, 1, 0], [0, 100, 0]]]])
     x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]]])
     one, two, three = shared_atrous(x, weight, (1, 2, 3))
     assert one[0, 0].tolist() == [[401, 512, 623], [704, 845, 956], [7, 78, 89]]
     assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
-    assert three[0, 0].tolist() == x[0, 0].tolist()  # the rate exceeds the map: only the centre is inside
+    assert (
+        three[0, 0].tolist() == x[0, 0].tolist()
+    )  # the rate exceeds the map: only the centre is inside
 
 
 @pytest.mark.parametrize("rates", [(1, 2), (2, 5), (3,)])
@@ -69,7 +80,9 @@ def test_line_4_equals_the_loop_with_gradients(rates):
         assert torch.allclose(a, b, atol=1e-12)
     for parameter in (x, weight):
         gradients = [
-            torch.autograd.grad(sum((y * p).sum() for y, p in zip(maps, pull)), parameter, retain_graph=True)[0]
+            torch.autograd.grad(
+                sum((y * p).sum() for y, p in zip(maps, pull)), parameter, retain_graph=True
+            )[0]
             for maps in (found, expected)
         ]
         assert torch.allclose(*gradients, atol=1e-12)
@@ -85,7 +98,10 @@ def test_shared_atrous_equals_separate_convolutions_at_any_size(rates, size):
     expected = [F.conv2d(x, weight, padding=r, dilation=r) for r in rates]
     assert len(found) == len(rates)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected))
-    gradients = [torch.autograd.grad(sum((y * y).sum() for y in maps), (x, weight)) for maps in (found, expected)]
+    gradients = [
+        torch.autograd.grad(sum((y * y).sum() for y in maps), (x, weight))
+        for maps in (found, expected)
+    ]
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
 
 
@@ -94,7 +110,9 @@ def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
     weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     pull = torch.randn(3, 1, 2, 6, 6, dtype=torch.float64)
-    whole = torch.autograd.grad(sum((y * p).sum() for y, p in zip(shared_atrous(x, weight, (1, 2, 4)), pull)), weight)[0]
+    whole = torch.autograd.grad(
+        sum((y * p).sum() for y, p in zip(shared_atrous(x, weight, (1, 2, 4)), pull)), weight
+    )[0]
     parts = [
         torch.autograd.grad((F.conv2d(x, weight, padding=r, dilation=r) * p).sum(), weight)[0]
         for r, p in zip((1, 2, 4), pull)
@@ -103,8 +121,12 @@ def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
     assert not torch.allclose(whole, parts[0])
 
 
-@pytest.mark.parametrize("channels, rates, folds", [(256, (1, 2), 2), (255, (1, 2), 0), (256, (2,), 0)])
-def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(channels, rates, folds, monkeypatch):
+@pytest.mark.parametrize(
+    "channels, rates, folds", [(256, (1, 2), 2), (255, (1, 2), 0), (256, (2,), 0)]
+)
+def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(
+    channels, rates, folds, monkeypatch
+):
     torch.manual_seed(0)
     x, weight = torch.randn(1, channels, 4, 5), torch.randn(2, channels, 3, 3)
     fold, calls = F.fold, []
@@ -118,9 +140,14 @@ def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(channels, 
 @pytest.mark.parametrize("rates", [(1, 2), (2, 4, 6)])
 def test_pyramid_of_many_channels_is_that_of_separate_convolutions(rates):
     torch.manual_seed(0)
-    head, x = ksac.KSAC(256, rates, channels=4).double().eval(), torch.randn(1, 256, 5, 6, dtype=torch.float64)
+    head, x = (
+        ksac.KSAC(256, rates, channels=4).double().eval(),
+        torch.randn(1, 256, 5, 6, dtype=torch.float64),
+    )
     for y, r, norm in zip(head.pyramid(x), rates, head.norms):
-        assert torch.allclose(y, norm(F.conv2d(x, head.kernel, padding=r, dilation=r)).clamp(min=0), atol=1e-10)
+        assert torch.allclose(
+            y, norm(F.conv2d(x, head.kernel, padding=r, dilation=r)).clamp(min=0), atol=1e-10
+        )
 
 
 def test_channels_last_changes_nothing():
@@ -160,7 +187,7 @@ def test_pyramid_sum_is_algorithm_1_with_gradients(rates):
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
 
 
-# ---------------------------------------------------------------------------------------------------------------- heads
+# -------------------------------------------------------------------------------------------- heads
 
 
 def test_fig_2_3_the_three_components_are_concatenated_and_projected():
@@ -181,7 +208,11 @@ def test_one_rate_is_a_plain_convolution():
     torch.manual_seed(0)
     head, x = ksac.KSAC(6, (2,), channels=4).eval(), torch.randn(1, 6, 5, 5)
     norm = head.norms[0]
-    assert torch.allclose(sum(head.pyramid(x)), F.relu(norm(F.conv2d(x, head.kernel, padding=2, dilation=2))), atol=1e-6)
+    assert torch.allclose(
+        sum(head.pyramid(x)),
+        F.relu(norm(F.conv2d(x, head.kernel, padding=2, dilation=2))),
+        atol=1e-6,
+    )
 
 
 def test_each_rate_has_its_own_batch_norm_and_one_kernel():
@@ -189,23 +220,31 @@ def test_each_rate_has_its_own_batch_norm_and_one_kernel():
     before = [norm.running_mean.clone() for norm in head.norms]
     head(torch.randn(4, 6, 8, 8))
     means = [norm.running_mean for norm in head.norms]
-    assert all(not torch.equal(a, b) for a, b in zip(means, before)) and not torch.equal(means[0], means[1])
+    assert all(not torch.equal(a, b) for a, b in zip(means, before)) and not torch.equal(
+        means[0], means[1]
+    )
     assert [name for name, p in head.named_parameters() if p.shape[2:] == (3, 3)] == ["kernel"]
 
 
 @pytest.mark.parametrize("rates", [(6, 12, 18), (1, 6, 12, 18, 24)])
 def test_parameters_of_aspp_minus_ksac_by_hand(rates):
     heads = {"aspp": ksac.ASPP, "ksac": ksac.KSAC}
-    count = {name: sum(p.numel() for p in head(2048, rates).parameters()) for name, head in heads.items()}
+    count = {
+        name: sum(p.numel() for p in head(2048, rates).parameters()) for name, head in heads.items()
+    }
     kernels = (len(rates) - 1) * 9 * 2048 * 256  # one instead of R
     projection = (len(rates) - 1) * 256 * 256  # 3·256 channels enter it instead of (2 + R)·256
     assert count["aspp"] - count["ksac"] == kernels + projection  # 9,568,256 for three rates
-    # 1x1, image level, one kernel, projection of 768; batch norms: two of them, R of the rates, one of the projection
+    # 1x1, image level, one kernel, projection of 768; batch norms: two of them, R of the rates, one
+    # of the projection
     assert count["ksac"] == 2 * 2048 * 256 + 9 * 2048 * 256 + 768 * 256 + 2 * 256 * (3 + len(rates))
 
 
 def test_more_rates_cost_ksac_a_batch_norm_each():
-    three, five = (sum(p.numel() for p in ksac.KSAC(64, r).parameters()) for r in ((6, 12, 18), (1, 6, 12, 18, 24)))
+    three, five = (
+        sum(p.numel() for p in ksac.KSAC(64, r).parameters())
+        for r in ((6, 12, 18), (1, 6, 12, 18, 24))
+    )
     assert five - three == 2 * 2 * 256
 
 
@@ -213,13 +252,16 @@ def test_aspp_is_the_plain_baseline_with_dropout_of_deeplab_v3_plus():
     torch.manual_seed(0)
     head, x = ksac.ASPP(6, (1, 2), channels=4).eval(), torch.randn(2, 6, 5, 5)
     convs = [head.convs[1][0], head.convs[2][0]]
-    assert [(c.dilation, c.kernel_size, c.bias) for c in convs] == [((1, 1), (3, 3), None), ((2, 2), (3, 3), None)]
+    assert [(c.dilation, c.kernel_size, c.bias) for c in convs] == [
+        ((1, 1), (3, 3), None),
+        ((2, 2), (3, 3), None),
+    ]
     assert head.project[-1].p == 0.1 and ksac.KSAC(6).project[-1].p == 0.1
     parts = [head.convs[0](x), *head.pyramid(x), head.convs[-1](x)]
     assert torch.allclose(head(x), head.project(torch.cat(parts, 1)), atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -233,7 +275,9 @@ def test_logits_at_pixel_i_times_stride_are_those_of_position_i(options):
     position = seen[0]
     assert position.shape[2:] == (48 // stride + 1, 80 // stride + 1)  # continued to 49 x 81
     assert torch.allclose(
-        logits[:, :, ::stride, ::stride], position[:, :, : 39 // stride + 1, : 69 // stride + 1], atol=1e-5
+        logits[:, :, ::stride, ::stride],
+        position[:, :, : 39 // stride + 1, : 69 // stride + 1],
+        atol=1e-5,
     )
 
 
@@ -242,7 +286,9 @@ def test_multi_grid_in_the_last_stage_of_a_resnet_alone():
         last = ksac.build(3, "resnet50").backbone.body.layer4
         xception = ksac.build(3, "xception65").backbone.body.exit_flow.block2
     assert [block.conv2.dilation[0] for block in last.children()] == [2, 4, 8]
-    assert [m.dilation[0] for m in xception.modules() if isinstance(m, nn.Conv2d) and m.groups > 1] == [2, 2, 2]
+    assert [
+        m.dilation[0] for m in xception.modules() if isinstance(m, nn.Conv2d) and m.groups > 1
+    ] == [2, 2, 2]
 
 
 def test_fcn_is_one_convolution_of_1x1():
@@ -290,10 +336,16 @@ def test_what_enters_the_classifier_are_256_channels():
     for options in (dict(), dict(head="aspp"), dict(head="fcn"), dict(decoder=True)):
         net = ksac.build(7, "resnet18", **options)
         assert isinstance(net.classifier, nn.Conv2d)
-        assert (net.classifier.in_channels, net.classifier.out_channels, net.classifier.kernel_size) == (256, 7, (1, 1))
+        assert (
+            net.classifier.in_channels,
+            net.classifier.out_channels,
+            net.classifier.kernel_size,
+        ) == (256, 7, (1, 1))
 
 
-@pytest.mark.parametrize("stride, rates", [(16, (1, 6, 12, 18, 24)), (8, (2, 12, 24, 36, 48)), (32, (1, 3, 6, 9, 12))])
+@pytest.mark.parametrize(
+    "stride, rates", [(16, (1, 6, 12, 18, 24)), (8, (2, 12, 24, 36, 48)), (32, (1, 3, 6, 9, 12))]
+)
 @pytest.mark.parametrize("head", ["ksac", "aspp"])
 def test_rates_are_scaled_with_the_output_stride(stride, rates, head):
     net = ksac.build(3, "resnet18", head=head, rates=(1, 6, 12, 18, 24), output_stride=stride)
@@ -314,7 +366,11 @@ def test_decoder_reads_the_features_of_stride_4():
 def test_decoder_is_deeplab_v3_plus_s():
     decoder = backbones.Decoder(256, 64).eval()
     convs = [m for m in decoder.modules() if isinstance(m, nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels, c.kernel_size[0]) for c in convs] == [(64, 48, 1), (304, 256, 3), (256, 256, 3)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size[0]) for c in convs] == [
+        (64, 48, 1),
+        (304, 256, 3),
+        (256, 256, 3),
+    ]
 
 
 def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
@@ -322,7 +378,8 @@ def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
     for head in ("ksac", "aspp"):
         net = ksac.build(3, "resnet18", head=head)
         with pytest.raises(
-            ValueError, match="image-level branch .* take a batch of at least two images for each process, or head='fcn'"
+            ValueError,
+            match="image-level branch .* take a batch of at least two images for each process",
         ):
             net(images, labels)
         assert net.eval()(images).shape == (1, 3, 33, 33)
@@ -330,7 +387,8 @@ def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
 
 
 def test_a_batch_of_one_is_that_line_in_train_py(photos, tmp_path, capsys):
-    flags = f"--method ksac --dataset folder --data-root {photos} --batch-size 1 --crop-size 33 --workers 0 --device cpu"
+    flags = f"--method ksac --dataset folder --data-root {photos} --batch-size 1 --crop-size 33"
+    flags += " --workers 0 --device cpu"
     assert train.main([*flags.split(), "--output", str(tmp_path / "a")]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("train.py: the image-level branch") and line.endswith("or head='fcn'")
@@ -338,7 +396,9 @@ def test_a_batch_of_one_is_that_line_in_train_py(photos, tmp_path, capsys):
 
 def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
     net = nn.SyncBatchNorm.convert_sync_batchnorm(ksac.build(3, "resnet18"))
-    with pytest.raises((ValueError, RuntimeError)) as error:  # passes the network's own check, then torch wants a GPU
+    with pytest.raises(
+        (ValueError, RuntimeError)
+    ) as error:  # passes the network's own check, then torch wants a GPU
         net(torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64))
     assert "image-level" not in str(error.value)
 
@@ -383,13 +443,27 @@ def test_saved_weights_reproduce_the_outputs(tmp_path):
 
 
 def test_recipes_are_those_of_sect_2_3():
-    first, second, third = (ksac.RECIPES[name] for name in ("coco_voc", "pascal_voc_aug", "pascal_voc"))
-    assert [(r["lr"], r["iterations"]) for r in (first, second)] == [(1e-3, 300_000), (4e-4, 40_000)]
+    first, second, third = (
+        ksac.RECIPES[name] for name in ("coco_voc", "pascal_voc_aug", "pascal_voc")
+    )
+    assert [(r["lr"], r["iterations"]) for r in (first, second)] == [
+        (1e-3, 300_000),
+        (4e-4, 40_000),
+    ]
     assert third["lr"] == 2e-4
     assert first["option"] == dict(decoder=True, rates=(1, 6, 12, 18, 24))
-    assert (third["iterations"], first["weight_decay"], first["bn_momentum"]) == (30_000, 4e-5, 0.0003)
+    assert (third["iterations"], first["weight_decay"], first["bn_momentum"]) == (
+        30_000,
+        4e-5,
+        0.0003,
+    )
     ade, city = ksac.RECIPES["ade20k"], ksac.RECIPES["cityscapes"]
-    assert (ade["lr"], ade["momentum"], ade["halve_every"], ade["iterations"]) == (2e-3, 0.9, 30_000, 150_000)
+    assert (ade["lr"], ade["momentum"], ade["halve_every"], ade["iterations"]) == (
+        2e-3,
+        0.9,
+        30_000,
+        150_000,
+    )
     assert (city["crop_size"], city["iterations"], city["lr"]) == (769, 90_000, 7e-3)
     for recipe in ksac.RECIPES.values():
         names = ("backbone", "batch_size", "scale", "scale_step", "output_stride")

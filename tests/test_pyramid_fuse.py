@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
 
 
 X = 255
-# An 8x8 map: a uniform quarter of class 0, one with a border between 1 and 2, one of class 1 with a pixel that is not
-# labelled, one of two classes with one.
+# An 8x8 map: a uniform quarter of class 0, one with a border between 1 and 2, one of class 1 with a
+# pixel that is not labelled, one of two classes with one.
 MAP = torch.tensor(
     [
         [0, 0, 0, 0, 1, 1, 2, 2],
@@ -32,7 +32,7 @@ MAP = torch.tensor(
 STRIDES = (8, 4, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------ ground truth
+# ------------------------------------------------------------------------------------- ground truth
 
 
 def test_pyramid_labels_by_hand():
@@ -51,7 +51,11 @@ def cell_by_cell(labels, strides):
         y = torch.full((N, H // stride, W // stride), X)
         u = y.clone()
         for n, i, j in product(range(N), range(H // stride), range(W // stride)):
-            cell = labels[n, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride].flatten().tolist()
+            cell = (
+                labels[n, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
+                .flatten()
+                .tolist()
+            )
             classes = set(cell) - {X}
             if len(classes) > 1:
                 u[n, i, j] = 0
@@ -72,21 +76,26 @@ def test_pyramid_labels_are_the_three_cases_of_appendix_b(strides):
     labels[1, 32:, 64:] = 2
     labels[1, 40, 70] = X
     for found, expected in zip(pf.pyramid_labels(labels, strides), cell_by_cell(labels, strides)):
-        assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected))
+        assert len(found) == len(expected) and all(
+            torch.equal(a, b) for a, b in zip(found, expected)
+        )
     assert {0, 1, 255} == set(pf.pyramid_labels(labels, strides)[1][0].flatten().tolist())
 
 
 def test_labels_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="labels of 32x48: expected multiples of the coarsest stride, 32"):
+    with pytest.raises(
+        ValueError, match="labels of 32x48: expected multiples of the coarsest stride, 32"
+    ):
         pf.pyramid_labels(torch.zeros(1, 32, 48, dtype=torch.int64))
 
 
-# -------------------------------------------------------------------------------------------------------------- relabelling
+# -------------------------------------------------------------------------------------- relabelling
 
 
 def test_relabelling_by_hand():
     semantic, unity = pf.pyramid_labels(MAP, STRIDES)
-    # the whole is a mix-cell; of its quarters the first is a true positive, the second and third false positives
+    # the whole is a mix-cell; of its quarters the first is a true positive, the second and third
+    # false positives
     prob = [torch.tensor([[[0.95]]]), torch.tensor([[[0.9, 0.95], [0.99, 0.1]]])]
     found, u = pf.relabel(semantic, unity, prob)
     assert found[0].tolist() == semantic[0].tolist() and found[1].tolist() == semantic[1].tolist()
@@ -104,7 +113,10 @@ def test_relabelling_by_hand():
 
 def ancestors(i, j, level, strides):
     """The cells above (i, j) of a level, coarse to fine: (level, row, column)."""
-    return [(k, i * strides[level] // strides[k], j * strides[level] // strides[k]) for k in range(level)]
+    return [
+        (k, i * strides[level] // strides[k], j * strides[level] // strides[k])
+        for k in range(level)
+    ]
 
 
 def big_scene():
@@ -126,7 +138,9 @@ def test_relabelling_looks_at_every_ancestor(policy):
         for n, i, j in product(*map(range, semantic[level].shape)):
             done = False
             for k, a, b in ancestors(i, j, level, strides):
-                settled = unity[k][n, a, b] == 1 and (policy == "ground_truth" or prob[k][n, a, b] >= 0.5)
+                settled = unity[k][n, a, b] == 1 and (
+                    policy == "ground_truth" or prob[k][n, a, b] >= 0.5
+                )
                 done = done or (settled and policy != "naive")
             assert found[level][n, i, j] == (X if done else semantic[level][n, i, j])
             if level < 3:
@@ -148,24 +162,33 @@ def test_nothing_below_a_dont_care_cell_is_relabelled():
 
 def test_unknown_policy_is_named():
     semantic, unity = pf.pyramid_labels(MAP, STRIDES)
-    with pytest.raises(ValueError, match="policy='best': it is 'true_positive', 'ground_truth', 'naive'"):
+    with pytest.raises(
+        ValueError, match="policy='best': it is 'true_positive', 'ground_truth', 'naive'"
+    ):
         pf.relabel(semantic, unity, [torch.zeros(u.shape) for u in unity], policy="best")
 
 
-# -------------------------------------------------------------------------------------------------------------------- fusion
+# ------------------------------------------------------------------------------------------- fusion
 
 
 def test_eq_2_by_hand():
     levels = [torch.full((1, 1, 2**i, 2**i), float(i)) for i in range(3)]
     prob = [torch.tensor([[[0.2]]]), torch.tensor([[[0.9, 0.89], [0.0, 1.0]]])]
-    assert pf.fuse(levels, prob)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [2, 2, 1, 1], [2, 2, 1, 1]]
+    assert pf.fuse(levels, prob)[0, 0].tolist() == [
+        [1, 1, 2, 2],
+        [1, 1, 2, 2],
+        [2, 2, 1, 1],
+        [2, 2, 1, 1],
+    ]
     prob[0][:] = 0.9  # at least τ: the coarsest cell is taken
     assert pf.fuse(levels, prob).unique().tolist() == [0]
 
 
 def test_eq_2_equals_its_sum_with_gradients():
     L, tau = 4, 0.6
-    semantic = [torch.randn(2, 3, 2**i, 3 * 2**i, dtype=torch.float64, requires_grad=True) for i in range(L)]
+    semantic = [
+        torch.randn(2, 3, 2**i, 3 * 2**i, dtype=torch.float64, requires_grad=True) for i in range(L)
+    ]
     prob = [torch.rand(2, 2**i, 3 * 2**i) for i in range(L - 1)] + [torch.ones(2, 8, 24)]
     expected = torch.zeros(2, 3, 8, 24, dtype=torch.float64)
     for i, j in product(range(8), range(24)):
@@ -173,14 +196,20 @@ def test_eq_2_equals_its_sum_with_gradients():
             for level in range(L):
                 by = 2 ** (L - 1 - level)
                 here = prob[level][n, i // by, j // by] >= tau
-                before = all(prob[k][n, i // 2 ** (L - 1 - k), j // 2 ** (L - 1 - k)] < tau for k in range(level))
+                before = all(
+                    prob[k][n, i // 2 ** (L - 1 - k), j // 2 ** (L - 1 - k)] < tau
+                    for k in range(level)
+                )
                 if here and before:
-                    expected[n, :, i, j] = expected[n, :, i, j] + semantic[level][n, :, i // by, j // by]
+                    expected[n, :, i, j] = (
+                        expected[n, :, i, j] + semantic[level][n, :, i // by, j // by]
+                    )
     found = pf.fuse(semantic, prob[:-1], tau)
     assert torch.equal(found, expected)
     pull = torch.randn_like(found)
     for a, b in zip(
-        torch.autograd.grad((found * pull).sum(), semantic), torch.autograd.grad((expected * pull).sum(), semantic)
+        torch.autograd.grad((found * pull).sum(), semantic),
+        torch.autograd.grad((expected * pull).sum(), semantic),
     ):
         torch.testing.assert_close(a, b)
         assert b.abs().max() > 0
@@ -196,7 +225,7 @@ def test_thresholds_at_their_ends():
     assert pf.chosen_level(prob, semantic[-1], 1.01).unique().tolist() == [3]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def test_eq_1_by_hand():
@@ -223,12 +252,17 @@ def test_eq_1_equals_torchs_losses_with_gradients():
     bce = sum(F.binary_cross_entropy(a[b != X], b[b != X].float()) for a, b in zip(prob, unity)) / 3
     for name, expected, inputs in (("semantic", ce, semantic_logits), ("unity", bce, prob)):
         torch.testing.assert_close(losses[name], expected)
-        for a, b in zip(torch.autograd.grad(losses[name], inputs), torch.autograd.grad(expected, inputs)):
+        for a, b in zip(
+            torch.autograd.grad(losses[name], inputs), torch.autograd.grad(expected, inputs)
+        ):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
 def test_all_ignored_is_0_and_certain_probabilities_stay_finite():
-    logits, prob = [torch.randn(1, 3, 1, 1), torch.randn(1, 3, 2, 2)], [torch.tensor([[[1.0]]]).requires_grad_()]
+    logits, prob = (
+        [torch.randn(1, 3, 1, 1), torch.randn(1, 3, 2, 2)],
+        [torch.tensor([[[1.0]]]).requires_grad_()],
+    )
     nothing = [torch.full((1, 1, 1), X), torch.full((1, 2, 2), X)]
     assert sum(pf.pyramid_loss(logits, prob, nothing, nothing[:1]).values()) == 0
     loss = pf.pyramid_loss(logits, prob, nothing, [torch.tensor([[[0]]])])["unity"]
@@ -237,7 +271,10 @@ def test_all_ignored_is_0_and_certain_probabilities_stay_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_losses_are_float32(dtype):
-    logits, prob = [torch.randn(1, 3, 2, 2).to(dtype), torch.randn(1, 3, 4, 4).to(dtype)], [torch.rand(1, 2, 2).to(dtype)]
+    logits, prob = (
+        [torch.randn(1, 3, 2, 2).to(dtype), torch.randn(1, 3, 4, 4).to(dtype)],
+        [torch.rand(1, 2, 2).to(dtype)],
+    )
     labels = [torch.randint(3, (1, 2, 2)), torch.randint(3, (1, 4, 4))]
     losses = pf.pyramid_loss(logits, prob, labels, [torch.randint(2, (1, 2, 2))])
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
@@ -258,17 +295,21 @@ def share_of_the_batch(rank):
 def test_two_processes_have_the_loss_of_the_joint_batch(two_processes):
     first, second = two_processes(share_of_the_batch)
     expected = pf.pyramid_loss(*joint_batch())
-    assert all((first[name] + second[name]).item() / 2 == pytest.approx(expected[name].item()) for name in expected)
+    assert all(
+        (first[name] + second[name]).item() / 2 == pytest.approx(expected[name].item())
+        for name in expected
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------- heads
+# -------------------------------------------------------------------------------------------- heads
 
 
 def test_unity_head_takes_the_pixel_least_like_its_centroid():
     head = pf.UnityHead(5, (4, 2), channels=3).double()
     x = torch.randn(2, 5, 4, 8, dtype=torch.float64)
     reduce, embed, same = (
-        (c.weight[:, :, 0, 0], 0.3 if c.bias is None else c.bias) for c in (head.reduce, head.embed, head.same)
+        (c.weight[:, :, 0, 0], 0.3 if c.bias is None else c.bias)
+        for c in (head.reduce, head.embed, head.same)
     )
     for found, k in zip(head(x), (4, 2), strict=True):
         assert found.shape == (2, 4 // k, 8 // k)
@@ -289,9 +330,9 @@ def test_confident_mistakes_keep_their_gradient_in_half_precision(dtype):
     with torch.autocast("cpu", dtype):
         prob = head(x)
     assert prob[0].dtype == torch.float32
-    loss = pf.pyramid_loss([torch.zeros(1, 2, 1, 1)], prob, [torch.full((1, 1, 1), X)], [torch.zeros(1, 2, 2).long()])[
-        "unity"
-    ]
+    loss = pf.pyramid_loss(
+        [torch.zeros(1, 2, 1, 1)], prob, [torch.full((1, 1, 1), X)], [torch.zeros(1, 2, 2).long()]
+    )["unity"]
     assert loss.item() == pytest.approx(9, rel=1e-3)
     assert torch.autograd.grad(loss, head.same.bias)[0].item() == pytest.approx(1, rel=1e-2)
 
@@ -306,13 +347,18 @@ def test_eqs_6_10_pool_has_110_tokens():
 
 def test_eqs_8_9_aggregation_equals_the_loop():
     block = pf.ContextAggregation(4).double().eval()
-    x, theta = torch.randn(1, 4, 2, 3, dtype=torch.float64), torch.randn(1, 4, 5, dtype=torch.float64)
+    x, theta = (
+        torch.randn(1, 4, 2, 3, dtype=torch.float64),
+        torch.randn(1, 4, 5, dtype=torch.float64),
+    )
     w = {n: getattr(block, n).weight.flatten(1) for n in ("query", "key", "value")}
     b = {n: getattr(block, n).bias for n in w}
     attended = torch.zeros(4, 2, 3, dtype=torch.float64)
     for i, j in product(range(2), range(3)):
         q = w["query"] @ x[0, :, i, j] + b["query"]
-        energy = torch.stack([q @ (w["key"] @ theta[0, :, t] + b["key"]) for t in range(5)]) / math.sqrt(4)
+        energy = torch.stack(
+            [q @ (w["key"] @ theta[0, :, t] + b["key"]) for t in range(5)]
+        ) / math.sqrt(4)
         a = energy.softmax(0)
         attended[:, i, j] = sum(a[t] * (w["value"] @ theta[0, :, t] + b["value"]) for t in range(5))
     expected = block.aggregate(torch.cat([attended[None], x], 1))
@@ -340,7 +386,10 @@ def test_eqs_3_to_7_coarse_to_fine():
 
 def test_anl_refines_the_finest_level_or_each():
     x = torch.randn(1, 6, 8, 8)
-    one, each = (pf.SemanticHead(6, (2, 1), context, 2, channels=4).eval() for context in ("anl", "anl_multi"))
+    one, each = (
+        pf.SemanticHead(6, (2, 1), context, 2, channels=4).eval()
+        for context in ("anl", "anl_multi")
+    )
     refined = one.aggregate[0](one.reduce(x), one.pool(one.reduce(x)))
     for found, k, project in zip(one(x), (2, 1), one.project, strict=True):
         torch.testing.assert_close(found, project(F.avg_pool2d(refined, k)))
@@ -353,13 +402,20 @@ def test_decoder_has_hrnets_last_stage():
     with torch.device("meta"):
         decoder = pf.ResNetDecoder((256, 512, 1024, 2048))
         last = backbones.build("hrnet_w48").body.stage4
-        maps = decoder([torch.zeros(1, c, 64 // s, 96 // s) for c, s in zip((256, 512, 1024, 2048), (4, 8, 16, 32))])
-    assert [tuple(m.shape) for m in maps] == [(1, c, 64 // s, 96 // s) for c, s in zip((48, 96, 192, 384), (4, 8, 16, 32))]
+        maps = decoder(
+            [
+                torch.zeros(1, c, 64 // s, 96 // s)
+                for c, s in zip((256, 512, 1024, 2048), (4, 8, 16, 32))
+            ]
+        )
+    assert [tuple(m.shape) for m in maps] == [
+        (1, c, 64 // s, 96 // s) for c, s in zip((48, 96, 192, 384), (4, 8, 16, 32))
+    ]
     assert [p.shape for p in decoder.fuse.parameters()] == [p.shape for p in last.parameters()]
     assert sum(maps_.shape[1] for maps_ in maps) == 720  # D
 
 
-# ------------------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 EXPERIMENTS = dict(
     A=dict(context=None, output="single"),
@@ -381,15 +437,26 @@ def test_every_experiment_of_table_a_trains_every_parameter(name):
     net = pf.build(4, "resnet18", **EXPERIMENTS[name]).train()
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64))
     for side, top in ((32, 0), (16, 32), (8, 48)):  # every level has unity-cells of its own
-        blocks = torch.randint(4, (2, 1, 64 // side)) if side < 32 else torch.ones(2, 1, 2, dtype=torch.int64)
+        blocks = (
+            torch.randint(4, (2, 1, 64 // side))
+            if side < 32
+            else torch.ones(2, 1, 2, dtype=torch.int64)
+        )
         labels[:, top : top + side] = blocks.repeat_interleave(side, 1).repeat_interleave(side, 2)
     losses = net(images, labels)
-    single = {"A": ["semantic"], "B": ["semantic"], "C": ["semantic"], "J": ["semantic", "auxiliary"]}
+    single = {
+        "A": ["semantic"],
+        "B": ["semantic"],
+        "C": ["semantic"],
+        "J": ["semantic", "auxiliary"],
+    }
     assert list(losses) == single.get(name, ["semantic", "unity"])
     sum(losses.values()).backward()
     for key, p in net.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all()
-        assert p.grad.abs().max() > 0 or key.endswith("key.bias")  # the softmax takes no notice of a key's bias
+        assert p.grad.abs().max() > 0 or key.endswith(
+            "key.bias"
+        )  # the softmax takes no notice of a key's bias
     assert net.eval()(images).shape == (2, 4, 64, 64) and net.classifier.kernel_size == (1, 1)
 
 
@@ -434,7 +501,10 @@ def test_logits_are_the_fused_levels_upsampled():
 
 def test_auxiliary_levels_weigh_two_fifths_of_their_mean():
     net = pf.build(4, "resnet18", output="auxiliary").eval()
-    images, labels = torch.randn(1, 3, 64, 64), torch.randint(4, (1, 2, 2)).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    images, labels = (
+        torch.randn(1, 3, 64, 64),
+        torch.randint(4, (1, 2, 2)).repeat_interleave(32, 1).repeat_interleave(32, 2),
+    )
     semantic, _ = net.pyramids(images)
     truth, _ = pf.pyramid_labels(labels)
     ce = [F.cross_entropy(y, label, ignore_index=X) for y, label in zip(semantic, truth)]
@@ -444,7 +514,8 @@ def test_auxiliary_levels_weigh_two_fifths_of_their_mean():
 
 
 @pytest.mark.parametrize(
-    "size, fitted", [((64, 96), (64, 96)), ((50, 79), (64, 64)), ((47, 33), (32, 32)), ((5, 1), (32, 32))]
+    "size, fitted",
+    [((64, 96), (64, 96)), ((50, 79), (64, 64)), ((47, 33), (32, 32)), ((5, 1), (32, 32))],
 )
 def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted):
     net = pf.build(4, "resnet18", context=None).eval()
@@ -462,13 +533,21 @@ def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted):
 
 def test_sides_half_way_between_are_enlarged():
     net = pf.build(4, "resnet18", output="single", context=None)
-    assert [net.fitted(torch.zeros(1, 3, side, 32)).shape[2] for side in (48, 80, 79)] == [64, 96, 64]
+    assert [net.fitted(torch.zeros(1, 3, side, 32)).shape[2] for side in (48, 80, 79)] == [
+        64,
+        96,
+        64,
+    ]
 
 
 def test_hrnet_needs_no_decoder_and_has_720_channels():
     with torch.device("meta"):
         net, small = pf.build(4, "hrnet_w48"), pf.build(4, "hrnet_w18")
-    assert net.decoder is None and net.semantic.reduce.in_channels == 720 and net.unity.reduce.out_channels == 64
+    assert (
+        net.decoder is None
+        and net.semantic.reduce.in_channels == 720
+        and net.unity.reduce.out_channels == 64
+    )
     assert net.semantic.reduce.out_channels == 512 and small.semantic.reduce.in_channels == 270
     assert net.threshold == 0.9 and net.strides == (32, 16, 8, 4)
 
@@ -501,7 +580,10 @@ def test_mistakes_name_what_is_expected(options, message):
 
 def test_recipes_are_the_papers():
     settings = {name: (r["lr"], r["iterations"]) for name, r in pf.RECIPES.items()}
-    assert settings["ade20k"] == (0.02, round(120 * 20_210 / 16)) and settings["coco_stuff10k"] == (0.001, 110 * 9_000 // 16)
+    assert settings["ade20k"] == (0.02, round(120 * 20_210 / 16)) and settings["coco_stuff10k"] == (
+        0.001,
+        110 * 9_000 // 16,
+    )
     assert settings["pascal_context"] == (0.001, 200 * 4_998 // 16)
     for r in pf.RECIPES.values():
         assert (r["backbone"], r["momentum"], r["power"]) == ("hrnet_w48", 0.9, 0.9)
@@ -514,20 +596,28 @@ def test_recipes_are_the_papers():
         )
 
 
-# ------------------------------------------------------------------------------------------------------ figures and analysis
+# ----------------------------------------------------------------------------- figures and analysis
 
 
 def test_fig_a_greys_what_is_done_by_coarser():
     image = torch.randn(3, 64, 96)
     net = mixed(image[None])
     figures = net.figures(image)
-    names = [f"{what} {s}" for what in ("semantic", "unity", "chosen") for s in (32, 16, 8, 4) if (what, s) != ("unity", 4)]
+    names = [
+        f"{what} {s}"
+        for what in ("semantic", "unity", "chosen")
+        for s in (32, 16, 8, 4)
+        if (what, s) != ("unity", 4)
+    ]
     assert list(figures) == [*names, "level", "fused"]
     chosen = torch.stack([figures[f"chosen {s}"] for s in (32, 16, 8, 4)])
     assert ((chosen != X).sum(0) == 1).all()  # each cell is taken from one level
     assert torch.equal(chosen.amin(0), figures["fused"]) and len(figures["level"].unique()) > 1
     assert torch.equal((chosen != X).int().argmax(0), (3 * figures["level"]).round().long())
-    assert figures["unity 8"].shape == (8, 12) and 0 <= figures["unity 8"].min() <= figures["unity 8"].max() <= 1
+    assert (
+        figures["unity 8"].shape == (8, 12)
+        and 0 <= figures["unity 8"].min() <= figures["unity 8"].max() <= 1
+    )
     assert pf.build(4, "resnet18", output="single").eval().figures(image) == {}
     palette = [(i, i, i) for i in range(4)]
     titles, tiles = evaluate.method_figures(net, image, palette, ["a", "b", "c", "d"])
@@ -544,14 +634,21 @@ def test_table_9_by_hand():
         def pyramids(self, images):
             coarse = torch.tensor([[[[9.0, 0]], [[0, 9.0]]]])  # class 0, class 1
             fine = torch.tensor([[[[9.0, 0, 9, 9]] * 2, [[0, 9.0, 0, 0]] * 2]])  # 0 1 0 0
-            return [coarse, fine], [torch.tensor([[[0.9, 0.1]]])]  # the left half by the coarse level
+            return [coarse, fine], [
+                torch.tensor([[[0.9, 0.1]]])
+            ]  # the left half by the coarse level
 
     labels = torch.zeros(1, 8, 16, dtype=torch.int64)  # all is class 0
     labels[:, :, 15] = X
     table, difference = pf.levels_compared(Net(), [(torch.zeros(1, 3, 8, 16), labels)], 2)
     # rows: the level that predicts; columns: the level that is chosen
-    assert table[0, 0] == 1 and table[0, 1] == 0  # coarse: class 0 on the left, class 1 on the right
-    assert table[1, 0] == 0.25 and table[1, 1] == 1  # fine: half of the left half wrong, IoU 1/2 and 0
-    # fused: all right. The coarse level is right on 64 of 120 pixels; class 1 is predicted where it never is
+    assert (
+        table[0, 0] == 1 and table[0, 1] == 0
+    )  # coarse: class 0 on the left, class 1 on the right
+    assert (
+        table[1, 0] == 0.25 and table[1, 1] == 1
+    )  # fine: half of the left half wrong, IoU 1/2 and 0
+    # fused: all right. The coarse level is right on 64 of 120 pixels; class 1 is predicted where it
+    # never is
     torch.testing.assert_close(difference[0, 0].item(), 64 / 120 - 1)
     assert difference[0, 1].isnan()  # the fused prediction has no class 1, nor has the truth

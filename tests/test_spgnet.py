@@ -30,7 +30,7 @@ def scene(size=(40, 53), n=2):
     return images, labels
 
 
-# -------------------------------------------------------------------------------------------- semantic prediction guidance
+# --------------------------------------------------------------------- semantic prediction guidance
 
 
 def guidance(excite, identity=True, D=1, K=2, out=1):
@@ -46,10 +46,15 @@ def set_to(conv, weight, bias):
 @pytest.mark.parametrize(
     "excite, identity, expected",
     [
-        # x_d = (1 2; 3 4), logits x_d and 1 - x_d, their sum times ln 3 is ln 3 everywhere: a sigmoid of 3/4
+        # x_d = (1 2; 3 4), logits x_d and 1 - x_d, their sum times ln 3 is ln 3 everywhere: a
+        # sigmoid of 3/4
         ("sigmoid", True, lambda x: 10 * (x + 0.75 * (2 * x + 1)) + 5),
         ("sigmoid", False, lambda x: 10 * (0.75 * (2 * x + 1)) + 5),
-        ("softmax", True, lambda x: 10 * (x + 0.25 * (2 * x + 1)) + 5),  # one of four positions each
+        (
+            "softmax",
+            True,
+            lambda x: 10 * (x + 0.25 * (2 * x + 1)) + 5,
+        ),  # one of four positions each
         ("softmax", False, lambda x: 10 * (0.25 * (2 * x + 1)) + 5),
         ("sum", True, lambda x: 10 * (x + math.log(3)) + 5),
         ("sum", False, lambda x: 10 * math.log(3) + 5 + 0 * x),
@@ -72,7 +77,10 @@ def loop_guidance(module, x_d):
     """Sect. 3.4, position by position."""
     N, D, H, W = x_d.shape
     layers = ("logits", "attention", "transform", "out")
-    w = {n: None if getattr(module, n) is None else getattr(module, n).weight[:, :, 0, 0] for n in layers}
+    w = {
+        n: None if getattr(module, n) is None else getattr(module, n).weight[:, :, 0, 0]
+        for n in layers
+    }
     b = {n: None if getattr(module, n) is None else getattr(module, n).bias for n in layers}
     outs = []
     for n in range(N):
@@ -100,7 +108,10 @@ def test_guidance_equals_the_loop_with_gradients(excite, identity):
     torch.testing.assert_close(found, expected)
     pull = torch.randn_like(found)
     inputs = [x_d, *module.parameters()]
-    for a, b in zip(torch.autograd.grad((found * pull).sum(), inputs), torch.autograd.grad((expected * pull).sum(), inputs)):
+    for a, b in zip(
+        torch.autograd.grad((found * pull).sum(), inputs),
+        torch.autograd.grad((expected * pull).sum(), inputs),
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -117,7 +128,7 @@ def test_unknown_excitation_is_named():
         tiny(excite="tanh")
 
 
-# ----------------------------------------------------------------------------------------------------------- supervision
+# -------------------------------------------------------------------------------------- supervision
 
 
 def test_each_stage_has_its_loss_and_the_guidance_its_gradient():
@@ -131,7 +142,11 @@ def test_each_stage_has_its_loss_and_the_guidance_its_gradient():
 def test_a_stages_loss_trains_the_stages_up_to_it_alone():
     net = tiny(backbones=resnets(18, 18)).train()
     net(*scene())["stage_1"].backward()
-    reached = {name.split(".")[0] + "." + name.split(".")[1] for name, p in net.named_parameters() if p.grad is not None}
+    reached = {
+        name.split(".")[0] + "." + name.split(".")[1]
+        for name, p in net.named_parameters()
+        if p.grad is not None
+    }
     assert reached == {"stages.0", "guides.0"} and net.guides[0].attention.weight.grad is None
 
 
@@ -147,7 +162,9 @@ def test_without_supervision_its_loss_has_no_gradient():
     for net in (with_loss, without):
         loss = sum(net(images, labels).values())
         gradients.append(torch.autograd.grad(loss, net.guides[0].logits.weight)[0])
-    extra = torch.autograd.grad(with_loss(images, labels)["stage_1"], with_loss.guides[0].logits.weight)[0]
+    extra = torch.autograd.grad(
+        with_loss(images, labels)["stage_1"], with_loss.guides[0].logits.weight
+    )[0]
     torch.testing.assert_close(gradients[0], gradients[1] + extra)
     assert extra.abs().max() > 1e-4
 
@@ -156,7 +173,9 @@ def test_losses_are_those_of_the_logits_at_the_images_size():
     images, labels = scene()
     net = tiny(hard_examples=False).eval()
     losses = net(images, labels)
-    torch.testing.assert_close(losses["cross_entropy"], F.cross_entropy(net(images), labels, ignore_index=255))
+    torch.testing.assert_close(
+        losses["cross_entropy"], F.cross_entropy(net(images), labels, ignore_index=255)
+    )
     x_d = net.stages[0](backbones.on_grid(images, 32))[1][0]
     first = backbones.upsample(net.guides[0].logits(x_d), 4, images.shape[2:])
     torch.testing.assert_close(losses["stage_1"], F.cross_entropy(first, labels, ignore_index=255))
@@ -164,14 +183,18 @@ def test_losses_are_those_of_the_logits_at_the_images_size():
     hard.load_state_dict(net.state_dict())
     expected = spgnet.online_hard_example_loss(first, labels)
     torch.testing.assert_close(hard(images, labels)["stage_1"], expected)
-    torch.testing.assert_close(hard(images, labels)["cross_entropy"], spgnet.online_hard_example_loss(net(images), labels))
+    torch.testing.assert_close(
+        hard(images, labels)["cross_entropy"], spgnet.online_hard_example_loss(net(images), labels)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ hard pixels
+# -------------------------------------------------------------------------------------- hard pixels
 
 
 def sorted_loss(logits, labels, threshold, minimum):
-    """Image by image: all pixels sorted by their loss, those kept that are hard enough or among the first."""
+    """Image by image: all pixels sorted by their loss, those kept that are hard enough or among the
+    first.
+    """
     kept = []
     for image, label in zip(logits, labels):
         losses = []
@@ -180,11 +203,17 @@ def sorted_loss(logits, labels, threshold, minimum):
                 losses.append(-torch.log_softmax(image[:, i, j], 0)[label[i, j]])
         losses.sort(reverse=True, key=lambda value: value.item())
         least = math.ceil(minimum * len(losses))  # 0: by the threshold alone
-        kept += [value for rank, value in enumerate(losses) if rank < least or torch.exp(-value) < threshold]
+        kept += [
+            value
+            for rank, value in enumerate(losses)
+            if rank < least or torch.exp(-value) < threshold
+        ]
     return sum(kept) / len(kept) if kept else 0 * logits.sum()
 
 
-@pytest.mark.parametrize("threshold, minimum", [(0.7, 1 / 16), (0.0, 0.3), (0.2, 0.01), (1.1, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    "threshold, minimum", [(0.7, 1 / 16), (0.0, 0.3), (0.2, 0.01), (1.1, 0.0), (0.0, 0.0)]
+)
 def test_hard_examples_against_a_sort_with_gradients(threshold, minimum):
     logits = 3 * torch.randn(2, 3, 5, 6)
     logits[1] /= 10
@@ -205,7 +234,9 @@ def test_hard_examples_by_hand():
     p = torch.tensor([0.9, 0.8, 0.6, 0.95])  # of the true class; one of four is at least 15 %
     logits = torch.stack([p.log(), (1 - p).log()])[None, :, None]
     labels = torch.zeros(1, 1, 4, dtype=torch.int64)
-    assert spgnet.online_hard_example_loss(logits, labels).item() == pytest.approx(-math.log(0.6), rel=1e-5)
+    assert spgnet.online_hard_example_loss(logits, labels).item() == pytest.approx(
+        -math.log(0.6), rel=1e-5
+    )
     half = spgnet.online_hard_example_loss(logits, labels, minimum=0.5)
     assert half.item() == pytest.approx(-(math.log(0.6) + math.log(0.8)) / 2, rel=1e-5)
 
@@ -213,8 +244,12 @@ def test_hard_examples_by_hand():
 def test_many_pixels_without_any_loss_do_not_join_the_hardest():
     logits = torch.tensor([[200.0], [0.0]]).expand(2, 64).clone()
     logits[:, 7] = torch.tensor([0.0, 1.0])
-    loss = spgnet.online_hard_example_loss(logits.view(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64))
-    assert loss.item() == pytest.approx(math.log(1 + math.e) / 10, rel=1e-5)  # 15 % of 64 pixels are 9.6
+    loss = spgnet.online_hard_example_loss(
+        logits.view(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
+    )
+    assert loss.item() == pytest.approx(
+        math.log(1 + math.e) / 10, rel=1e-5
+    )  # 15 % of 64 pixels are 9.6
 
 
 def test_hard_examples_where_nothing_is_labelled():
@@ -227,7 +262,9 @@ def test_hard_examples_where_nothing_is_labelled():
 def test_hard_examples_of_half_precision_are_float32(dtype):
     logits, labels = torch.randn(2, 3, 4, 4).to(dtype), torch.randint(3, (2, 4, 4))
     loss = spgnet.online_hard_example_loss(logits, labels)
-    assert loss.dtype == torch.float32 and loss == spgnet.online_hard_example_loss(logits.float(), labels)
+    assert loss.dtype == torch.float32 and loss == spgnet.online_hard_example_loss(
+        logits.float(), labels
+    )
 
 
 def joint_batch():
@@ -251,15 +288,20 @@ def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(two_process
     logits.requires_grad_()
     loss = spgnet.online_hard_example_loss(logits, labels)
     torch.testing.assert_close((loss0 + loss1) / 2, loss.detach())
-    torch.testing.assert_close(torch.cat([gradient0, gradient1]) / 2, torch.autograd.grad(loss, logits)[0])
+    torch.testing.assert_close(
+        torch.cat([gradient0, gradient1]) / 2, torch.autograd.grad(loss, logits)[0]
+    )
 
 
-# --------------------------------------------------------------------------------------------------- encoder and decoder
+# ------------------------------------------------------------------------------ encoder and decoder
 
 
 def test_residual_block_is_half_as_wide_in_its_middle():
     block = spgnet.ResidualBlock(64, 128).eval()
-    shapes = [tuple(conv.weight.shape) for conv in (block.conv1, block.conv2, block.conv3, block.downsample[0])]
+    shapes = [
+        tuple(conv.weight.shape)
+        for conv in (block.conv1, block.conv2, block.conv3, block.downsample[0])
+    ]
     assert shapes == [(64, 64, 1, 1), (64, 64, 3, 3), (128, 64, 1, 1), (128, 64, 1, 1)]
     assert spgnet.ResidualBlock(128, 128).downsample is None
     x = torch.randn(1, 64, 3, 4)
@@ -271,7 +313,9 @@ def test_upsample_module_doubles_adds_and_fuses():
     module = spgnet.UpsampleModule(6, 8).eval()
     e, d = torch.randn(1, 6, 9, 5), torch.randn(1, 8, 5, 3)
     doubled = F.interpolate(d, size=(9, 5), mode="bilinear", align_corners=True)
-    assert torch.equal(doubled[:, :, ::2, ::2], d)  # position i of the coarse map is position 2i of the fine one
+    assert torch.equal(
+        doubled[:, :, ::2, ::2], d
+    )  # position i of the coarse map is position 2i of the fine one
     torch.testing.assert_close(module(e, d), module.fuse(module.reduce(e) + doubled))
 
 
@@ -295,12 +339,21 @@ def test_one_stage_is_its_encoder_decoder():
 def test_later_stages_have_no_stem_and_aggregate_at_each_stride():
     net = tiny(backbones=resnets(18, 18)).eval()
     first, second = net.stages
-    assert first.stem is not None and second.stem is None and first.aggregate is None and second.entry == 64
+    assert (
+        first.stem is not None
+        and second.stem is None
+        and first.aggregate is None
+        and second.entry == 64
+    )
     previous = first(torch.randn(1, 3, 65, 97))
     x = z = torch.randn(1, 64, 17, 25)
     encoded, decoded = second(x, previous)
     for i, level in enumerate(second.levels):
-        z = level(z) + second.aggregate[i].encoder(previous[0][i]) + second.aggregate[i].decoder(previous[1][i])
+        z = (
+            level(z)
+            + second.aggregate[i].encoder(previous[0][i])
+            + second.aggregate[i].decoder(previous[1][i])
+        )
         torch.testing.assert_close(encoded[i], z)
     assert [tuple(m.shape[2:]) for m in decoded] == [(17, 25), (9, 13), (5, 7), (3, 4)]
     assert all(m.shape[1] == 16 for m in decoded)
@@ -312,20 +365,27 @@ def test_switches_take_parts_away():
     kinds = [[type(layer).__name__ for layer in tiny(guidance=g).guides[0]] for g in ("se", "ge")]
     assert kinds == [["SqueezeExcitation", "Conv2d"], ["GatherExcite", "Conv2d"]]
     assert tiny(guidance="se", channels=64).guides[0][0].fc1.out_channels == 4
-    assert all(list(tiny(guidance=g).train()(*scene())) == ["cross_entropy"] for g in (None, "se", "ge"))
+    assert all(
+        list(tiny(guidance=g).train()(*scene())) == ["cross_entropy"] for g in (None, "se", "ge")
+    )
 
 
 def test_gather_excite_gates_by_the_averages_around():
     x = torch.randn(1, 2, 17, 25)
     found = spgnet.GatherExcite()(x)
-    for i, j in ((0, 0), (8, 8), (16, 24), (8, 16)):  # every eighth position: the mean of what is within seven of it
+    for i, j in (
+        (0, 0),
+        (8, 8),
+        (16, 24),
+        (8, 16),
+    ):  # every eighth position: the mean of what is within seven of it
         around = x[0, :, max(0, i - 7) : i + 8, max(0, j - 7) : j + 8].mean((1, 2))
         torch.testing.assert_close(found[0, :, i, j], x[0, :, i, j] * around.sigmoid())
     low, high = (x[0, :, max(0, i - 7) : i + 8, 1:16].mean((1, 2)) for i in (0, 8))
     torch.testing.assert_close(found[0, :, 4, 8], x[0, :, 4, 8] * ((low + high) / 2).sigmoid())
 
 
-# -------------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 SIZES = [
     (dict(backbones=resnets(18)), 11.7),  # Tables 3, 5, 7
@@ -356,7 +416,11 @@ def test_parameters_are_those_of_the_papers_tables_to_two_percent(options, milli
 def test_the_default_is_the_best_of_table_9():
     with torch.device("meta"):
         net = spgnet.build(19)
-    assert len(net.stages) == 2 and net.classifier.in_channels == 256 and net.guides[0].excite == "sigmoid"
+    assert (
+        len(net.stages) == 2
+        and net.classifier.in_channels == 256
+        and net.guides[0].excite == "sigmoid"
+    )
     assert net.guides[0].identity and net.supervise and net.hard_examples
 
 
@@ -373,7 +437,9 @@ def test_stages_of_different_backbones():
     losses = net(*scene())
     sum(losses.values()).backward()
     assert [stage.entry for stage in net.stages] == [24, 64, 64]
-    assert [stage.widths[-1] for stage in net.stages] == [1280, 512, 512] and len(net.stages[2].levels[2]) == 6
+    assert [stage.widths[-1] for stage in net.stages] == [1280, 512, 512] and len(
+        net.stages[2].levels[2]
+    ) == 6
     assert all(p.grad is not None for p in net.parameters())
 
 
@@ -400,7 +466,9 @@ def test_mistakes_name_what_is_expected():
         tiny(channels=24)
     with pytest.raises(ValueError, match="weights 'w.pth' cannot fit resnet18 and resnet34"):
         tiny(backbones=("resnet18", "resnet34"), weights="w.pth")
-    with pytest.raises(ValueError, match="backbone 'xception65': here it is resnet18, .*or mobilenet_v2"):
+    with pytest.raises(
+        ValueError, match="backbone 'xception65': here it is resnet18, .*or mobilenet_v2"
+    ):
         spgnet.build(4, "xception65")
 
 
@@ -430,14 +498,37 @@ def test_weights_reach_every_stage(tmp_path):
 
 def test_recipes_are_the_papers():
     recipe = spgnet.RECIPES["cityscapes"]  # Sect. 4.2
-    settings = ("iterations", "batch_size", "lr", "momentum", "weight_decay", "power", "scale", "scale_step")
-    assert [recipe[name] for name in settings] == [80_000, 8, 0.01, 0.9, 1e-4, 0.9, (0.5, 2.0), 0.25]
+    settings = (
+        "iterations",
+        "batch_size",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "power",
+        "scale",
+        "scale_step",
+    )
+    assert [recipe[name] for name in settings] == [
+        80_000,
+        8,
+        0.01,
+        0.9,
+        1e-4,
+        0.9,
+        (0.5, 2.0),
+        0.25,
+    ]
     for name in ("pascal_voc_aug", "pascal_person_part"):  # Sect. 4.6
         recipe = spgnet.RECIPES[name]
-        assert [recipe[key] for key in ("iterations", "batch_size", "crop_size", "lr")] == [30_000, 28, 513, 0.007]
+        assert [recipe[key] for key in ("iterations", "batch_size", "crop_size", "lr")] == [
+            30_000,
+            28,
+            513,
+            0.007,
+        ]
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def test_fig_4_takes_the_15_channels_of_the_class():
@@ -463,7 +554,10 @@ def test_figures_of_three_stages_are_the_firsts():
 
 
 def test_figures_are_empty_without_guidance():
-    assert all(tiny(**o).eval().figures(torch.randn(3, 40, 40)) == {} for o in (dict(guidance="se"), dict(excite="sum")))
+    assert all(
+        tiny(**o).eval().figures(torch.randn(3, 40, 40)) == {}
+        for o in (dict(guidance="se"), dict(excite="sum"))
+    )
     assert tiny(backbones=resnets(18)).eval().figures(torch.randn(3, 40, 40)) == {}
 
 
@@ -475,5 +569,11 @@ def test_all_classes_are_on_one_sheet_by_name():
     prediction = torch.zeros(40, 50, dtype=torch.int64)
     one_row = evaluate.figure_sheet(net, image, prediction, palette, classes)
     net.figures = lambda image: {i: torch.zeros(40, 50) for i in range(11)}
-    two_rows = evaluate.figure_sheet(net, image, prediction, palette, [f"class {i}" for i in range(11)])
-    assert one_row.width == 6 * 244 + 4 and two_rows.width == 8 * 244 + 4 and two_rows.height > one_row.height + 190
+    two_rows = evaluate.figure_sheet(
+        net, image, prediction, palette, [f"class {i}" for i in range(11)]
+    )
+    assert (
+        one_row.width == 6 * 244 + 4
+        and two_rows.width == 8 * 244 + 4
+        and two_rows.height > one_row.height + 190
+    )

@@ -25,9 +25,13 @@ RECIPES = {"folder": dict(iterations=6, lr=0.3, batch_size=4, crop_size=24, opti
 
 class Net(nn.Module):
     # no batch norm: two processes must equal one
-    def __init__(self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False, name="classifier", pair=(), idle=False):
+    def __init__(
+        self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False, name="classifier",
+        pair=(), idle=False
+    ):
         super().__init__()
-        self.conv, self.drop, self.fail_at, self.calls = nn.Conv2d(3, width, 3, padding=1), nn.Dropout(drop), fail_at, 0
+        self.conv, self.drop = nn.Conv2d(3, width, 3, padding=1), nn.Dropout(drop)
+        self.fail_at, self.calls = fail_at, 0
         self.name = name
         setattr(self, name, nn.Conv2d(width, num_classes, 1))
         self.norm = nn.BatchNorm2d(width) if norm else None
@@ -42,7 +46,8 @@ class Net(nn.Module):
             return logits
         self.calls += 1
         loss = backbones.pixel_cross_entropy(logits, labels)
-        return {"pixels": loss, "extra": loss * (float("nan") if self.calls == self.fail_at else 0.5)}
+        factor = float("nan") if self.calls == self.fail_at else 0.5
+        return {"pixels": loss, "extra": loss * factor}
 
 
 def build(num_classes, backbone="resnet18", *, weights=None, **options):
@@ -62,7 +67,9 @@ def method(tmp_path_factory):
 
 @pytest.fixture
 def flags(method, photos):
-    return f"--method my_method --dataset folder --data-root {photos} --device cpu --workers 0".split()
+    return (
+        f"--method my_method --dataset folder --data-root {photos} --device cpu --workers 0".split()
+    )
 
 
 def weights(folder, name="last.pt"):
@@ -75,13 +82,23 @@ def same(a, b):
 
 def start(arguments, method, processes=1, **how):
     """train.py as a user starts it, its output going to pipes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    environment = os.environ | {"PYTHONPATH": str(method), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(method),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     command = [sys.executable, *launcher, train.__file__, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_settings_are_defaults_then_recipe_then_flags(flags):
@@ -91,13 +108,24 @@ def test_settings_are_defaults_then_recipe_then_flags(flags):
     assert (settings["momentum"], origin["momentum"]) == (0.9, "default")
     assert (settings["iterations"], origin["iterations"]) == (6, "recipe my_method/folder")
     assert (settings["lr"], origin["lr"]) == (0.5, "command line")
-    assert settings["option"] == {"width": 3, "drop": 0.1}  # the recipe's options and the command line's
+    assert settings["option"] == {
+        "width": 3,
+        "drop": 0.1,
+    }  # the recipe's options and the command line's
 
 
 def test_the_papers_recipe_is_taken():
     settings, origin = train.resolve({"method": "caa", "dataset": "cityscapes"})
-    assert (settings["crop_size"], settings["batch_size"], settings["iterations"], settings["lr"]) == (769, 8, 80_000, 0.01)
-    assert origin["crop_size"] == "recipe caa/cityscapes" and settings["data_root"] == "datasets/cityscapes"
+    assert (
+        settings["crop_size"],
+        settings["batch_size"],
+        settings["iterations"],
+        settings["lr"],
+    ) == (769, 8, 80_000, 0.01)
+    assert (
+        origin["crop_size"] == "recipe caa/cityscapes"
+        and settings["data_root"] == "datasets/cityscapes"
+    )
 
 
 def test_every_recipe_names_known_settings_only():
@@ -135,12 +163,15 @@ def test_learning_rate_falls_as_the_recipe_says(flags):
     assert rates(halve_every=4) == pytest.approx([0.8] * 4 + [0.4] * 4 + [0.2] * 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_a_run_leaves_what_the_docstring_says(flags, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert train.main([*flags, "--iterations", "25", "--eval-every", "10", "--output", str(folder)]) == 0
+    assert (
+        train.main([*flags, "--iterations", "25", "--eval-every", "10", "--output", str(folder)])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "recipe my_method/folder" in out and "command line" in out and "best mIoU" in out
     config = json.loads((folder / "config.json").read_text())
@@ -165,13 +196,18 @@ def test_a_run_leaves_what_the_docstring_says(flags, tmp_path, capsys):
 
 def test_workers_and_evaluations_change_nothing(flags, tmp_path):
     assert train.main([*flags, "--output", str(tmp_path / "a")]) == 0
-    assert train.main([*flags, "--output", str(tmp_path / "b"), "--workers", "2", "--eval-every", "2"]) == 0
+    assert (
+        train.main([*flags, "--output", str(tmp_path / "b"), "--workers", "2", "--eval-every", "2"])
+        == 0
+    )
     assert train.main([*flags, "--output", str(tmp_path / "c"), "--seed", "1"]) == 0
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(flags, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
+    flags, tmp_path, monkeypatch, capsys
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*flags, "--eval-every", "2"]
     assert train.main([*flags, "--output", str(whole)]) == 0
@@ -186,20 +222,28 @@ def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(flags, 
         patch.setattr(train, "train_step", terminated)
         assert train.main([*flags, "--output", str(parts)]) == 128 + signal.SIGTERM
     assert (
-        f"stopped after step 4, checkpoint saved; go on with: python train.py --output {parts} --resume"
-        in capsys.readouterr().out
+        f"stopped after step 4, checkpoint saved; go on with: python train.py --output {parts} "
+        "--resume" in capsys.readouterr().out
     )
     assert torch.load(parts / "last.pt", weights_only=True)["step"] == 4
     assert train.main(["--output", str(parts), "--resume"]) == 0
-    assert same(weights(whole), weights(parts)) and same(weights(whole, "best.pt"), weights(parts, "best.pt"))
-    speedless = [[{**line, "images_per_second": 0} for line in train.read_log(folder)] for folder in (whole, parts)]
-    assert [line for line in speedless[0] if "mIoU" in line] == [line for line in speedless[1] if "mIoU" in line]
+    assert same(weights(whole), weights(parts)) and same(
+        weights(whole, "best.pt"), weights(parts, "best.pt")
+    )
+    speedless = [
+        [{**line, "images_per_second": 0} for line in train.read_log(folder)]
+        for folder in (whole, parts)
+    ]
+    assert [line for line in speedless[0] if "mIoU" in line] == [
+        line for line in speedless[1] if "mIoU" in line
+    ]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before the run
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, processes):
-    # `timeout`, torchrun and job schedulers signal every process of a group, the loaders' workers among them
+    # `timeout`, torchrun and job schedulers signal every process of a group, the loaders' workers
+    # among them
     folder = tmp_path / "run"
     flags = [*flags, "--iterations", "100000", "--workers", "2", "--output", str(folder)]
     process = start(flags, method, processes, start_new_session=True)
@@ -218,7 +262,17 @@ def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, processe
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = [*flags, "--iterations", "200", "--save-every", "20", "--eval-every", "100", "--workers", "1"]
+    flags = [
+        *flags,
+        "--iterations",
+        "200",
+        "--save-every",
+        "20",
+        "--eval-every",
+        "100",
+        "--workers",
+        "1",
+    ]
     assert start([*flags, "--output", str(whole)], method).wait(timeout=120) == 0
     process = start([*flags, "--output", str(parts)], method)
     while not (parts / "last.pt").exists():
@@ -232,7 +286,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_
     assert again.wait(timeout=120) == 0, again.stderr.read()
     assert same(weights(whole), weights(parts))
     logs = [
-        [(line["step"], line.get("loss"), line.get("mIoU")) for line in train.read_log(folder)] for folder in (whole, parts)
+        [(line["step"], line.get("loss"), line.get("mIoU")) for line in train.read_log(folder)]
+        for folder in (whole, parts)
     ]
     assert logs[0][-1] == logs[1][-1]
     assert len(logs[0]) == len(logs[1])
@@ -240,8 +295,17 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_
 
 def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = [*flags, "--option", "drop=0.0", "--eval-every", "3"]  # each process has its own dropout
-    flags += ["--option", "idle=true"]  # as the norms of a Swin Transformer's finer maps, where nothing reads those
+    flags = [
+        *flags,
+        "--option",
+        "drop=0.0",
+        "--eval-every",
+        "3",
+    ]  # each process has its own dropout
+    flags += [
+        "--option",
+        "idle=true",
+    ]  # as the norms of a Swin Transformer's finer maps, where nothing reads those
     assert train.main([*flags, "--output", str(one)]) == 0
     process = start([*flags, "--output", str(two)], method, processes=2)
     out, err = process.communicate(timeout=240)
@@ -249,7 +313,9 @@ def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
     assert out.count("best mIoU") == 1
     a, b = weights(one), weights(two)
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
-    results = [[line["mIoU"] for line in train.read_log(folder) if "mIoU" in line] for folder in (one, two)]
+    results = [
+        [line["mIoU"] for line in train.read_log(folder) if "mIoU" in line] for folder in (one, two)
+    ]
     assert results[0] == pytest.approx(results[1], abs=0.01)
 
 
@@ -273,10 +339,14 @@ def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, ca
     assert train.main(["--output", str(one), "--resume"]) == 0  # --car is the run's own setting
     first = {}
     for form in ("paper", "released"):
-        assert train.main([*flags, form, "--iterations", "1", "--output", str(tmp_path / form)]) == 0
+        assert (
+            train.main([*flags, form, "--iterations", "1", "--output", str(tmp_path / form)]) == 0
+        )
         first[form] = train.read_log(tmp_path / form)[0]
     assert first["paper"]["pixels"] == first["released"]["pixels"]
-    assert first["paper"]["intra_c2p"] > first["released"]["intra_c2p"]  # the mean of squares, the square of the mean
+    assert (
+        first["paper"]["intra_c2p"] > first["released"]["intra_c2p"]
+    )  # the mean of squares, the square of the mean
 
 
 def test_init_carries_the_weights_over_and_names_what_is_new(flags, tmp_path, capsys):
@@ -284,11 +354,16 @@ def test_init_carries_the_weights_over_and_names_what_is_new(flags, tmp_path, ca
     net = evaluate.network("my_method", 7, "none", options={"width": 3})
     before = net.classifier.weight.clone()
     note = train.initialise(net, tmp_path / "a" / "last.pt")
-    assert note.startswith("2 of 4 tensors") and note.endswith("as new: classifier.weight, classifier.bias")
+    assert note.startswith("2 of 4 tensors") and note.endswith(
+        "as new: classifier.weight, classifier.bias"
+    )
     assert torch.equal(net.conv.weight, weights(tmp_path / "a")["conv.weight"])
     assert torch.equal(net.classifier.weight, before)
     last = str(tmp_path / "a" / "last.pt")
-    assert train.main([*flags, "--init", last, "--iterations", "1", "--output", str(tmp_path / "b")]) == 0
+    assert (
+        train.main([*flags, "--init", last, "--iterations", "1", "--output", str(tmp_path / "b")])
+        == 0
+    )
     assert "4 of 4 tensors" in capsys.readouterr().out
 
 
@@ -298,16 +373,24 @@ def test_bf16_on_the_cpu_trains(flags, tmp_path):
 
 
 def test_caa_learns_to_tell_dark_from_bright(photos, tmp_path):
-    flags = (
-        "--method caa --dataset folder --iterations 12 --batch-size 4 --crop-size 32 --output-stride 32 --bn-momentum 0.5"
-    )
-    root = ["--data-root", str(photos), "--device", "cpu", "--workers", "0", "--output", str(tmp_path / "a")]
+    flags = "--method caa --dataset folder --iterations 12 --batch-size 4 --crop-size 32"
+    flags += " --output-stride 32 --bn-momentum 0.5"
+    root = [
+        "--data-root",
+        str(photos),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--output",
+        str(tmp_path / "a"),
+    ]
     assert train.main([*flags.split(), *root]) == 0
     steps = [line["cross_entropy"] for line in train.read_log(tmp_path / "a") if "loss" in line]
     assert steps[-1] < 0.8 * steps[0] or steps[-1] < 0.3
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def mistake(capsys, *flags):
@@ -318,22 +401,36 @@ def mistake(capsys, *flags):
     return lines[0]
 
 
-def test_a_loss_that_is_not_finite_prints_every_term_and_keeps_the_last_checkpoint(flags, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_prints_every_term_and_keeps_the_last_checkpoint(
+    flags, tmp_path, capsys
+):
     folder = tmp_path / "run"
-    line = mistake(capsys, *flags, "--option", "fail_at=5", "--save-every", "3", "--output", str(folder))
-    assert "not finite after step 4 (pixels " in line and "extra nan" in line and str(folder / "last.pt") in line
+    line = mistake(
+        capsys, *flags, "--option", "fail_at=5", "--save-every", "3", "--output", str(folder)
+    )
+    assert (
+        "not finite after step 4 (pixels " in line
+        and "extra nan" in line
+        and str(folder / "last.pt") in line
+    )
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
-    assert checkpoint["step"] == 3 and all(value.isfinite().all() for value in checkpoint["net"].values())
+    assert checkpoint["step"] == 3 and all(
+        value.isfinite().all() for value in checkpoint["net"].values()
+    )
 
 
 def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "unknown method 'nothing'" in mistake(capsys, "--method", "nothing")
     assert "unknown dataset 'nothing'" in mistake(capsys, "--dataset", "nothing")
     assert "shapes has no switch 'tiny'" in mistake(capsys, "--dataset", "shapes+tiny")
-    assert "camvid train not found" in mistake(capsys, "--dataset", "camvid", "--data-root", str(tmp_path))
+    assert "camvid train not found" in mistake(
+        capsys, "--dataset", "camvid", "--data-root", str(tmp_path)
+    )
     assert "unknown backbone 'resnet'" in mistake(capsys, "--backbone", "resnet")
     assert "no weights at 'w.pth'" in mistake(capsys, "--weights", "w.pth")
-    assert "Net has no option depth; its options and defaults are width=4" in mistake(capsys, *flags, "--option", "depth=3")
+    assert "Net has no option depth; its options and defaults are width=4" in mistake(
+        capsys, *flags, "--option", "depth=3"
+    )
     assert "at least 1" in mistake(capsys, *flags, "--iterations", "0")
     assert "expected two factors" in mistake(capsys, *flags, "--scale", "2", "1")
     assert "needs the run's folder" in mistake(capsys, "--resume")
@@ -343,12 +440,33 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "at least 0" in mistake(capsys, *flags, "--seed", "-1")
     assert "--lr -1.0: expected a number of at least 0" in mistake(capsys, *flags, "--lr", "-1")
     assert "weights is no --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
-    assert "cannot be built with the options width='wide'" in mistake(capsys, *flags, "--option", "width=wide")
+    assert "cannot be built with the options width='wide'" in mistake(
+        capsys, *flags, "--option", "width=wide"
+    )
     for method in ("car", "hfgd"):
-        line = mistake(capsys, "--method", method, "--car", "--backbone", "resnet18", "--output", str(tmp_path / method))
+        line = mistake(
+            capsys,
+            "--method",
+            method,
+            "--car",
+            "--backbone",
+            "resnet18",
+            "--output",
+            str(tmp_path / method),
+        )
         assert f"--car: this network of {method} has CAR's terms already; leave --car out" in line
-    assert "--car: Net has no submodule 'classifier'" in mistake(capsys, *flags, "--car", "--option", "name=cls")
-    small = [*flags, "--batch-size", "1", "--option", "norm=true", "--output", str(tmp_path / "small")]
+    assert "--car: Net has no submodule 'classifier'" in mistake(
+        capsys, *flags, "--car", "--option", "name=cls"
+    )
+    small = [
+        *flags,
+        "--batch-size",
+        "1",
+        "--option",
+        "norm=true",
+        "--output",
+        str(tmp_path / "small"),
+    ]
     assert "take a --batch-size of at least 2" in mistake(capsys, *small)
 
 
@@ -360,7 +478,9 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     assert "--lr 0.1 differs from this run's 0.3" in line
     assert train.main(["--output", folder, "--resume", "--workers", "1"]) == 0  # nothing left to do
     assert train.main([*flags, "--option", "pair=(1,2)", "--output", folder + "2"]) == 0
-    assert train.main(["--option", "pair=(1,2)", "--output", folder + "2", "--resume"]) == 0  # config.json has it as a list
+    assert (
+        train.main(["--option", "pair=(1,2)", "--output", folder + "2", "--resume"]) == 0
+    )  # config.json has it as a list
     (tmp_path / "run" / "config.json").write_text("{")
     assert "is damaged" in mistake(capsys, "--output", folder, "--resume")
 
@@ -373,7 +493,9 @@ def test_crops_have_one_side_or_two(flags, tmp_path, capsys):
     assert "--crop-size 1 2 3: expected one side, or height and width" in mistake(
         capsys, *flags, *"--crop-size 1 2 3".split()
     )
-    assert "--crop-size 0: expected a number of at least 1" in mistake(capsys, *flags, *"--crop-size 24 0".split())
+    assert "--crop-size 0: expected a number of at least 1" in mistake(
+        capsys, *flags, *"--crop-size 24 0".split()
+    )
     folder = str(tmp_path / "run")
     assert train.main([*flags, "--crop-size", "24", "32", "--output", folder]) == 0
     assert train.main(["--output", folder, "--resume", "--crop-size", "24", "32"]) == 0
@@ -400,7 +522,9 @@ def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsy
     Image.fromarray(np.full((43, 51), 9, np.uint8)).save(copy / "labels" / "train" / "1.png")
     flags = [*flags, "--data-root", str(copy), "--workers", "2", "--output", str(tmp_path / "run")]
     line = mistake(capsys, *flags)
-    assert line.endswith("1.png' holds the label ids [9]; this dataset has 0-2, 255; correct the file")
+    assert line.endswith(
+        "1.png' holds the label ids [9]; this dataset has 0-2, 255; correct the file"
+    )
 
 
 def test_without_git_a_run_has_no_revision(flags, tmp_path, monkeypatch):
@@ -413,7 +537,13 @@ def test_without_git_a_run_has_no_revision(flags, tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path):
-    state = train.State(evaluate.network("my_method", 3, "none"), train.resolve({})[0], tmp_path, torch.device("cpu"), 0)
+    state = train.State(
+        evaluate.network("my_method", 3, "none"),
+        train.resolve({})[0],
+        tmp_path,
+        torch.device("cpu"),
+        0,
+    )
     dataset = data.dataset("shapes")
     state.save("last.pt", dataset)
     with torch.no_grad():
@@ -424,7 +554,12 @@ def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path):
 
 
 def test_ticks_are_round_and_reach_the_highest():
-    assert [train._ticks(h) for h in (0, 1, 0.0195, 300)] == [(0.2, 0.2), (0.2, 1.0), (0.005, 0.02), (100, 300)]
+    assert [train._ticks(h) for h in (0, 1, 0.0195, 300)] == [
+        (0.2, 0.2),
+        (0.2, 1.0),
+        (0.005, 0.02),
+        (100, 300),
+    ]
 
 
 def test_curves_stand_strange_values(tmp_path):
@@ -436,10 +571,19 @@ def test_curves_stand_strange_values(tmp_path):
 
 
 def test_rewinding_the_log_drops_what_came_after_the_checkpoint(tmp_path):
-    for line in ({"step": 10, "loss": 1}, {"step": 10, "mIoU": 0.1}, {"step": 20, "loss": 1}, {"step": 20, "mIoU": 0.2}):
+    for line in (
+        {"step": 10, "loss": 1},
+        {"step": 10, "mIoU": 0.1},
+        {"step": 20, "loss": 1},
+        {"step": 20, "mIoU": 0.2},
+    ):
         train.append_log(tmp_path, **line)
     train.rewind_log(tmp_path, step=20, evaluated=10)
-    assert [list(line) for line in train.read_log(tmp_path)] == [["step", "loss"], ["step", "mIoU"], ["step", "loss"]]
+    assert [list(line) for line in train.read_log(tmp_path)] == [
+        ["step", "loss"],
+        ["step", "mIoU"],
+        ["step", "loss"],
+    ]
 
 
 def test_replace_leaves_the_old_file_where_writing_fails(tmp_path):
