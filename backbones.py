@@ -46,9 +46,12 @@ _LEVELS = {
     "resnet50": (_RESNET, (256, 512, 1024, 2048)),
     "resnet101": (_RESNET, (256, 512, 1024, 2048)),
     "resnet152": (_RESNET, (256, 512, 1024, 2048)),
+    # It ends at 320 channels, before the 1x1 convolution to 1280: there DeepLab has its heads
+    # (Sandler et al., "MobileNetV2", CVPR 2018, Sect. 6.3). KSAC's Table 2.1 prints no
+    # multiply-adds for it that could decide, and builds on DeepLabv3+.
     "mobilenet_v2": (
-        ("features.3", "features.6", "features.13", "features.18"),
-        (24, 32, 96, 1280),
+        ("features.3", "features.6", "features.13", "features.17"),
+        (24, 32, 96, 320),
     ),
     "xception65": (
         (
@@ -173,11 +176,8 @@ def parts(name, weights=None):
         return stem, [model.layer1, model.layer2, model.layer3, model.layer4], channels
     if name == "mobilenet_v2":
         features = _torchvision(name, weights).features
-        return (
-            features[:4],
-            [nn.Identity(), features[4:7], features[7:14], features[14:]],
-            (24, 24, 32, 96, 1280),
-        )
+        levels = [nn.Identity(), features[4:7], features[7:14], features[14:18]]
+        return features[:4], levels, (24, *_LEVELS[name][1])
     known = [known for known in NAMES if known.startswith("resnet")]
     raise ValueError(f"backbone '{name}': here it is {', '.join(known)} or mobilenet_v2")
 

@@ -1,16 +1,20 @@
-"""Datasets of (image, label) pairs, training augmentation, the sampler, and a report on any of
-them.
+"""Datasets of (image, label) pairs, training augmentation, the sampler, and a report on a dataset.
 
     train = data.dataset("camvid", "datasets/camvid", "train", train=True, crop_size=160)
-    image, label = train[0]   # float32 [3, 160, 160] normalised; int64 [160, 160], 255 = ignored
+    image, label = train[0]  # uint8 [3, 160, 160] and uint8 [160, 160], 255 = ignored
+    images = data.normalise(image[None])  # float32 [1, 3, 160, 160], what a network takes
     train.classes, train.palette, train.num_classes
 
     python data.py camvid --data-root datasets/camvid --split train   # check files, draw a sheet
 
-`shapes`, the default, is drawn by index and needs no files. Its name takes switches: shapes+scale,
-shapes+company, shapes+unity, shapes+thin, or several (class Shapes says what each does).
+`shapes`, the default, is drawn by index and needs no files. Its name takes switches: shapes+form,
+shapes+scale, shapes+company, shapes+unity, shapes+thin, or several (class Shapes says what each
+does).
 
-Randomness: every sample is augmented by (seed, its position in the run) alone, `dataset[index,
+Samples are bytes until they are on the device where the network is: the loader processes do less,
+and a quarter of the image bytes and an eighth of the label bytes have to be copied.
+
+Randomness: a sample is augmented by (seed, its position in the run) alone, `dataset[index,
 position]`. So a run does not depend on the number of workers or processes, nor on having been
 interrupted.
 
@@ -24,6 +28,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,43 +36,56 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
-IGNORE = 255
+IGNORE = 255  # the train id of a pixel without a label
+UNKNOWN = 254  # in a look-up table: the dataset has no such id
 MEAN, STD = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
 )  # ImageNet's, as torchvision's weights expect
+MEAN_COLOR = (124, 116, 104)  # MEAN as bytes, what images are padded with
 
 
 class Mistake(ValueError):
-    """Something the user can mend: its text says what was wrong, what was expected, what to do.
-    Always one line.
-    """
+    """Something the user can mend, in one line: what was wrong, what was expected, what to do."""
 
 
 # ----------------------------------------------------------------------------------------- datasets
 
 
-def dataset(name, root=None, split="train", train=False, **augmentation):
+def dataset(
+    name,
+    root=None,
+    split="train",
+    train=False,
+    *,
+    seed=0,
+    crop_size=513,
+    scale=(0.5, 2.0),
+    scale_step=0.0,
+    color="none",
+):
     """The dataset `name` in the folder `root` (datasets/NAME).
 
-    Items are (image float32 `[3, H, W]` with ImageNet's mean and deviation taken off, label int64
-    `[H, W]`, 255 = ignored).
-    train: augment, by `augment(**augmentation)` (crop_size, scale, scale_step, color), else the
-    whole image; `seed` sets the randomness. Has `.classes` (names), `.palette` (RGB 0…255),
+    Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored). With `train` they are
+    what `augment` makes of them with the keywords, else the whole images. `normalise` makes a batch
+    of images the float32 that networks take. Has `.classes` (names), `.palette` (RGB 0…255),
     `.num_classes`, `.name(index)`.
 
     Raises Mistake for an unknown name, missing files (it says what it looked for, what it found,
-    where they are to be had), a broken image, a wrong label id. Fewer files than the official split
-    has are a warning on stderr.
+    and where to download them), a broken image, a wrong label id. Fewer files than the official
+    split has are a warning on stderr.
     """
-    seed, transform = augmentation.pop("seed", 0), augment(**augmentation)
-    transform = transform if train else v2.Compose(NORMALISE)
+    if color not in COLORS:
+        raise Mistake(f"unknown color '{color}'; there are {', '.join(COLORS)}")
+    transform = None
+    if train:
+        settings = dict(crop_size=crop_size, scale=scale, scale_step=scale_step, color=color)
+        transform = partial(augment, **settings)
     kind, *switches = name.split("+")
     if kind == "shapes":
         return Shapes(split, switches, transform, seed)
@@ -78,11 +96,10 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
         raise Mistake(f"{kind} has no split '{split}'; it has {', '.join(layout.counts)}")
     files, classes, palette, lut = layout.read(root, split)
     folders = {path.parent for pair in files for path in pair}
+    # One listing of each folder: a look at each file takes minutes on a network disk.
     there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
     missing = [path for pair in files for path in pair if path.name not in there[path.parent]]
-    if (
-        missing
-    ):  # one listing of each folder, for a look at each file takes minutes on a network disk
+    if missing:
         gone = set(missing)
         files, whole = [pair for pair in files if not gone & set(pair)], files
         if not files:
@@ -90,13 +107,8 @@ def dataset(name, root=None, split="train", train=False, **augmentation):
         official = max(layout.counts.get(split) or 0, len(whole))
         warn(name, split, len(files), official, f"the first that is missing: {missing[0]}")
     else:
-        warn(
-            name,
-            split,
-            len(files),
-            layout.counts.get(split),
-            f"the others are to be had from {layout.source}",
-        )
+        official = layout.counts.get(split)
+        warn(name, split, len(files), official, f"download the others from {layout.source}")
     return Pairs(files, classes, palette, lut, transform, seed)
 
 
@@ -108,10 +120,8 @@ def warn(name, split, here, official, what):
 
 def not_found(name, split, root, looked_for):
     """The Mistake for a dataset that is missing or half unpacked."""
-    layout, state = (
-        LAYOUTS[name],
-        "nothing of it there" if Path(looked_for).is_dir() else "not there",
-    )
+    layout = LAYOUTS[name]
+    state = "nothing of it there" if Path(looked_for).is_dir() else "not there"
     if not root.is_dir():
         found = "no such folder"
     else:
@@ -122,18 +132,18 @@ def not_found(name, split, root, looked_for):
     return Mistake(
         f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' "
         f"there is: {found}; "
-        f"expected there: {layout.tree}; to be had from {layout.source}"
+        f"expected there: {layout.tree}; download it from {layout.source}"
     )
 
 
 class Pairs(Dataset):
-    """Images and label maps in files. lut: raw id -> train id, 255 = ignored, -1 = no such id.
+    """Images and label maps in files. lut: the look-up table of `_lut`, raw id -> train id.
 
     raw_ids: for each class the id that the label files have for it; its own where those are not one
     id of 8 bits for each.
     """
 
-    def __init__(self, files, classes, palette, lut, transform, seed=0):
+    def __init__(self, files, classes, palette, lut, transform=None, seed=0):
         self.files, self.classes, self.palette, self.lut = files, classes, palette, lut
         self.transform, self.seed, self.num_classes = transform, seed, len(classes)
         raw = [np.flatnonzero(lut == i).tolist() for i in range(len(classes))]
@@ -146,30 +156,36 @@ class Pairs(Dataset):
     def name(self, index):
         return self.files[index][0].stem
 
-    def raw(self, index):
-        """(image uint8 `[3, H, W]`, label uint8 `[H, W]`) before any transform, as tv_tensors."""
+    def _read(self, index):
+        """(image uint8 `[3, H, W]`, raw ids `[H, W]`, the function from raw ids to train ids)"""
         image_file, label_file = self.files[index]
-        image, label = read_image(image_file), read_label(label_file, self.lut)
-        if image.shape[1:] != label.shape:
-            (h, w), (H, W) = label.shape, image.shape[1:]
+        image, ids = read_image(image_file), read_ids(label_file)
+        if image.shape[1:] != ids.shape:
+            (h, w), (H, W) = ids.shape, image.shape[1:]
             raise Mistake(
-                f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}; a label has its image's "
-                "size"
+                f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}; "
+                "a label has its image's size"
             )
-        return image, label
+        return image, ids, partial(look_up, lut=self.lut, path=label_file)
+
+    def raw(self, index):
+        """(image uint8 `[3, H, W]`, label uint8 `[H, W]`), whole; every id is checked."""
+        image, ids, to_train_ids = self._read(index)
+        return image, torch.from_numpy(to_train_ids(ids))
 
     def __getitem__(self, key):
         index, position = key if isinstance(key, tuple) else (key, key)
-        return _transformed(self, *self.raw(index), position)
+        if self.transform is None:
+            return self.raw(index)
+        return _augmented(self, position, *self._read(index))
 
 
-def _transformed(self, image, label, position):
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the CPU's generator alone: torch.manual_seed would reseed the GPUs as well
-        torch.default_generator.manual_seed(seed_of(self.seed, position))
-        image, label = self.transform(image, label)
-    return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor).long()
+def _augmented(data, position, *sample):
+    """`sample`, transformed by randomness that depends on (seed, position) alone."""
+    # The CPU's generator alone: torch.manual_seed would reseed the GPUs as well.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(data.seed, position))
+        return data.transform(*sample)
 
 
 def seed_of(*numbers):
@@ -177,42 +193,52 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def normalise(images):
+    """Images uint8 `[…, 3, H, W]` -> float32 with ImageNet's mean and deviation, as networks take.
+
+    It runs on the device where the images are.
+    """
+    return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+
+
 def read_image(path, upright=False):
-    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB. Mistake where it cannot be
-    read.
+    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB.
 
     upright: turn it as its camera noted (EXIF). Not for images with labels, which follow the pixels
-    as they are stored.
+    as they are stored. Raises Mistake where it cannot be read.
     """
     image = _open(path)
     image = ImageOps.exif_transpose(image) if upright else image
-    return TF.to_image(
-        image if image.mode == "RGB" else image.convert("RGB")
-    )  # convert would copy it
+    # convert would copy what is RGB already
+    return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def read_label(path, lut):
-    """The label map at `path`, PNG or MATLAB, through `lut`, uint8 `[H, W]`. Mistake for an id that
-    `lut` gives as -1.
+def read_ids(path):
+    """The ids in the label map at `path`, PNG or MATLAB, uint8 or uint16 `[H, W]`.
+
+    Raises Mistake where it cannot be read, or has not one channel of 8 bits.
     """
-    raw = (
-        _matlab(path) if path.suffix == ".mat" else np.asarray(_open(path, label=True))
-    )  # mode P or L: the ids themselves
-    if raw.ndim != 2 or raw.dtype not in (np.uint8, np.bool_) and path.suffix != ".mat":
+    matlab = path.suffix == ".mat"
+    # In mode P or L the pixels are the ids themselves.
+    ids = _matlab(path) if matlab else np.asarray(_open(path, label=True))
+    if ids.ndim != 2 or (not matlab and ids.dtype not in (np.uint8, np.bool_)):
         raise Mistake(
             f"'{path}' is no label map: expected one 8-bit channel of class ids (PNG mode P or L)"
         )
-    raw = raw.astype(np.uint16)
-    label = lut[np.minimum(raw, len(lut) - 1)]
-    beyond = raw >= len(lut)
-    if label.min(initial=0) < 0 or beyond.any():
-        wrong = sorted(set(raw[(label < 0) | beyond].tolist()))
-        known = sorted(np.flatnonzero(lut >= 0).tolist())
+    return ids.astype(np.uint16) if matlab else ids
+
+
+def look_up(ids, lut, path):
+    """Raw ids, an array `[H, W]`, to train ids, uint8. Raises Mistake for an id not in `lut`."""
+    label = lut.take(ids, mode="clip")  # beyond the table: its last entry, which is UNKNOWN
+    if (label == UNKNOWN).any():
+        wrong = np.unique(ids[label == UNKNOWN]).tolist()
+        known = np.flatnonzero(lut != UNKNOWN).tolist()
         raise Mistake(
-            f"'{path}' holds the label ids {wrong[:8]}; this dataset has {_ranges(known)}; correct "
-            "the file"
+            f"'{path}' holds the label ids {wrong[:8]}; this dataset has {_ranges(known)}; "
+            "correct the file"
         )
-    return tv_tensors.Mask(torch.from_numpy(label.astype(np.uint8)))
+    return label
 
 
 def _matlab(path):
@@ -272,10 +298,13 @@ def _ranges(numbers):
     )
 
 
-def _lut(known, rest):
-    """Raw id -> train id from the dict `known`; 255 stays 255, all other ids become `rest`."""
-    lut = np.full(256, rest, np.int16)
-    lut[IGNORE] = IGNORE
+def _lut(known, rest=UNKNOWN, length=256):
+    """Look-up table: raw id -> train id from the dict `known`; 255 stays 255, all others `rest`.
+
+    The entry after the last one is UNKNOWN.
+    """
+    lut = np.full(length + 1, rest, np.uint8)
+    lut[IGNORE], lut[-1] = IGNORE, UNKNOWN
     for raw, train in known.items():
         lut[raw] = train
     return lut
@@ -286,7 +315,7 @@ class Layout(NamedTuple):
 
     read: Callable  # (root, split) -> [(image, label), …], classes, palette, look-up table of ids
     tree: str  # as its authors ship it
-    source: str  # where it is to be had
+    source: str  # where to download it
     counts: dict  # split -> images, None where nobody says
 
 
@@ -352,7 +381,7 @@ def _camvid(root, split):
     """0–10 as they are, 11 = unlabelled."""
     files = _pairs("camvid", split, root, root / split, root / f"{split}annot")
     known = {i: i for i in range(11)} | {11: IGNORE}
-    return files, list(_CAMVID), list(_CAMVID.values()), _lut(known, rest=-1)
+    return files, list(_CAMVID), list(_CAMVID.values()), _lut(known)
 
 
 def _folder(root, split):
@@ -382,7 +411,7 @@ def _folder(root, split):
         for i in range(len(classes))
     ]
     palette = [tuple(int(255 * c) for c in hue) for hue in hues]
-    return files, classes, palette, _lut({i: i for i in range(len(classes))}, rest=-1)
+    return files, classes, palette, _lut({i: i for i in range(len(classes))})
 
 
 _VOC = """
@@ -396,7 +425,7 @@ def _pascal_voc(root, split, name="pascal_voc"):
     voc = root / "VOCdevkit" / "VOC2012"
     ids = _ids(name, split, root, voc / "ImageSets" / "Segmentation" / f"{split}.txt")
     files = [(voc / "JPEGImages" / f"{i}.jpg", voc / "SegmentationClass" / f"{i}.png") for i in ids]
-    return files, _names(_VOC), _palette(21), _lut({i: i for i in range(21)}, rest=-1)
+    return files, _names(_VOC), _palette(21), _lut({i: i for i in range(21)})
 
 
 def _pascal_voc_aug(root, split):
@@ -450,7 +479,7 @@ def _pascal_context(root, split):
             voc / "ImageSets" / "SegmentationContext" / f"{split}.txt",
         )
         labels = [converted / f"{i}.png" for i in ids]
-        lut = _lut({0: IGNORE} | {i + 1: i for i in range(59)}, rest=-1)
+        lut = _lut({0: IGNORE} | {i + 1: i for i in range(59)})
     else:
         folder = next(
             (path for path in (root / "trainval", voc / "trainval") if path.is_dir()), None
@@ -459,8 +488,8 @@ def _pascal_context(root, split):
             raise not_found("pascal_context", split, root, converted)
         ids = _ids("pascal_context", split, root, voc / "ImageSets" / "Main" / f"{split}.txt")
         labels = [folder / f"{i}.mat" for i in ids]
-        lut = np.full(460, IGNORE, np.int16)
-        lut[[int(i) for i in _CONTEXT_IDS.split()]] = np.arange(59)
+        known = {int(raw): i for i, raw in enumerate(_CONTEXT_IDS.split())}
+        lut = _lut(known, rest=IGNORE, length=460)
     files = [(voc / "JPEGImages" / f"{i}.jpg", label) for i, label in zip(ids, labels)]
     return files, _names(_CONTEXT), _palette(59, first=1), lut
 
@@ -472,7 +501,7 @@ def _pascal_person_part(root, split):
         (root / "JPEGImages" / f"{i}.jpg", root / "SegmentationPart" / f"{i}.png") for i in ids
     ]
     classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
-    return files, classes, _palette(7), _lut({i: i for i in range(7)}, rest=-1)
+    return files, classes, _palette(7), _lut({i: i for i in range(7)})
 
 
 _ADE20K = """
@@ -501,7 +530,7 @@ def _ade20k(root, split):
         files,
         _names(_ADE20K),
         _palette(150, first=1),
-        _lut({0: IGNORE} | {i + 1: i for i in range(150)}, rest=-1),
+        _lut({0: IGNORE} | {i + 1: i for i in range(150)}),
     )
 
 
@@ -539,7 +568,7 @@ def _cityscapes(root, split):
         raise not_found("cityscapes", split, root, images / f"*/*{end}")
     raw, palette = zip(*_CITYSCAPES.values())
     known = dict.fromkeys(range(34), IGNORE) | {r: i for i, r in enumerate(raw)}
-    return files, list(_CITYSCAPES), list(palette), _lut(known, rest=-1)
+    return files, list(_CITYSCAPES), list(palette), _lut(known)
 
 
 _COCO_STUFF = """
@@ -601,10 +630,10 @@ def _coco_stuff10k(root, split):
         root / "imageLists" / f"{ {'train': 'train', 'val': 'test'}[split] }.txt",
     )
     labels = root / "annotations"
-    lut = _lut(_coco_ids() | dict.fromkeys((0, *_COCO_UNUSED), IGNORE), rest=-1)
+    lut = _lut(_coco_ids() | dict.fromkeys((0, *_COCO_UNUSED), IGNORE))
     label = "{}.mat"
     if next(labels.glob("*_labelTrainIds.png"), None):
-        label, lut = "{}_labelTrainIds.png", _lut({i: i for i in range(171)}, rest=-1)
+        label, lut = "{}_labelTrainIds.png", _lut({i: i for i in range(171)})
     files = [(root / "images" / f"{i}.jpg", labels / label.format(i)) for i in ids]
     return files, _names(_COCO_STUFF), _palette(171, first=1), lut
 
@@ -617,7 +646,7 @@ def _coco_stuff164k(root, split, name="coco_stuff164k"):
     known = {raw - 1: i for raw, i in _coco_ids().items()} | {
         raw - 1: IGNORE for raw in _COCO_UNUSED
     }
-    return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known, rest=-1)
+    return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known)
 
 
 def _coco_voc(root, split):
@@ -626,11 +655,10 @@ def _coco_voc(root, split):
     """
     files, *_ = _coco_stuff164k(root, split, "coco_voc")
     lut = _lut(
-        dict.fromkeys(range(182), 0) | {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i},
-        rest=-1,
+        dict.fromkeys(range(182), 0) | {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}
     )
     official = LAYOUTS["coco_stuff164k"].counts[split]
-    warn("coco_voc", split, len(files), official, f"the others are to be had from {_COCO_SOURCE}")
+    warn("coco_voc", split, len(files), official, f"download the others from {_COCO_SOURCE}")
     kept, head = root / f"coco_voc_{split}.txt", f"# of {len(files)} pairs"
     if not kept.is_file() or kept.read_text().splitlines()[0] != head:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not os.access(root, os.W_OK):
@@ -737,116 +765,75 @@ LAYOUTS = {
 # ------------------------------------------------------------------------------------- augmentation
 
 
-def _sides(size):
-    """(height, width) of a square's side, or of both."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+COLORS = ("none", "brightness", "photometric")
+_DISTORT = v2.RandomPhotometricDistort()
 
 
-class RandomScaledCrop(v2.Transform):
-    """Scale by a random factor and take a random crop: the source window is cut out, and that
-    resized.
+def random_window(size, crop_size, scale, scale_step):
+    """The part of an image of `size` (height, width) that a random crop shows.
 
-    crop_size: a side, or (height, width); scale: range of the factor; step: 0, or its grid (0.1:
-    0.5, 0.6, …). Where the scaled image is smaller than the crop, all of that side is kept (PadTo
-    fills it up).
+    The image is thought scaled by a random factor in `scale` (scale_step: 0, or the grid of the
+    factors, 0.1: 0.5, 0.6, …) and cropped to `crop_size`. Returns the two slices of the image, and
+    the (height, width) to which that part is resized. Where the scaled image is smaller than the
+    crop, all of that side is kept.
     """
-
-    def __init__(self, crop_size, scale=(0.5, 2.0), step=0.0):
-        super().__init__()
-        self.crop_size, self.scale, self.step = _sides(crop_size), scale, step
-
-    def make_params(self, inputs):
-        low, high = self.scale
-        if self.step:
-            factor = (
-                low + self.step * torch.randint(int((high - low) / self.step + 1e-6) + 1, ()).item()
-            )
-        else:
-            factor = low + (high - low) * torch.rand(()).item()
-        window = []
-        for side, crop in zip(inputs[0].shape[-2:], self.crop_size):
-            source = min(side, max(1, round(crop / factor)))
-            size = crop if source < side else max(1, min(crop, round(side * factor)))
-            window.append((torch.randint(side - source + 1, ()).item(), source, size))
-        return dict(zip(("rows", "columns"), window))
-
-    def transform(self, inpt, params):
-        (top, height, new_height), (left, width, new_width) = params["rows"], params["columns"]
-        cut = TF.crop(inpt, top, left, height, width)
-        if isinstance(inpt, tv_tensors.Mask):
-            # The centres of the new pixels, as bilinear resizing of the image takes them. (Masks
-            # are else resized by "nearest", which takes their upper left corners.)
-            exact = InterpolationMode.NEAREST_EXACT
-            cut = TF.resize_image(
-                cut.as_subclass(torch.Tensor)[None], [new_height, new_width], interpolation=exact
-            )[0]
-            return tv_tensors.wrap(cut, like=inpt)
-        cut = cut[None].contiguous(memory_format=torch.channels_last)[
-            0
-        ]  # resized two to three times faster than a view
-        return tv_tensors.wrap(
-            TF.resize_image(cut, [new_height, new_width], antialias=True), like=inpt
-        )
+    low, high = scale
+    if scale_step:
+        steps = int((high - low) / scale_step + 1e-6)
+        factor = low + scale_step * torch.randint(steps + 1, ()).item()
+    else:
+        factor = low + (high - low) * torch.rand(()).item()
+    window, new_size = [], []
+    for side, crop in zip(size, crop_size):
+        source = min(side, max(1, round(crop / factor)))
+        start = torch.randint(side - source + 1, ()).item()
+        window.append(slice(start, start + source))
+        new_size.append(crop if source < side else max(1, min(crop, round(side * factor))))
+    return tuple(window), new_size
 
 
-class RandomBrightness(v2.Transform):
-    """Half of the images get one whole number in -10 … 10 added to all pixels (of 0 … 255), as in
-    HRNet's training.
+def augment(
+    image,
+    ids,
+    to_train_ids=np.asarray,
+    *,
+    crop_size=513,
+    scale=(0.5, 2.0),
+    scale_step=0.0,
+    color="none",
+):
+    """A training sample: random scale and crop, colour, flip; padded at the right and the bottom.
+
+    image uint8 tensor `[3, H, W]`, ids array `[H, W]` -> uint8 tensors `[3, *crop_size]`,
+    `[*crop_size]`. Only what the crop shows is cut out, goes through `to_train_ids`, is resized.
+    Padding is MEAN_COLOR, its label 255. Randomness is that of torch's CPU generator.
+
+    crop_size: a side, or (height, width). scale, scale_step: see `random_window`. color: "none";
+    "brightness", which adds one whole number in -10 … 10 to half of the images, as HRNet's training
+    does; "photometric", torchvision's RandomPhotometricDistort.
     """
-
-    def make_params(self, inputs):
-        return dict(shift=torch.randint(-10, 11, ()).item() if torch.rand(()) < 0.5 else 0)
-
-    def transform(self, inpt, params):
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        return tv_tensors.wrap(
-            (inpt.to(torch.int16) + params["shift"]).clamp(0, 255).to(torch.uint8), like=inpt
-        )
-
-
-class PadTo(v2.Transform):
-    """Pad to `size` (a side, or height and width) at the right and the bottom: images with 0, the
-    mean, labels with 255.
-    """
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = _sides(size)
-
-    def transform(self, inpt, params):
-        height, width = inpt.shape[-2:]
-        fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else 0.0
-        return TF.pad(inpt, [0, 0, self.size[1] - width, self.size[0] - height], fill=fill)
-
-
-_COLOR = {
-    "none": (),
-    "brightness": (RandomBrightness,),
-    "photometric": (v2.RandomPhotometricDistort,),
-}
-NORMALISE = [
-    v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-    v2.Normalize(MEAN, STD),
-]
-
-
-def augment(crop_size=513, scale=(0.5, 2.0), scale_step=0.0, color="none"):
-    """The training transform: random scale and crop, colour ("none", "brightness", "photometric"),
-    flip, normalise, pad.
-    """
-    if color not in _COLOR:
-        raise Mistake(f"unknown color '{color}'; there are {', '.join(_COLOR)}")
-    crop = RandomScaledCrop(crop_size, scale, scale_step)
-    return v2.Compose(
-        [
-            crop,
-            *(make() for make in _COLOR[color]),
-            v2.RandomHorizontalFlip(),
-            *NORMALISE,
-            PadTo(crop_size),
-        ]
+    crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
+    window, (height, width) = random_window(ids.shape, crop_size, scale, scale_step)
+    image, label = image[:, window[0], window[1]], to_train_ids(ids[window])
+    # The label at the centres of the new pixels, which is where bilinear resizing samples.
+    rows, columns = (
+        ((np.arange(new) + 0.5) * (old / new)).astype(int)
+        for old, new in zip(label.shape, (height, width))
     )
+    label = torch.from_numpy(label[rows][:, columns])
+    image = image[None].contiguous(memory_format=torch.channels_last)  # 2 to 3 times faster so
+    image = TF.resize(image, [height, width], antialias=True)[0]
+    if color == "brightness" and torch.rand(()) < 0.5:
+        shift = torch.randint(-10, 11, ()).item()
+        image = image.clamp(max(0, -shift), min(255, 255 - shift)) + shift
+    elif color == "photometric":
+        image = _DISTORT(image)
+    if torch.rand(()) < 0.5:
+        image, label = image.flip(2), label.flip(1)
+    padded = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None].repeat(1, *crop_size)
+    padded_label = torch.full(crop_size, IGNORE, dtype=torch.uint8)
+    padded[:, :height, :width], padded_label[:height, :width] = image, label
+    return padded, padded_label
 
 
 class PositionSampler(Sampler):
@@ -890,12 +877,15 @@ class PositionSampler(Sampler):
 
 
 class Shapes(Dataset):
-    """A small drawn world with exact labels: "things" told apart by form, never by colour, on
-    textured "stuff".
+    """A small synthetic world with exact labels: "things" on textured "stuff", some occluded.
+
+    A thing is of the class that its form is. Its hue hints at the class: the seven hues are spread
+    evenly over the circle, and a thing's is at most 0.03 from its class's.
 
     Splits: train, val; val_small and val_large (things of other sizes); val_shuffled (things in any
     company). Switches:
 
+    form     no hint: a thing's colour is random, its form alone tells the class.
     scale    the things of train and val are 18 to 30 % of the image's side, those of val_small 6 to
              12, of val_large 40 to 60. Without it train and val range from 6 to 50.
     company  in train and val 95 % of the things whose centre is on stuff are of its `COMPANY`; in
@@ -928,7 +918,7 @@ class Shapes(Dataset):
         "rock": ["line"],
     }
     SPLITS = ("train", "val", "val_small", "val_large", "val_shuffled")
-    SWITCHES = ("scale", "company", "unity", "thin")
+    SWITCHES = ("form", "scale", "company", "unity", "thin")
 
     def __init__(self, split="train", switches=(), transform=None, seed=0, size=96, length=None):
         if split not in self.SPLITS:
@@ -941,7 +931,7 @@ class Shapes(Dataset):
             )
         self.split, self.switches, self.size = split, frozenset(switches), size
         self.length = length or (2000 if split == "train" else 100)
-        self.transform, self.seed = transform or v2.Compose(NORMALISE), seed
+        self.transform, self.seed = transform, seed
         self.classes = [*self.STUFF, *self.THINGS]
         self.palette = [*self.STUFF.values(), *self.THINGS.values()]
         self.num_classes = len(self.classes)
@@ -954,30 +944,27 @@ class Shapes(Dataset):
 
     def __getitem__(self, key):
         index, position = key if isinstance(key, tuple) else (key, key)
-        return _transformed(self, *self.raw(index), position)
+        if self.transform is None:
+            return self.raw(index)
+        image, label = self.raw(index)
+        return _augmented(self, position, image, label.numpy())
 
     def raw(self, index):
-        """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for the same index,
-        ever.
-        """
+        """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for each index."""
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} of {self.length} images")
-        rng = np.random.default_rng(
-            [self.SPLITS.index(self.split), index]
-        )  # the world does not change with the run's seed
+        # Not of the run's seed: the world stays the same.
+        rng = np.random.default_rng([self.SPLITS.index(self.split), index])
         image, label = self._stuff(rng)
         low, high = {"val_small": (0.06, 0.12), "val_large": (0.4, 0.6)}.get(
             self.split, (0.18, 0.3) if "scale" in self.switches else (0.06, 0.5)
         )
         count = rng.integers(1, 4) if "unity" in self.switches else rng.integers(4, 10)
-        for side in sorted(
-            np.exp(rng.uniform(np.log(low), np.log(high), count)), reverse=True
-        ):  # small ones in front
+        sides = np.exp(rng.uniform(np.log(low), np.log(high), count))
+        for side in sorted(sides, reverse=True):  # small things are drawn last, in front
             self._thing(rng, image, label, side * self.size / 2)
-        image = torch.from_numpy(
-            (image + rng.normal(0, 4, image.shape)).clip(0, 255).astype(np.uint8)
-        )
-        return tv_tensors.Image(image.permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
+        image = (image + rng.normal(0, 4, image.shape)).clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
 
     def _noise(self, rng, cells_y, cells_x):
         """Smooth noise `[size, size]`, about -1 … 1, with so many cells."""
@@ -1029,10 +1016,13 @@ class Shapes(Dataset):
         y, x = (np.mgrid[:size, :size] + 0.5 - np.array([cy, cx])[:, None, None]) / radius
         u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
         inside = _inside(kind, u, v, width)
-        color = (
-            np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 1), rng.uniform(0.35, 1)))
-            * 255
-        )
+        hue, saturation, value = rng.random(3)
+        if "form" in self.switches:
+            saturation, value = 0.3 + 0.7 * saturation, 0.35 + 0.65 * value
+        else:  # a hint at the class
+            hue = (names.index(kind) / len(names) + 0.06 * (hue - 0.5)) % 1
+            saturation, value = 0.6 + 0.4 * saturation, 0.6 + 0.4 * value
+        color = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
         image[inside] = (color * (1 + 0.2 * u[..., None] * rng.uniform(-1, 1)))[inside]
         label[inside] = len(self.STUFF) + names.index(kind)
 
@@ -1064,12 +1054,6 @@ def _inside(kind, u, v, width=None):
 
 
 # ----------------------------------------------------------------------------------------- pictures
-
-
-def photograph(image):
-    """A normalised image `[3, H, W]` -> uint8 0…255, as it was."""
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return ((image.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def colorize(label, palette):
@@ -1131,9 +1115,7 @@ def sheet(rows, titles, classes=(), palette=(), width=240):
 
 
 class _Examined(Dataset):
-    """(index, pixels of each id `[256]`, (height, width), "" or what is wrong) of each pair of a
-    dataset.
-    """
+    """(index, pixels of each id `[256]`, (height, width), "" or what is wrong) of each pair."""
 
     def __init__(self, data, labels_only):
         self.data, self.labels_only = data, labels_only
@@ -1143,19 +1125,14 @@ class _Examined(Dataset):
 
     def __getitem__(self, index):
         try:
-            label = (
-                read_label(self.data.files[index][1], self.data.lut)
-                if self.labels_only
-                else self.data.raw(index)[1]
-            )
+            if self.labels_only:
+                file = self.data.files[index][1]
+                label = torch.from_numpy(look_up(read_ids(file), self.data.lut, file))
+            else:
+                label = self.data.raw(index)[1]
         except Mistake as error:
             return index, torch.zeros(256, dtype=torch.int64), (0, 0), str(error)
-        return (
-            index,
-            torch.bincount(label.flatten().as_subclass(torch.Tensor), minlength=256),
-            tuple(label.shape),
-            "",
-        )
+        return index, torch.bincount(label.flatten(), minlength=256), tuple(label.shape), ""
 
 
 def cores():

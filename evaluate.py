@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import backbones
@@ -50,10 +49,11 @@ class ConfusionMatrix:
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction, labels):
-        """Add label maps of the same shape; pixels labelled 255 do not count."""
-        labelled = labels != data.IGNORE
-        pairs = labels[labelled] * len(self.matrix) + prediction[labelled]
-        self.matrix += torch.bincount(pairs, minlength=self.matrix.numel()).view_as(self.matrix)
+        """Add label maps of one shape, of any integer type; pixels labelled 255 do not count."""
+        K = len(self.matrix)
+        # For an ignored pixel the index is at least 255·K ≥ K², beyond the counts that are kept.
+        pairs = labels.flatten().long() * K + prediction.flatten()
+        self.matrix += torch.bincount(pairs, minlength=K * K)[: K * K].view(K, K)
 
     def all_reduce(self):
         """Sum over all processes, which may have counted unequal shares."""
@@ -134,6 +134,13 @@ def at_scale(net, images, scale, flip=False, window=None):
     return (seen(scaled) + seen(scaled.flip(3)).flip(3)) / 2 if flip else seen(scaled)
 
 
+def label_map(net, image, device, amp="off", **kwargs):
+    """The predicted classes int64 `[H, W]` of one image, uint8 `[3, H, W]`; kwargs of `predict`."""
+    with autocast(device, amp):
+        images = data.normalise(image[None].to(device))
+        return predict(net, images, **kwargs).argmax(1)[0]
+
+
 def _windows(net, images, window):
     H, W = images.shape[2:]
     if window is None or max(H, W) <= window:
@@ -187,7 +194,7 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     for index, (image, labels) in bar:
         if stopped():
             break
-        total, image, labels = 0, image.to(device), labels.to(device)
+        total, image, labels = 0, data.normalise(image.to(device)), labels.to(device)
         for scale in scales:
             with autocast(device, amp):
                 probabilities = at_scale(net, image, scale, **how)
@@ -478,58 +485,51 @@ def drawn(figures, photo, palette):
 
 
 def method_figures(net, image, palette, classes, pixel=None):
-    """(titles, tiles) of the method's own figures of one normalised image `[3, H, W]`; empty where
-    it has none.
+    """(titles, tiles) of the method's own figures of one image, uint8 `[3, H, W]`.
 
-    A figure whose key is a class's number gets the class's name.
+    A figure whose key is a class's number gets the class's name. Both are empty where the method
+    has no figures.
     """
     if not hasattr(net, "figures"):
         return [], []
     arguments = {"pixel": pixel} if "pixel" in inspect.signature(net.figures).parameters else {}
+    device = next(net.parameters()).device
     try:
-        figures = net.figures(image.to(next(net.parameters()).device), **arguments)
+        figures = net.figures(data.normalise(image.to(device)), **arguments)
     except ValueError as error:
         raise Mistake(str(error)) from error
-    tiles = drawn(figures, data.photograph(image), palette)
+    tiles = drawn(figures, image, palette)
     row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
+    rows, columns = (slice(max(0, i - 2), i + 3) for i in (row, column))
     for tile, m in zip(tiles, figures.values()):
-        if (
-            arguments and m.is_floating_point()
-        ):  # a red square where the pixel is that the figure is about
-            place = (
-                slice(None),
-                slice(max(0, row - 2), row + 3),
-                slice(max(0, column - 2), column + 3),
-            )
-            tile[place] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
+        if arguments and m.is_floating_point():  # a red square marks the pixel of the figure
+            tile[:, rows, columns] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
     return [classes[name] if isinstance(name, int) else name for name in figures], tiles
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None):
-    """The sheet of one normalised image: photograph, truth if there is one, prediction, errors, the
-    method's figures.
+    """The sheet of one image: image, truth if there is one, prediction, errors, method's figures.
+
+    image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`.
     """
-    titles, tiles = ["image"], [data.photograph(image)]
+    tiles = {"image": image}
     if truth is not None:
-        titles, tiles = titles + ["truth"], tiles + [data.colorize(truth, palette)]
-    titles, tiles = titles + ["prediction"], tiles + [data.colorize(prediction, palette)]
+        tiles["truth"] = data.colorize(truth, palette)
+    tiles["prediction"] = data.colorize(prediction, palette)
     if truth is not None:
         wrong = (prediction.cpu() != truth) & (truth != data.IGNORE)
-        titles, tiles = (
-            titles + ["errors (white)"],
-            tiles + [(255 * wrong).to(torch.uint8).expand(3, -1, -1)],
-        )
+        tiles["errors (white)"] = (255 * wrong).to(torch.uint8).expand(3, -1, -1)
     names, pictures = method_figures(net, image, palette, classes, pixel)
-    titles, tiles = titles + names, tiles + pictures
+    titles, tiles = [*tiles, *names], [*tiles.values(), *pictures]
     rows = [slice(start, start + 8) for start in range(0, len(tiles), 8)]
     return data.sheet([tiles[row] for row in rows], [titles[row] for row in rows], classes, palette)
 
 
 def read_all(dataset, device, workers, what):
-    """(images `[1, 3, H, W]`, labels `[1, H, W]`) of all of `dataset`, with a progress bar."""
+    """(images float32 `[1, 3, H, W]`, labels int64 `[1, H, W]`) of `dataset`; a progress bar."""
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
     for image, labels in tqdm(loader, desc=what, unit="img", leave=False, disable=None):
-        yield image.to(device), labels.to(device)
+        yield data.normalise(image.to(device)), labels.to(device).long()
 
 
 def class_dependency(net, dataset, device, amp, workers):
@@ -636,21 +636,18 @@ def _photographs(net, checkpoint, device, args, how):
             f"--save-predictions {folder} holds the photographs themselves; take another folder"
         )
     for file in map(Path, args.images):
-        raw = data.read_image(file, upright=True)
-        image = v2.Compose(data.NORMALISE)(raw).as_subclass(torch.Tensor)
-        with autocast(device, args.amp):
-            prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
+        image = data.read_image(file, upright=True)
+        prediction = label_map(net, image, device, args.amp, **how)
         save_prediction(prediction, palette, folder / f"{file.stem}.png", checkpoint.get("raw_ids"))
         overlay = folder / f"{file.stem}_overlay.png"
-        rows = [[raw, data.overlay(raw, prediction, palette)]]
+        rows = [[image, data.overlay(image, prediction, palette)]]
         data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(overlay)
         if args.figures:
             Path(args.figures).mkdir(parents=True, exist_ok=True)
             picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
-        shares = (
-            torch.bincount(prediction.flatten().cpu(), minlength=len(classes)) / prediction.numel()
-        )
+        counts = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
+        shares = counts / prediction.numel()
         numbers[str(file)] = dict(zip(classes, shares.tolist()))
         found = [
             f"{classes[i]} {shares[i]:.0%}"
@@ -861,8 +858,7 @@ def _split(net, checkpoint, device, rank, args, how):
         folder.mkdir(parents=True, exist_ok=True)
         for index in sorted({i * len(dataset) // 8 for i in range(8)}):
             image, truth = dataset[index]
-            with autocast(device, args.amp):
-                prediction = predict(net, image[None].to(device), **how).argmax(1)[0]
+            prediction = label_map(net, image, device, args.amp, **how)
             picture = figure_sheet(
                 net, image, prediction, dataset.palette, dataset.classes, truth, args.pixel
             )

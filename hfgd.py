@@ -323,13 +323,12 @@ def compared(predictions):
     of 0…1 of the pairs that disagree there), and "NAME, enlarged" (`[H/4, W/4]`), the same window
     of all. For SemanticFPN and two HFGDs, say:
 
-        nets = {name: evaluate.load(evaluate.read_checkpoint(f"runs/{name}/last.pt")) for name in
-        ("sfpn", "os4", "os2")} image, photo = val[7][0], data.photograph(val[7][0])
-        with torch.no_grad():
-            pictures = hfgd.compared({name: net(image[None]).argmax(1)[0] for name, net in
-            nets.items()})
-        tiles = [photo, *evaluate.drawn(pictures, photo, val.palette)]
-        data.sheet([tiles], ["image", *pictures], val.classes, val.palette).save("compared.png")
+        paths = {name: f"runs/{name}/last.pt" for name in ("sfpn", "os4", "os2")}
+        nets = {k: evaluate.load(evaluate.read_checkpoint(path)) for k, path in paths.items()}
+        image, cpu = val[7][0], torch.device("cpu")
+        maps = hfgd.compared({k: evaluate.label_map(net, image, cpu) for k, net in nets.items()})
+        tiles = [image, *evaluate.drawn(maps, image, val.palette)]
+        data.sheet([tiles], ["image", *maps], val.classes, val.palette).save("compared.png")
     """
     maps = list(predictions.values())
     pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]

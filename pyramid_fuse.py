@@ -481,8 +481,8 @@ def levels_compared(net, pairs, num_classes):
 
         net = evaluate.load(evaluate.read_checkpoint("runs/pyramid_fuse-camvid/last.pt"))
         val = data.dataset("camvid", "datasets/camvid", "val")
-        table, difference = levels_compared(net, ((x[None], y[None]) for x, y in val),
-        val.num_classes)
+        pairs = ((data.normalise(x[None]), y[None].long()) for x, y in val)
+        table, difference = levels_compared(net, pairs, val.num_classes)
     """
     L = len(net.strides)
     counts = torch.zeros(

@@ -168,46 +168,30 @@ def resolve(given):
             f"the recipe for {dataset} in {method.__name__}.py has unknown settings: "
             f"{', '.join(sorted(strange))}"
         )
-    for values, source in (
-        (recipe, f"recipe {method.__name__}/{dataset}"),
-        (given, "command line"),
-    ):
+    sources = (recipe, f"recipe {method.__name__}/{dataset}"), (given, "command line")
+    for values, source in sources:
         for name, value in values.items():
             settings[name] = settings[name] | value if name == "option" else value
             origin[name] = source
+    return completed(settings), origin
+
+
+def completed(settings):
+    """The settings with defaults that depend on others filled in, if all numbers are in range."""
     if settings["data_root"] is None:
-        settings["data_root"] = f"datasets/{dataset}"
-    for name in ("eval_every", "save_every"):
-        if settings[name] is None:
-            settings[name] = max(100, math.ceil(settings["iterations"] / 10))
-    settings["scale"] = list(settings["scale"])
-    return checked(settings), origin
-
-
-def checked(settings):
-    """The settings, if all numbers are in their ranges."""
+        settings["data_root"] = f"datasets/{settings['dataset']}"
     for name in ("iterations", "batch_size", "eval_every", "save_every"):
+        if settings[name] is None:  # eval_every, save_every
+            settings[name] = max(100, math.ceil(settings["iterations"] / 10))
         evaluate.at_least(1, name.replace("_", "-"), settings[name])
-    sides = (
-        [settings["crop_size"]]
-        if isinstance(settings["crop_size"], int)
-        else list(settings["crop_size"])
-    )
+    sides = settings["crop_size"]
+    sides = [sides] if isinstance(sides, int) else list(sides)
     evaluate.check_sides("crop-size", sides)
     settings["crop_size"] = sides if len(sides) == 2 else sides[0]
-    for name in (
-        "seed",
-        "workers",
-        "lr",
-        "power",
-        "momentum",
-        "weight_decay",
-        "bn_momentum",
-        "scale_step",
-        "halve_every",
-    ):
+    numbers = "seed workers lr power momentum weight_decay bn_momentum scale_step halve_every"
+    for name in numbers.split():
         evaluate.at_least(0, name.replace("_", "-"), settings[name])
-    low, high = settings["scale"]
+    low, high = settings["scale"] = list(settings["scale"])
     if not 0 < low <= high < float("inf"):
         raise Mistake(f"--scale {low} {high}: expected two factors above 0, the smaller one first")
     return settings
@@ -226,13 +210,16 @@ def resumed(output, given):
             "run"
         )
     try:
-        config = json.loads(path.read_text())["settings"]
-        settings = {name: config[name]["value"] for name in SETTINGS}
-        origin = {name: config[name]["from"] for name in SETTINGS}
+        saved = json.loads(path.read_text())["settings"]
+        settings, origin = {}, {}
+        for name, (default, _) in SETTINGS.items():
+            if name in saved or name == "method":
+                settings[name], origin[name] = saved[name]["value"], saved[name]["from"]
+            else:  # a setting that a later version added
+                settings[name], origin[name] = json.loads(json.dumps(default)), "default"
     except (ValueError, KeyError, TypeError):
         raise Mistake(
-            f"'{path}' is damaged or of another version; start a new run with --init "
-            f"{output}/last.pt"
+            f"'{path}' is damaged; start a new run with --init {output}/last.pt"
         ) from None
     if "option" in given:  # those of the recipe need not be repeated
         given["option"] = settings["option"] | given["option"]
@@ -244,12 +231,10 @@ def resumed(output, given):
                 "leave it out, "
                 f"or start a new run with --init {output}/last.pt"
             )
-        settings[name], origin[name] = (
-            value,
-            origin[name] if value == settings[name] else "command line",
-        )
+        if value != settings[name]:
+            settings[name], origin[name] = value, "command line"
     last = Path(output) / "last.pt"
-    return checked(settings), origin, evaluate.read_checkpoint(last) if last.exists() else None
+    return completed(settings), origin, evaluate.read_checkpoint(last) if last.exists() else None
 
 
 def new_folder(output, settings):
@@ -417,10 +402,8 @@ def draw_samples(folder, net, dataset, device, amp, count=4):
     rows = []
     for index in sorted({i * len(dataset) // count for i in range(count)}):
         image, truth = dataset[index]
-        with evaluate.autocast(device, amp):
-            prediction = evaluate.predict(net, image[None].to(device)).argmax(1)[0]
-        colors = [data.colorize(label, dataset.palette) for label in (truth, prediction)]
-        rows.append([data.photograph(image), *colors])
+        prediction = evaluate.label_map(net, image, device, amp)
+        rows.append([image, *(data.colorize(y, dataset.palette) for y in (truth, prediction))])
     picture = data.sheet(rows, ["image", "truth", "prediction"], dataset.classes, dataset.palette)
     replace(folder / "samples.png", lambda path: picture.save(path, format="png"))
 
@@ -719,7 +702,7 @@ def train_step(model, state, images, labels, stop):
     """
     s, device = state.settings, state.device
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    labels = labels.to(device, non_blocking=True)
+    images, labels = data.normalise(images), labels.to(device, non_blocking=True).long()
     torch.manual_seed(data.seed_of(s["seed"], state.step, state.rank))
     state.optimizer.zero_grad(set_to_none=True)
     model.train()

@@ -306,7 +306,7 @@ def test_channels_are_those_of_the_papers():
         channels = {name: backbones.build(name).channels for name in SMALL}
     assert channels["resnet18"] == channels["resnet34"] == (64, 128, 256, 512)
     assert channels["resnet50"] == (256, 512, 1024, 2048)
-    assert channels["mobilenet_v2"] == (24, 32, 96, 1280)
+    assert channels["mobilenet_v2"] == (24, 32, 96, 320)  # DeepLab's
 
 
 def without_squeezing(net):

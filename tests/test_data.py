@@ -1,3 +1,4 @@
+import colorsys
 import sys
 import types
 from functools import partial
@@ -7,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as TF
 
 import data
+
+pytestmark = pytest.mark.system
 
 # ------------------------------------------------------------------------------------------ helpers
 
@@ -57,7 +59,12 @@ def mistake(call, *parts):
 
 
 def tensors(image, label):
-    return tv_tensors.Image(torch.as_tensor(image)), tv_tensors.Mask(torch.as_tensor(label))
+    """(uint8 tensor, uint8 array): what `augment` takes."""
+    return torch.as_tensor(image).to(torch.uint8), np.asarray(label).astype(np.uint8)
+
+
+def read_label(path, lut):
+    return data.look_up(data.read_ids(path), lut, path)
 
 
 def ramp(height, width):
@@ -83,7 +90,7 @@ def test_camvid_keeps_0_to_10_and_ignores_11_and_255(tmp_path):
     raw = [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 255, 0]]
     image, label = camvid(tmp_path, raw)[0]
     assert label.tolist() == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 255, 255, 0]]
-    assert label.dtype == torch.int64 and image.dtype == torch.float32 and image.shape == (3, 2, 7)
+    assert label.dtype == image.dtype == torch.uint8 and image.shape == (3, 2, 7)
     assert type(image) is type(label) is torch.Tensor
 
 
@@ -235,7 +242,9 @@ def test_unknown_names_are_mistakes_that_list_the_known(tmp_path):
     mistake(lambda: data.dataset("camvid", tmp_path, "val2"), "'val2'", "train, val, test")
     mistake(lambda: data.dataset("shapes", split="test"), "'test'", ", ".join(data.Shapes.SPLITS))
     mistake(lambda: data.dataset("shapes+thick"), "'thick'", "scale, company, unity, thin")
-    mistake(lambda: data.augment(color="sepia"), "'sepia'", "none, brightness, photometric")
+    mistake(
+        lambda: data.dataset("shapes", color="sepia"), "'sepia'", "none, brightness, photometric"
+    )
 
 
 def test_unknown_folder_split_is_a_mistake_naming_where_it_looked(tmp_path):
@@ -280,65 +289,69 @@ def test_images_keep_the_order_of_rows_and_channels(tmp_path):
 
 def test_normalisation_takes_off_imagenets_mean_and_deviation(tmp_path):
     image, _ = camvid(tmp_path, [[0]], np.array([[[255, 0, 51]]], np.uint8))[0]
+    image = data.normalise(image)
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     assert image.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_photograph_restores_every_value_of_uint8(tmp_path):
-    array = np.arange(256, dtype=np.uint8).reshape(16, 16, 1) + np.array([0, 85, 170], np.uint8)
-    image, _ = camvid(tmp_path, np.zeros((16, 16)), array)[0]
-    restored = data.photograph(image)
-    assert restored.dtype == torch.uint8 and np.array_equal(restored.permute(1, 2, 0), array)
+def test_normalise_keeps_batches_their_device_and_their_layout():
+    images = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
+    images = images.to(memory_format=torch.channels_last)
+    found = data.normalise(images)
+    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.MEAN, data.STD))
+    assert torch.allclose(found, (images.float() / 255 - mean) / std, atol=1e-6)
+    back = ((found * std + mean) * 255).round()
+    assert torch.equal(back, images.float())
 
 
 # ------------------------------------------------------------------------------------- augmentation
+
+
+def window(size, crop_size, scale, scale_step=0.0):
+    """[(start, length in the image, length in the crop) of rows, the same of columns]"""
+    slices, new_size = data.random_window(size, crop_size, scale, scale_step)
+    return [(s.start, s.stop - s.start, new) for s, new in zip(slices, new_size)]
 
 
 @pytest.mark.parametrize(
     "size", [(40, 50), (120, 90), (33, 47), (1, 60), (60, 1), (1, 1), (32, 32)]
 )
 @pytest.mark.parametrize("crop", [32, 33])
-def test_every_crop_is_full_and_padded_right_and_below_with_zeros_and_255(size, crop):
-    transform = data.augment(crop)
+def test_every_crop_is_full_and_padded_right_and_below_with_the_mean_and_255(size, crop):
     for seed in range(8):
         torch.manual_seed(seed)
-        image, label = transform(
-            *tensors(
-                torch.full((3, *size), 200).to(torch.uint8), torch.ones(size, dtype=torch.uint8)
-            )
-        )
-        assert image.shape == (3, crop, crop) and image.dtype == torch.float32
-        assert label.shape == (crop, crop)
+        sample = tensors(torch.full((3, *size), 200), np.ones(size))
+        image, label = data.augment(*sample, crop_size=crop)
+        assert image.shape == (3, crop, crop) and image.dtype == torch.uint8
+        assert label.shape == (crop, crop) and label.dtype == torch.uint8
         height, width = (label[:, 0] != 255).sum(), (label[0] != 255).sum()
         assert height > 0 and width > 0
-        assert (
-            (label[:height, :width] == 1).all()
-            and (label[height:] == 255).all()
-            and (label[:, width:] == 255).all()
-        )
+        assert (label[:height, :width] == 1).all()
+        assert (label[height:] == 255).all() and (label[:, width:] == 255).all()
         padding = label == 255
-        assert (image[:, padding] == 0).all() and (image[:, ~padding] > 1).all()
+        assert (image[:, ~padding] == 200).all()
+        assert (image[:, padding].T == torch.tensor([124, 116, 104])).all()
         assert padding.any() or 2 * min(size) >= crop
 
 
+def test_padding_is_zero_after_normalising_to_a_hundredth():
+    color = torch.tensor(data.MEAN_COLOR, dtype=torch.uint8).view(1, 3, 1, 1)
+    assert data.normalise(color).abs().max() < 0.01
+
+
 def test_image_at_least_as_large_as_the_largest_window_is_never_padded():
-    transform = data.augment(32, scale=(0.5, 2.0))
     for seed in range(50):
         torch.manual_seed(seed)
-        _, label = transform(
-            *tensors(
-                torch.zeros(3, 64, 65, dtype=torch.uint8), torch.zeros(64, 65, dtype=torch.uint8)
-            )
-        )
+        sample = tensors(torch.zeros(3, 64, 65), np.zeros((64, 65)))
+        _, label = data.augment(*sample, crop_size=32, scale=(0.5, 2.0))
         assert (label == 0).all()
 
 
 def test_a_padded_side_has_the_scaled_length():
     torch.manual_seed(0)
-    transform = data.augment(64, scale=(1.5, 1.5))
-    _, label = transform(
-        *tensors(torch.zeros(3, 20, 30, dtype=torch.uint8), torch.zeros(20, 30, dtype=torch.uint8))
-    )
+    sample = tensors(torch.zeros(3, 20, 30), np.zeros((20, 30)))
+    _, label = data.augment(*sample, crop_size=64, scale=(1.5, 1.5))
     assert ((label[:, 0] == 0).sum(), (label[0] == 0).sum()) == (30, 45)
 
 
@@ -350,48 +363,34 @@ def test_image_and_label_stay_aligned_through_scale_crop_and_flip(axis, size):
     # rounding of gray levels (torch 2.6 rounds down).
     image = ramp(*size)
     image[2] = 255 - image[axis]
-    transform = data.augment(96)
     flips, total, gaps = 0, 40, []
     for seed in range(total):
         torch.manual_seed(seed)
-        new_image, new_label = transform(*tensors(image, image[axis]))
+        new_image, new_label = data.augment(*tensors(image, image[axis]), crop_size=96)
         seen = new_label != 255
         height, width = seen[:, 0].sum(), seen[0].sum()
-        inner = (
-            slice(4, height - 4),
-            slice(4, width - 4),
-        )  # at its rim, resizing repeats the outermost pixels
-        up, down = data.photograph(new_image)[[axis, 2]].double()
+        # At its rim, resizing repeats the outermost pixels.
+        inner = slice(4, height - 4), slice(4, width - 4)
+        up, down = new_image[[axis, 2]].double()
         gap = ((up + 255 - down) / 2 - new_label)[inner]
         assert gap.abs().max() <= 1
-        gaps.append(
-            gap.mean().abs()
-        )  # at most 0.5: at half the size, the place lies between two labels
-        coordinate = data.photograph(new_image)[0]
-        flips += bool(coordinate[5, 5] > coordinate[5, width - 5])
+        gaps.append(gap.mean().abs())  # up to 0.5: at half the size a place is between two labels
+        flips += bool(new_image[0, 5, 5] > new_image[0, 5, width - 5])
     assert 0.25 * total < flips < 0.75 * total
     assert max(gaps) < 0.6 and sum(gaps) / total < 0.1
 
 
 def test_blocks_of_color_and_of_label_agree_away_from_borders():
     label = blocks()
-    colors = torch.randint(
-        0, 256, (16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+    generator = torch.Generator().manual_seed(0)
+    colors = torch.randint(0, 256, (16, 3), generator=generator, dtype=torch.uint8)
     image = colors[label.long()].permute(2, 0, 1)
-    transform = data.augment(64)
     compared = 0
     for seed in range(12):
         torch.manual_seed(seed)
-        new_image, new_label = transform(*tensors(image, label))
-        distance = (
-            (data.photograph(new_image)[:, None].int() - colors.int().T[:, :, None, None])
-            .abs()
-            .sum(0)
-        )
-        windows = (
-            new_label.as_subclass(torch.Tensor).unfold(0, 5, 1).unfold(1, 5, 1).flatten(2).int()
-        )
+        new_image, new_label = data.augment(*tensors(image, label), crop_size=64)
+        distance = (new_image[:, None].int() - colors.int().T[:, :, None, None]).abs().sum(0)
+        windows = new_label.unfold(0, 5, 1).unfold(1, 5, 1).flatten(2).int()
         inner = (windows.amax(-1) == windows.amin(-1)) & (windows[..., 0] != 255)
         nearest = distance.argmin(0)[2:-2, 2:-2]
         assert torch.equal(nearest[inner], new_label[2:-2, 2:-2][inner].long())
@@ -399,41 +398,48 @@ def test_blocks_of_color_and_of_label_agree_away_from_borders():
     assert compared > 12 * 500
 
 
-@pytest.mark.parametrize("color", ["none", "brightness", "photometric"])
+@pytest.mark.parametrize("color", data.COLORS)
 def test_ids_after_augmentation_are_original_ids_and_255(color):
     generator = torch.Generator().manual_seed(0)
-    label = torch.tensor([0, 3, 9, 200], dtype=torch.uint8)[
-        torch.randint(4, (50, 60), generator=generator)
-    ]
-    image = torch.randint(256, (3, 50, 60), generator=generator).to(torch.uint8)
-    transform = data.augment(48, color=color)
+    ids = torch.tensor([0, 3, 9, 200])
+    label = ids[torch.randint(4, (50, 60), generator=generator)]
+    image = torch.randint(256, (3, 50, 60), generator=generator)
     seen = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        seen |= set(transform(*tensors(image, label))[1].unique().tolist())
+        new_label = data.augment(*tensors(image, label), crop_size=48, color=color)[1]
+        seen |= set(new_label.unique().tolist())
     assert seen == {0, 3, 9, 200, 255}
+
+
+def test_only_the_window_of_the_label_is_looked_up_and_before_it_is_padded():
+    looked_up = []
+
+    def to_train_ids(ids):
+        looked_up.append(ids.shape)
+        return np.array([7, 8], np.uint8)[ids]
+
+    torch.manual_seed(0)
+    image, ids = tensors(torch.zeros(3, 100, 20), np.ones((100, 20)))
+    _, label = data.augment(image, ids, to_train_ids, crop_size=32, scale=(1.0, 1.0))
+    assert looked_up == [(32, 20)]
+    assert (label[:, :20] == 8).all() and (label[:, 20:] == 255).all()
 
 
 def test_scale_step_gives_only_the_factors_of_the_grid_and_all_of_them():
     torch.manual_seed(0)
-    crop = data.RandomScaledCrop(1000, (0.5, 2.0), 0.25)
-    image = torch.zeros(1, 1, 5000).expand(3, 5000, 5000)
     factors = set()
     for _ in range(200):
-        params = crop.make_params([image])
-        for _, source, size in params.values():
-            factors.add(round(size / source, 2))
-        assert params["rows"][1] == params["columns"][1]  # one factor for both sides
+        rows, columns = window((5000, 5000), (1000, 1000), (0.5, 2.0), 0.25)
+        factors |= {round(new / source, 2) for _, source, new in (rows, columns)}
+        assert rows[1] == columns[1]  # one factor for both sides
     assert sorted(factors) == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 
 
 def test_factors_without_a_grid_fill_the_range_evenly():
     torch.manual_seed(0)
-    crop = data.RandomScaledCrop(10000, (0.5, 2.0))
-    image = torch.zeros(1, 1, 1).expand(3, 50000, 50000)
-    factors = sorted(
-        size / source for _ in range(600) for _, source, size in [crop.make_params([image])["rows"]]
-    )
+    rows = [window((50000, 50000), (10000, 10000), (0.5, 2.0))[0] for _ in range(600)]
+    factors = sorted(new / source for _, source, new in rows)
     assert 0.499 < factors[0] < 0.53 and 1.97 < factors[-1] < 2.001
     assert factors[300] == pytest.approx(1.25, abs=0.12)
     assert len({round(f, 3) for f in factors}) > 300
@@ -441,120 +447,121 @@ def test_factors_without_a_grid_fill_the_range_evenly():
 
 def test_factors_of_a_small_image_are_in_the_range_too():
     torch.manual_seed(0)
-    crop = data.RandomScaledCrop(10000, (0.5, 2.0))
-    factors = [crop.make_params([torch.zeros(3, 1000, 1)])["rows"][2] / 1000 for _ in range(200)]
+    size = (1000, 1)
+    factors = [window(size, (10000, 10000), (0.5, 2.0))[0][2] / 1000 for _ in range(200)]
     assert 0.5 <= min(factors) < 0.55 and 1.95 < max(factors) <= 2
 
 
 def test_windows_lie_inside_and_reach_both_ends():
     torch.manual_seed(0)
-    crop = data.RandomScaledCrop(8, (1.0, 1.0))
-    image = torch.zeros(3, 12, 10)
-    params = [crop.make_params([image]) for _ in range(200)]
-    assert {p["rows"] for p in params} == {(top, 8, 8) for top in range(5)}
-    assert {p["columns"] for p in params} == {(left, 8, 8) for left in range(3)}
+    found = [window((12, 10), (8, 8), (1.0, 1.0)) for _ in range(200)]
+    assert {rows for rows, _ in found} == {(top, 8, 8) for top in range(5)}
+    assert {columns for _, columns in found} == {(left, 8, 8) for left in range(3)}
 
 
 def test_at_factor_1_the_crop_is_a_cut_of_the_image():
     generator = torch.Generator().manual_seed(0)
-    image, label = tensors(
-        torch.randint(256, (3, 30, 40), generator=generator).to(torch.uint8), ramp(30, 40)[0]
-    )
-    crop = data.RandomScaledCrop(16, (1.0, 1.0))
-    for seed in range(5):
+    image, label = tensors(torch.randint(256, (3, 30, 40), generator=generator), ramp(30, 40)[0])
+    flips = 0
+    for seed in range(8):
         torch.manual_seed(seed)
-        (top, *_), (left, *_) = crop.make_params([image]).values()
+        (top, *_), (left, *_) = window((30, 40), (16, 16), (1.0, 1.0))
         torch.manual_seed(seed)
-        new_image, new_label = crop(image, label)
+        new_image, new_label = data.augment(image, label, crop_size=16, scale=(1.0, 1.0))
+        if new_label[0, 0] > new_label[0, 1]:
+            flips, new_image, new_label = flips + 1, new_image.flip(2), new_label.flip(1)
         assert torch.equal(new_image, image[:, top : top + 16, left : left + 16])
-        assert torch.equal(new_label, label[top : top + 16, left : left + 16])
+        assert np.array_equal(new_label, label[top : top + 16, left : left + 16])
+    assert 0 < flips < 8
 
 
 def test_crops_can_be_wider_than_high():
-    image, label = tensors(torch.zeros(3, 30, 90, dtype=torch.uint8), torch.zeros(30, 90))
-    crop = data.RandomScaledCrop((8, 16), (1.0, 1.0))
-    params = crop.make_params([image])
-    assert params["rows"][1:] == (8, 8) and params["columns"][1:] == (16, 16)
-    assert crop(image, label)[0].shape == (3, 8, 16)
-    dataset = data.dataset(
-        "shapes", train=True, crop_size=(48, 130)
-    )  # wider than the images: filled up
-    image, label = dataset[0]
+    rows, columns = window((30, 90), (8, 16), (1.0, 1.0))
+    assert rows[1:] == (8, 8) and columns[1:] == (16, 16)
+    # wider than the images: filled up
+    image, label = data.dataset("shapes", train=True, crop_size=(48, 130))[0]
     assert image.shape == (3, 48, 130) and label.shape == (48, 130) and (label[:, -1] == 255).any()
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_cutting_first_equals_resizing_the_whole_image_first(factor):
     generator = torch.Generator().manual_seed(0)
-    smooth = TF.resize(
-        torch.randint(256, (3, 8, 8), generator=generator).to(torch.uint8), [100, 120]
-    )
-    image, label = tensors(smooth, blocks(100, 120, 30))
-    crop = data.RandomScaledCrop(32, (factor, factor))
-    whole = TF.resize(image, [int(100 * factor), int(120 * factor)], antialias=True)
-    label_of = torch.arange(int(100 * factor)), torch.arange(int(120 * factor))
-    rows, columns = (((i + 0.5) / factor).floor().long() for i in label_of)
-    whole_label = label[rows][:, columns]
-    compared = 0
-    for seed in range(12):
+    small = torch.randint(256, (3, 8, 8), generator=generator).to(torch.uint8)
+    image, label = tensors(TF.resize(small, [100, 120]), blocks(100, 120, 30))
+    height, width = int(100 * factor), int(120 * factor)
+    whole = TF.resize(image, [height, width], antialias=True)
+    rows, columns = (((np.arange(n) + 0.5) / factor).astype(int) for n in (height, width))
+    whole_label = torch.from_numpy(label[rows][:, columns])
+    compared = flips = 0
+    for seed in range(16):
         torch.manual_seed(seed)
-        (top, *_), (left, *_) = crop.make_params([image]).values()
+        (top, *_), (left, *_) = window((100, 120), (32, 32), (factor, factor))
         if (top * factor) % 1 or (left * factor) % 1:
             continue  # such a window begins between two pixels of the resized image
         torch.manual_seed(seed)
-        new_image, new_label = crop(image, label)
+        new_image, new_label = data.augment(image, label, crop_size=32, scale=(factor, factor))
         y, x = int(top * factor), int(left * factor)
-        expected = whole[:, y : y + 32, x : x + 32].int()
-        assert (new_image.int() - expected)[:, 2:-2, 2:-2].abs().max() <= 1
-        assert torch.equal(new_label, whole_label[y : y + 32, x : x + 32])
+        expected, expected_label = (
+            whole[:, y : y + 32, x : x + 32],
+            whole_label[y : y + 32, x : x + 32],
+        )
+        difference = (new_image.int() - expected.int())[:, 2:-2, 2:-2].abs().max()
+        flipped = (new_image.int() - expected.flip(2).int())[:, 2:-2, 2:-2].abs().max()
+        assert min(difference, flipped) <= 1
+        if flipped < difference:
+            flips, expected_label = flips + 1, expected_label.flip(1)
+        assert torch.equal(new_label, expected_label)
         compared += 1
-    assert compared >= 2
+    assert compared >= 2 and flips < compared
 
 
-@pytest.mark.parametrize("color", ["none", "brightness", "photometric"])
+@pytest.mark.parametrize("color", data.COLORS)
 def test_color_changes_the_image_only(color):
     generator = torch.Generator().manual_seed(0)
-    image, label = tensors(
-        torch.randint(20, 230, (3, 24, 24), generator=generator).to(torch.uint8), ramp(24, 24)[0]
-    )
-    transform = data.augment(24, scale=(1.0, 1.0), color=color)
+    image = torch.randint(20, 230, (3, 24, 24), generator=generator)
+    image, label = tensors(image, ramp(24, 24)[0])
     changed = 0
     for seed in range(24):
         torch.manual_seed(seed)
-        new_image, new_label = transform(image, label)
-        flipped = not torch.equal(new_label, label)
-        assert torch.equal(new_label, label.flip(-1) if flipped else label)
-        difference = data.photograph(new_image).int() - (image.flip(-1) if flipped else image).int()
+        new_image, new_label = data.augment(
+            image, label, crop_size=24, scale=(1.0, 1.0), color=color
+        )
+        if not np.array_equal(new_label, label):
+            new_image, new_label = new_image.flip(2), new_label.flip(1)
+        assert np.array_equal(new_label, label)
+        difference = new_image.int() - image.int()
         changed += bool(difference.any())
         if color == "brightness":
             assert difference.unique().numel() == 1
     assert changed == 0 if color == "none" else changed > 5
 
 
+def brightened(values):
+    """The gray values of an image of one row after color="brightness"; the row may be flipped."""
+    image, label = tensors(torch.tensor(values).expand(3, 1, -1), np.full((1, len(values)), 7))
+    size = (1, len(values))
+    image, label = data.augment(image, label, crop_size=size, scale=(1.0, 1.0), color="brightness")
+    assert image.dtype == torch.uint8 and (label == 7).all() and (image == image[:1]).all()
+    return image[0, 0].tolist()
+
+
 def test_brightness_adds_one_whole_number_to_half_of_the_images():
     torch.manual_seed(0)
-    shift = data.RandomBrightness()
-    image, label = tensors(
-        torch.full((3, 2, 2), 100, dtype=torch.uint8), torch.full((2, 2), 7, dtype=torch.uint8)
-    )
     shifts = []
     for _ in range(600):
-        new_image, new_label = shift(image, label)
-        difference = (new_image.int() - 100).unique().tolist()
-        assert len(difference) == 1 and (new_label == 7).all() and new_image.dtype == torch.uint8
-        shifts += difference
+        first, second = brightened([100, 100])
+        assert first == second
+        shifts.append(first - 100)
     assert set(shifts) == set(range(-10, 11))
     assert 0.45 < shifts.count(0) / 600 < 0.6  # 1/2 + 1/2 · 1/21 = 0.524
 
 
 def test_brightness_ends_at_black_and_white():
     torch.manual_seed(0)
-    image = tv_tensors.Image(
-        torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2).expand(3, 1, 2)
-    )
-    seen = {tuple(data.RandomBrightness()(image)[0, 0].tolist()) for _ in range(200)}
+    seen = {tuple(sorted(brightened([0, 255]))) for _ in range(200)}
     assert min(dark for dark, _ in seen) == 0 and max(dark for dark, _ in seen) == 10
     assert min(light for _, light in seen) == 245 and max(light for _, light in seen) == 255
+    assert all(dark == 0 or light == 255 for dark, light in seen)  # no value wraps around
 
 
 # -------------------------------------------------------------------------------------- determinism
@@ -570,7 +577,7 @@ def test_sample_depends_on_seed_and_position_alone():
     torch.rand(7)
     again = sample((5, 70))
     assert torch.equal(image, again[0]) and torch.equal(label, again[1])
-    assert label.dtype == torch.int64 and type(image) is type(label) is torch.Tensor
+    assert label.dtype == image.dtype == torch.uint8
     assert not torch.equal(image, sample((5, 71))[0])
     assert not torch.equal(image, sample((5, 70), seed=4)[0])
     assert not torch.equal(image, sample((6, 70))[0])
@@ -593,7 +600,7 @@ def test_without_train_nothing_is_random():
     image, label = dataset[0, 1]
     assert image.shape == (3, 96, 96) and torch.equal(image, dataset[0, 2][0])
     raw_image, raw_label = dataset.raw(0)
-    assert torch.equal(data.photograph(image), raw_image) and torch.equal(label, raw_label.long())
+    assert torch.equal(image, raw_image) and torch.equal(label, raw_label)
 
 
 def test_global_randomness_is_left_alone():
@@ -778,17 +785,83 @@ def test_all_classes_and_nothing_else_appear():
     assert seen.tolist() == list(range(12))
 
 
-def test_things_are_not_told_apart_by_color():
-    # The mean color of a class over many images is about the same gray for all things.
-    dataset = data.Shapes("train")
-    means = {id: [] for id in range(5, 12)}
-    for i in range(60):
+def mean_colors(name):
+    """Thing id -> the mean colours `[images, 3]` of the things of that class."""
+    dataset, means = data.dataset(name), {}
+    for i in range(80):
         image, label = dataset.raw(i)
-        for id in set(label.unique().tolist()) & set(means):
-            means[id].append(image[:, label == id].float().mean(1))
-    centers = torch.stack([torch.stack(means[id]).mean(0) for id in means])
-    spread = torch.stack([torch.stack(means[id]).std(0) for id in means])
-    assert (centers - centers.mean(0)).abs().max() < 40 < spread.min()
+        for id in label.unique().tolist():
+            if id >= 5 and (label == id).sum() > 20:
+                means.setdefault(id, []).append(image[:, label == id].float().mean(1))
+    return {id: torch.stack(means[id]) for id in range(5, 12)}
+
+
+def test_a_things_hue_hints_at_its_class():
+    # Things are drawn by hand here: alone, so that each is one thing.
+    world = data.Shapes("train")
+    hues, others = {}, []
+    for seed in range(400):
+        rng, canvas = np.random.default_rng(seed), np.full((96, 96, 3), -1.0)
+        label = np.zeros((96, 96), np.uint8)
+        world._thing(rng, canvas, label, 20)
+        thing = canvas[label >= 5]
+        brightest = thing[thing.sum(1).argmax()] / 255
+        hue, saturation, value = colorsys.rgb_to_hsv(*brightest)
+        hues.setdefault(label.max() - 5, []).append(hue)
+        others.append((saturation, value))
+        darkest = colorsys.rgb_to_hsv(*thing[thing.sum(1).argmin()] / 255)
+        assert darkest[0] == pytest.approx(hue, abs=1e-6) and darkest[1] == pytest.approx(
+            saturation
+        )
+    assert sorted(hues) == list(range(7))
+    for kind, found in hues.items():
+        distance = (np.array(found) - kind / 7 + 0.5) % 1 - 0.5  # on the circle
+        assert (
+            np.abs(distance).max() <= 0.03 + 1e-9 and 0.012 < distance.std() < 0.022
+        )  # uniform: 0.017
+    saturation, value = np.array(others).T
+    assert saturation.min() >= 0.6 - 1e-9 and saturation.max() > 0.95
+    assert value.min() >= 0.6 and np.percentile(value, 5) > 0.6  # shading brightens the brightest
+
+
+def test_with_form_things_are_not_told_apart_by_color():
+    # The mean colour of a class over many images is about the same gray for all things.
+    def statistics(name):
+        means = mean_colors(name).values()
+        centers = torch.stack([m.mean(0) for m in means])
+        return (centers - centers.mean(0)).abs().max(), torch.stack([m.std(0) for m in means]).min()
+
+    apart, spread = statistics("shapes+form")
+    assert apart < 40 < spread
+    apart, spread = statistics("shapes")
+    assert apart > 60 > spread
+
+
+def test_form_changes_the_colors_of_things_and_nothing_else():
+    for switches in ("", "+thin", "+company", "+scale", "+unity"):
+        hint, form = data.dataset("shapes" + switches), data.dataset(f"shapes+form{switches}")
+        for i in range(4):
+            (image, label), (other, same) = hint.raw(i), form.raw(i)
+            assert torch.equal(label, same)
+            differs = (image != other).any(0)
+            assert not differs[label < 5].any() and differs[label >= 5].float().mean() > 0.8
+
+
+def test_smaller_things_occlude_larger_ones():
+    world, drawn = data.Shapes("train"), []
+    original = world._thing
+    world._thing = lambda rng, image, label, radius: (
+        drawn.append((radius, label.copy())) or original(rng, image, label, radius)
+    )
+    hidden = 0
+    for i in range(10):
+        drawn.clear()
+        _, final = world.raw(i)
+        radii = [radius for radius, _ in drawn]
+        assert radii == sorted(radii, reverse=True) and 4 <= len(radii) <= 9
+        for (_, before), (_, after) in zip(drawn[1:], [*drawn[2:], (0, final.numpy())]):
+            hidden += ((before >= 5) & (before != after)).sum()  # a later thing replaces an earlier
+    assert hidden > 500
 
 
 def test_without_a_switch_things_range_from_small_to_half_the_image():
@@ -1322,17 +1395,17 @@ def test_coco_voc_names_wrong_labels_and_makes_no_list_of_the_others(tmp_path, c
 
 
 def test_matlab_files_that_cannot_be_read_are_mistakes(tmp_path, matlab, monkeypatch):
-    lut = data._lut({0: 0}, rest=-1)
+    lut = data._lut({0: 0})
     path = tmp_path / "a.mat"
-    mistake(lambda: data.read_label(path, lut), "no file", path)
+    mistake(lambda: read_label(path, lut), "no file", path)
     path.write_bytes(b"no such thing\n" * 20)
-    mistake(lambda: data.read_label(path, lut), path, "cannot be read as a MATLAB label map")
+    mistake(lambda: read_label(path, lut), path, "cannot be read as a MATLAB label map")
     matlab(path, "other", np.zeros((2, 2)))
-    mistake(lambda: data.read_label(path, lut), path, "no field GTcls, LabelMap or S")
+    mistake(lambda: read_label(path, lut), path, "no field GTcls, LabelMap or S")
     matlab(path, "S", np.array([[0, 700]], np.uint16))
-    mistake(lambda: data.read_label(path, lut), path, "[700]", "has 0, 255")
+    mistake(lambda: read_label(path, lut), path, "[700]", "has 0, 255")
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    mistake(lambda: data.read_label(path, lut), path, "pip install scipy", "convert to PNG")
+    mistake(lambda: read_label(path, lut), path, "pip install scipy", "convert to PNG")
 
 
 @pytest.mark.parametrize("field", ["GTcls", "LabelMap", "S"])
@@ -1342,9 +1415,8 @@ def test_matlab_files_by_scipy_itself(field, tmp_path):
     scipy.savemat(
         tmp_path / "a.mat", {field: {"Segmentation": values} if field == "GTcls" else values}
     )
-    assert data.read_label(tmp_path / "a.mat", data._lut({0: 5, 2: 7}, rest=-1)).tolist() == [
-        [5, 7]
-    ]
+    lut = data._lut({0: 5, 2: 7})
+    assert read_label(tmp_path / "a.mat", lut).tolist() == [[5, 7]]
 
 
 NAMES = [name for name in data.LAYOUTS if name != "folder"]
@@ -1396,7 +1468,7 @@ def test_fewer_files_than_the_split_has_are_a_warning(tmp_path, capsys, monkeypa
     assert len(data.dataset("pascal_voc", tmp_path)) == 3
     err = capsys.readouterr().err
     assert (
-        "warning: pascal_voc train has 3 of 1464 images; the others are to be had from http://host"
+        "warning: pascal_voc train has 3 of 1464 images; download the others from http://host"
         in err
     )
     (base / "SegmentationClass/b.png").unlink()

@@ -69,6 +69,21 @@ def test_confusion_matrix_adds_up_over_updates():
     assert whole.matrix.tolist() == parts.matrix.tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_255_classes_in_bytes_and_ignored_pixels_are_counted_right(dtype):
+    torch.manual_seed(0)
+    labels, prediction = torch.randint(256, (40, 50)), torch.randint(255, (40, 50))
+    labels[0] = prediction[0]  # some hits
+    labels[1], prediction[1] = 255, 254  # the largest index that can occur
+    matrix = evaluate.ConfusionMatrix(255)
+    matrix.update(prediction.to(dtype), labels.to(dtype))
+    expected = torch.zeros(255, 255, dtype=torch.int64)
+    for t, p in zip(labels.flatten().tolist(), prediction.flatten().tolist()):
+        if t != 255:
+            expected[t, p] += 1
+    assert torch.equal(matrix.matrix, expected)
+
+
 def test_nothing_labelled_gives_nan_and_no_error():
     matrix = evaluate.ConfusionMatrix(2)
     matrix.update(torch.zeros(3, dtype=torch.int64), torch.full((3,), 255))
@@ -506,9 +521,8 @@ def test_submissions_have_the_label_files_own_ids(tmp_path, monkeypatch):
     assert evaluate.main([*flags, str(tmp_path / "split")]) == 0
     assert evaluate.main([*flags, str(tmp_path / "photos"), "--images", str(image)]) == 0
     with torch.no_grad():
-        prediction = evaluate.load(evaluate.read_checkpoint(tmp_path / "net.pt"))(
-            dataset[0][0][None]
-        ).argmax(1)[0]
+        net = evaluate.load(evaluate.read_checkpoint(tmp_path / "net.pt"))
+        prediction = net(data.normalise(dataset[0][0][None])).argmax(1)[0]
     expected = [[dataset.raw_ids[i] for i in row] for row in prediction.tolist()]
     assert min(min(row) for row in expected) >= 7
     for folder in ("split", "photos"):
@@ -527,7 +541,9 @@ class Two(torch.utils.data.Dataset):
 
     def __init__(self, size=(30, 40)):
         torch.manual_seed(3)
-        self.pairs = [(torch.randn(3, *size), torch.randint(4, size)) for _ in range(2)]
+        self.pairs = [
+            (torch.randint(256, (3, *size)).byte(), torch.randint(4, size).byte()) for _ in range(2)
+        ]
 
     def __len__(self):
         return 2
@@ -549,9 +565,9 @@ def test_several_scales_are_measured_together_and_each_alone():
     assert len(set(result["mIoU_at_scale"].values())) == 3
     matrix = evaluate.ConfusionMatrix(4)
     for image, labels in dataset:
-        matrix.update(
-            evaluate.predict(net, image[None], (0.5, 1.0, 1.5), True).argmax(1), labels[None]
-        )
+        images = data.normalise(image[None])
+        prediction = evaluate.predict(net, images, (0.5, 1.0, 1.5), True).argmax(1)
+        matrix.update(prediction, labels[None])
     assert result["mIoU"] == matrix.result()["mIoU"]
     assert "mIoU at scale 0.5" in evaluate.table(result, dataset.classes)
 

@@ -437,9 +437,8 @@ def test_stages_of_different_backbones():
     losses = net(*scene())
     sum(losses.values()).backward()
     assert [stage.entry for stage in net.stages] == [24, 64, 64]
-    assert [stage.widths[-1] for stage in net.stages] == [1280, 512, 512] and len(
-        net.stages[2].levels[2]
-    ) == 6
+    assert [stage.widths[-1] for stage in net.stages] == [320, 512, 512]
+    assert len(net.stages[2].levels[2]) == 6
     assert all(p.grad is not None for p in net.parameters())
 
 

@@ -481,6 +481,18 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     assert (
         train.main(["--option", "pair=(1,2)", "--output", folder + "2", "--resume"]) == 0
     )  # config.json has it as a list
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["settings"] |= {"of an earlier version": {"value": 1, "from": "default"}}
+    for later in ("halve_every", "scale", "save_every"):  # as if later versions had added them
+        del config["settings"][later]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert train.main(["--output", folder, "--resume", "--halve-every", "0"]) == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert written["halve_every"] == {"value": 0, "from": "default"}
+    assert written["scale"]["value"] == [0.75, 1.5] and written["save_every"]["value"] == 100
+    for damaged in ("{", "{}", '{"settings": {}}', '{"settings": [1]}', "[]"):
+        (tmp_path / "run" / "config.json").write_text(damaged)
+        assert "is damaged" in mistake(capsys, "--output", folder, "--resume")
     (tmp_path / "run" / "config.json").write_text("{")
     assert "is damaged" in mistake(capsys, "--output", folder, "--resume")
 
