@@ -612,7 +612,9 @@ def test_figures_show_the_coarse_and_the_fine_prediction():
     )
     assert torch.equal(pictures["coarse"], backbones.upsample(x, 32, (44, 70)).argmax(1)[0])
     assert pictures["coarse, enlarged"].shape == (11, 17)
-    titles, tiles = evaluate.method_figures(net, image, [(0, 0, 0)] * 3, ["a", "b", "c"])
+    titles, tiles = evaluate.method_figures(
+        net, torch.randint(256, image.shape).byte(), [(0, 0, 0)] * 3, ["a", "b", "c"]
+    )
     assert titles == list(pictures) and all(tile.dtype == torch.uint8 for tile in tiles)
 
 

@@ -620,7 +620,8 @@ def test_fig_a_greys_what_is_done_by_coarser():
     )
     assert pf.build(4, "resnet18", output="single").eval().figures(image) == {}
     palette = [(i, i, i) for i in range(4)]
-    titles, tiles = evaluate.method_figures(net, image, palette, ["a", "b", "c", "d"])
+    photo = torch.randint(256, image.shape).byte()
+    titles, tiles = evaluate.method_figures(net, photo, palette, ["a", "b", "c", "d"])
     assert titles == list(figures) and len(tiles) == 13
 
 

@@ -337,7 +337,7 @@ def test_one_stage_is_its_encoder_decoder():
 
 
 def test_later_stages_have_no_stem_and_aggregate_at_each_stride():
-    net = tiny(backbones=resnets(18, 18)).eval()
+    net = tiny(backbones=resnets(18, 18)).eval().double()
     first, second = net.stages
     assert (
         first.stem is not None
@@ -345,8 +345,8 @@ def test_later_stages_have_no_stem_and_aggregate_at_each_stride():
         and first.aggregate is None
         and second.entry == 64
     )
-    previous = first(torch.randn(1, 3, 65, 97))
-    x = z = torch.randn(1, 64, 17, 25)
+    previous = first(torch.randn(1, 3, 65, 97).double())
+    x = z = torch.randn(1, 64, 17, 25).double()
     encoded, decoded = second(x, previous)
     for i, level in enumerate(second.levels):
         z = (
@@ -561,7 +561,7 @@ def test_figures_are_empty_without_guidance():
 
 
 def test_all_classes_are_on_one_sheet_by_name():
-    net, image = tiny().eval(), torch.randn(3, 40, 50)
+    net, image = tiny().eval(), torch.randint(256, (3, 40, 50)).byte()
     palette, classes = [(i, i, i) for i in range(4)], ["sky", "road", "car", "tree"]
     titles, tiles = evaluate.method_figures(net, image, palette, classes)
     assert titles == classes and all(tile.shape == (3, 40, 50) for tile in tiles)
