@@ -594,12 +594,14 @@ def run(given, output, resume):
     sampler = data.PositionSampler(
         len(train_set), s["batch_size"], state.step, s["iterations"], s["seed"], rank, world
     )
-    how = dict(
+    loader = DataLoader(
+        train_set,
+        batch_sampler=sampler,
         num_workers=s["workers"],
+        collate_fn=data.collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=evaluate.own_session,
     )
-    loader = DataLoader(train_set, batch_sampler=sampler, **how)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, s, origin, device, world)

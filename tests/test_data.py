@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as TF
 
@@ -632,12 +632,22 @@ def test_batches_are_the_same_with_0_and_2_workers():
 
     def batches(workers):
         sampler = data.PositionSampler(len(dataset), 4, 2, 5)
-        return list(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+        how = dict(batch_sampler=sampler, num_workers=workers, collate_fn=data.collate)
+        return list(DataLoader(dataset, **how))
 
     alone, shared = batches(0), batches(2)
     assert len(alone) == len(shared) == 3 and alone[0][0].shape == (4, 3, 32, 32)
     for (image, label), (other_image, other_label) in zip(alone, shared):
         assert torch.equal(image, other_image) and torch.equal(label, other_label)
+
+
+def test_collate_makes_the_batch_of_torch_in_channels_last_order():
+    dataset = data.dataset("shapes", train=True, crop_size=(32, 40))
+    samples = [dataset[i] for i in range(3)]
+    images, labels = data.collate(samples)
+    expected, expected_labels = default_collate(samples)
+    assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+    assert images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
 
 
 @pytest.mark.parametrize("world", [2, 4])
