@@ -33,12 +33,13 @@ from torchvision.ops import Conv2dNormActivation
 
 # name -> (the last module of each level, and the channels it gives), finest level first
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
+# what cuts the image into patches
 _PATCHES = (
     "features.1",
     "features.3",
     "features.5",
     "features.7",
-)  # what cuts the image into patches
+)
 _EFFICIENT = ("features.2", "features.3", "features.5", "features.8")
 _LEVELS = {
     "resnet18": (_RESNET, (64, 128, 256, 512)),
@@ -598,9 +599,8 @@ def pixel_cross_entropy(logits, labels, ignore=255):
     if dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    loss = F.cross_entropy(
-        logits.float(), labels, ignore_index=ignore, reduction="none"
-    )  # CUDA's own sum is not deterministic
+    # CUDA's own sum is not deterministic
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="none")
     return loss.sum() / count.clamp(min=1e-6)
 
 

@@ -116,15 +116,15 @@ def intra_center_to_pixel(features, labels, centers, released=False):
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored, centers `[K, C]` or `[N, K,
     C]`.
     """
+    # [N, HW, C], [N, K, C]
     X, mu = (
         flat(features),
         centers.detach().expand(len(features), *centers.shape[-2:]),
-    )  # [N, HW, C], [N, K, C]
+    )
     sigma = (labels == IGNORE).flatten(1).unsqueeze(2)  # [N, HW, 1]
     own = labels.flatten(1).masked_fill(sigma[..., 0], 0).unsqueeze(2).expand(-1, -1, X.shape[2])
-    Y_mu = mu.gather(
-        1, own
-    )  # Y·μ without the product: the centre of each pixel's class  [N, HW, C]
+    # Y·μ without the product: the centre of each pixel's class  [N, HW, C]
+    Y_mu = mu.gather(1, own)
     D = (Y_mu - X).abs().masked_fill(sigma, 0)  # Eq. (4.3)
     return over_mean(D).square().clamp(min=1e-5) if released else D.square().mean()  # Eq. (4.2)
 
@@ -141,9 +141,8 @@ def inter_center_to_center(centers, epsilon=0.5, released=False):
     A = torch.softmax(centers @ centers.detach().mT / math.sqrt(C), dim=-1)  # Eq. (4.4)  [K, K]
     D = (1 - torch.eye(K, device=A.device)) * A  # Eq. (4.5)
     D = F.relu(D - epsilon / (K - 1)).sum(-1)  # Eq. (4.6)  [K]
-    return (
-        over_mean(D.clamp(1e-7, 1 - 1e-7)).square() if released else D.square().mean()
-    )  # Eq. (4.7)
+    # Eq. (4.7)
+    return over_mean(D.clamp(1e-7, 1 - 1e-7)).square() if released else D.square().mean()
 
 
 @in_float32
@@ -161,9 +160,8 @@ def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=Fals
     energy = X @ mu.mT  # Λ_c2p, Eq. (4.8)  [N, HW, K]
     own = mu.square().sum(-1).unsqueeze(-2)  # Λ_c, Eq. (4.9)  [1, K] or [N, 1, K]
     energy = energy * (1 - Y) + own * Y  # Λ', Eq. (4.10)
-    A = torch.softmax(
-        energy / math.sqrt(C) if released else energy, dim=-1
-    )  # Eq. (4.11)  [N, HW, K]
+    # Eq. (4.11)  [N, HW, K]
+    A = torch.softmax(energy / math.sqrt(C) if released else energy, dim=-1)
     D = (1 - Y) * A  # Eq. (4.12)
     D = F.relu(D - epsilon / (K - 1)).sum(-1)  # Eq. (4.13)  [N, HW]
     if released:
@@ -285,10 +283,11 @@ class ClassAwareRegularization(nn.Module):
 
     def moving_average(self, mu, present):
         """Sect. 4.4.2.3: the averaged centres `[K, C]`; in training mode they are kept."""
+        # the buffers change before the backward pass
         old, known = (
             self.mu.clone(),
             self.seen.clone().unsqueeze(1),
-        )  # the buffers change before the backward pass
+        )
         mixed = torch.where(known, self.decay * old + (1 - self.decay) * mu, mu)
         mu = torch.where(present.unsqueeze(1), mixed, old)
         if self.training:
@@ -609,9 +608,8 @@ class OCR(nn.Module):
         coarse, x = self.regions(before), self.pixels(x)
         with torch.autocast(x.device.type, enabled=False):
             m = resize(coarse.float(), x, self.corners).flatten(2).softmax(2)  # [N, K, hw]
-            f = (m @ x.float().flatten(2).mT).mT.unsqueeze(
-                3
-            )  # the object regions' features  [N, 512, K, 1]
+            # the object regions' features  [N, 512, K, 1]
+            f = (m @ x.float().flatten(2).mT).mT.unsqueeze(3)
         query, key, value = (
             y.flatten(2).mT.float() for y in (self.phi(x), self.psi(f), self.delta(f))
         )
@@ -705,9 +703,8 @@ class CARNet(nn.Module):
             nn.Conv2d(256, num_classes, 1),
         )
         self.auxiliary = nn.Sequential(*layers) if auxiliary and head != "ocr" else None
-        self.regularized = (
-            "last" if released else "classifier"
-        )  # the terms act on what enters this submodule
+        # the terms act on what enters this submodule
+        self.regularized = "last" if released else "classifier"
         terms = dict(
             intra=intra, inter_c2c=inter_c2c, inter_c2p=inter_c2p, centers=centers, decay=decay
         )

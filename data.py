@@ -43,10 +43,8 @@ from tqdm import tqdm
 
 IGNORE = 255  # the train id of a pixel without a label
 UNKNOWN = 254  # in a look-up table: the dataset has no such id
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # ImageNet's, as torchvision's weights expect
+# ImageNet's, as torchvision's weights expect
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN_COLOR = (124, 116, 104)  # MEAN as bytes, what images are padded with
 
 
@@ -444,9 +442,8 @@ def _pascal_voc_aug(root, split):
     if not labels or all(path.is_file() for path in lists):
         ids = [i for path in lists for i in _ids("pascal_voc_aug", split, root, path)]
         labels = {i: labels.get(i, sbd / "cls" / f"{i}.mat") for i in ids}
-    photographs = {
-        path.stem: path for path in (voc / "JPEGImages").glob("*.jpg")
-    }  # SBD's are VOC's
+    # SBD's are VOC's
+    photographs = {path.stem: path for path in (voc / "JPEGImages").glob("*.jpg")}
     for i in sorted(set(labels) - known):
         files.append((photographs.get(i, sbd / "img" / f"{i}.jpg"), labels[i]))
     return files, *rest
@@ -591,6 +588,7 @@ _COCO_STUFF = """
     wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
 """
 _COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
+# COCO's id of each VOC class
 _COCO_OF_VOC = (
     0,
     5,
@@ -613,7 +611,7 @@ _COCO_OF_VOC = (
     63,
     7,
     72,
-)  # COCO's id of each VOC class
+)
 
 
 def _coco_ids():

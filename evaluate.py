@@ -377,9 +377,8 @@ def cost(net, size):
     flops = counter.get_flop_counts()
     for name, counts in flops.items():
         parts = name.split(".")
-        depth = (
-            2 if ".".join(parts[:2]) in flops else 3
-        )  # a ModuleList is not called, its members are
+        # a ModuleList is not called, its members are
+        depth = 2 if ".".join(parts[:2]) in flops else 3
         if len(parts) == depth and parts[1] in children:
             children[parts[1]] += sum(counts.values()) // 2
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2, children
@@ -443,9 +442,8 @@ def _reset_peak(device):
     if device.type == "cuda":
         return torch.cuda.reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: the high-water mark starts again from here
+        # Linux: the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except OSError:
         return None
@@ -593,9 +591,8 @@ def draw_matrix(values, names, cell=20, margin=120):
         (Image.Transpose.ROTATE_270, size - margin + 6, "lm"),
         (Image.Transpose.ROTATE_90, margin - 6, "rm"),
     ):
-        picture = picture.transpose(
-            turn
-        )  # the columns' names are written on its side, where they are rows
+        # the columns' names are written on its side, where they are rows
+        picture = picture.transpose(turn)
         draw = ImageDraw.Draw(picture)
         for i, name in enumerate(names):
             draw.text((x, margin + cell * (i + 0.5)), name[:18], "black", font, anchor=anchor)

@@ -272,12 +272,10 @@ class HFGD(nn.Module):
             raise ValueError(f"upsampler={upsampler!r}: it is 'usfpn', 'sfpn' or None")
         self.guide = HighLevelFeatureGuidedModule(axial, released) if self.guided else None
         self.stride = output_stride
-        self.regularized = (
-            "encoder.last" if encoder == "ours" else "classifier"
-        )  # CAR acts on what enters this submodule
-        self.classifier = nn.Conv2d(
-            (self.upsampler or self.encoder).channels, num_classes, 1
-        )  # the class kernels
+        # CAR acts on what enters this submodule
+        self.regularized = "encoder.last" if encoder == "ours" else "classifier"
+        # the class kernels
+        self.classifier = nn.Conv2d((self.upsampler or self.encoder).channels, num_classes, 1)
 
     def forward(self, images, labels=None):
         size, corners = images.shape[2:], self.backbone.corners

@@ -88,10 +88,11 @@ def pyramid_labels(labels, strides=(32, 16, 8, 4)):
             f"labels of {H}x{W}: expected multiples of the coarsest stride, {strides[0]}"
         )
     ignored = labels == IGNORE  # whether a cell has pixels without a label
+    # its smallest and greatest class; 255 and -1 where there is none
     low, high = (
         labels,
         labels.masked_fill(ignored, -1),
-    )  # its smallest and greatest class; 255 and -1 where there is none
+    )
     middle, size = strides[-1] // 2, 1
     semantic, unity = [labels[:, middle :: strides[-1], middle :: strides[-1]]], []
     for stride in reversed(strides[:-1]):
@@ -195,9 +196,8 @@ class UnityHead(nn.Module):
     def __init__(self, in_channels, factors, channels=64):
         super().__init__()
         self.factors = factors
-        self.reduce = nn.Conv2d(
-            in_channels, channels, 1, bias=False
-        )  # biases would cancel in the difference
+        # biases would cancel in the difference
+        self.reduce = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.embed, self.same = (
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.Conv2d(channels, 1, 1),
@@ -291,9 +291,8 @@ class SemanticHead(nn.Module):
                 if i < len(self.update):
                     theta = self.update[i](levels[i], theta)  # Eq. (5)
         levels = levels[-len(self.project) :]
-        return [
-            project(level) for project, level in zip(self.project, levels)
-        ]  # Eq. (7), all but its last layer
+        # Eq. (7), all but its last layer
+        return [project(level) for project, level in zip(self.project, levels)]
 
 
 class ResNetDecoder(nn.Module):
@@ -396,9 +395,8 @@ class SpecializeAndFuse(nn.Module):
         maps = self.backbone(images)
         maps = maps if self.decoder is None else self.decoder(maps)
         how = dict(size=maps[0].shape[2:], mode="bilinear", align_corners=False)
-        x = torch.cat(
-            [maps[0], *(F.interpolate(m, **how) for m in maps[1:])], dim=1
-        )  # X  [N, D, H/4, W/4]
+        # X  [N, D, H/4, W/4]
+        x = torch.cat([maps[0], *(F.interpolate(m, **how) for m in maps[1:])], dim=1)
         classifiers = [*self.coarse_classifiers, self.classifier]
         semantic = [classifier(level) for classifier, level in zip(classifiers, self.semantic(x))]
         return semantic, [] if self.unity is None else self.unity(x)
@@ -485,9 +483,8 @@ def levels_compared(net, pairs, num_classes):
         table, difference = levels_compared(net, pairs, val.num_classes)
     """
     L = len(net.strides)
-    counts = torch.zeros(
-        L, L, num_classes, num_classes, dtype=torch.int64
-    )  # [chosen level, level, truth, prediction]
+    # [chosen level, level, truth, prediction]
+    counts = torch.zeros(L, L, num_classes, num_classes, dtype=torch.int64)
     for images, labels in pairs:
         fitted = net.fitted(images)
         semantic, unity_prob = net.pyramids(fitted)
@@ -513,6 +510,7 @@ def levels_compared(net, pairs, num_classes):
 
 
 # Sect. 5.1.1; iterations are epochs · images / 16
+# weights: --weights, the path of HRNet's ImageNet checkpoint, or with a ResNet "imagenet"
 _COMMON = dict(
     backbone="hrnet_w48",
     optimizer="sgd",
@@ -524,7 +522,7 @@ _COMMON = dict(
     scale=(0.5, 2.0),
     color="brightness",
     bn_momentum=0.1,  # open
-)  # weights: --weights, the path of HRNet's ImageNet checkpoint, or with a ResNet "imagenet"
+)
 RECIPES = {
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
     "coco_stuff10k": _COMMON | dict(lr=0.001, iterations=61_875),  # 110 epochs of 9,000

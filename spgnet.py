@@ -78,9 +78,8 @@ def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
         loss = F.cross_entropy(
             logits.float(), labels, ignore_index=IGNORE, reduction="none"
         ).flatten(1)
-        rank = (
-            loss.masked_fill(~labelled, -1).argsort(dim=1, descending=True).argsort(dim=1)
-        )  # 0: the hardest
+        # 0: the hardest
+        rank = loss.masked_fill(~labelled, -1).argsort(dim=1, descending=True).argsort(dim=1)
         hard = labelled & (
             (loss.neg().exp() < threshold) | (rank < labelled.sum(1, keepdim=True) * minimum)
         )
@@ -101,9 +100,8 @@ class ResidualBlock(Bottleneck):
             if in_channels != channels
             else None
         )
-        super().__init__(
-            in_channels, channels // 4, downsample=shortcut, base_width=128
-        )  # channels // 4 · 128 / 64
+        # channels // 4 · 128 / 64
+        super().__init__(in_channels, channels // 4, downsample=shortcut, base_width=128)
 
 
 class UpsampleModule(nn.Module):
@@ -216,9 +214,8 @@ class GatherExcite(nn.Module):
     """
 
     def forward(self, x):
-        gathered = F.avg_pool2d(
-            x, 15, stride=8, padding=7, count_include_pad=False
-        )  # around every eighth position
+        # around every eighth position
+        gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
         return (
             x
             * F.interpolate(

@@ -352,9 +352,8 @@ def draw_curves(folder):
 
 
 def _panel(title, series, width=480, height=340):
-    picture = Image.new(
-        "RGB", (2 * width, 2 * height), "white"
-    )  # drawn at twice the size, for smooth lines
+    # drawn at twice the size, for smooth lines
+    picture = Image.new("RGB", (2 * width, 2 * height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
     left, top, right, bottom = 120, 30 * len(series) + 40, 2 * width - 40, 2 * height - 60
     draw.text((left, 16), title, "black", font)
@@ -574,9 +573,8 @@ def run(given, output, resume):
         folder = Path(output)
     else:
         (s, origin), checkpoint = resolve(given), None
-        folder = new_folder(
-            output, s
-        )  # before the processes meet: none may see what another one made
+        # before the processes meet: none may see what another one made
+        folder = new_folder(output, s)
     if s["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -664,9 +662,8 @@ def loop(model, state, batches, train_set, val_set, stop, bar):
         ):
             state.save("last.pt", train_set)
         if stopped or last:
-            mean_over_processes(
-                [0.0], state.device
-            )  # no process leaves before the checkpoint is written
+            # no process leaves before the checkpoint is written
+            mean_over_processes([0.0], state.device)
             return stopped
 
         lr = state.schedule.get_last_lr()[0]
@@ -733,9 +730,8 @@ def validate(state, train_set, val_set, stop):
     s, net, device, folder = state.settings, state.net, state.device, state.folder
     net.eval()
     if dist.is_initialized():
-        for buffer in (
-            net.buffers()
-        ):  # batch norm's statistics, each process's own on the CPU: all evaluate one network
+        # batch norm's statistics, each process's own on the CPU: all evaluate one network
+        for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     result = evaluate.evaluate(
         net, val_set, device, s["amp"], s["workers"], stopped=lambda: stop.signal is not None
