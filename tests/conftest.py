@@ -7,6 +7,17 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+MARKS = {"equation", "network", "system", "cuda"}
+
+
+def pytest_collection_modifyitems(items):
+    """Every test says what kind it is, once."""
+    marks = {item.nodeid: MARKS & {mark.name for mark in item.iter_markers()} for item in items}
+    wrong = [name for name, found in marks.items() if len(found) != 1]
+    if wrong:
+        expected = ", ".join(sorted(MARKS))
+        raise pytest.UsageError(f"not one mark of {expected}: {', '.join(wrong[:5])}")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():

@@ -36,6 +36,7 @@ def meta(*arguments, **options):
 PATCHES = [name for name in backbones.NAMES if name.startswith(("swin", "convnext"))]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "name", [name for name in backbones.NAMES if not name.startswith(("swin", "convnext", "hrnet"))]
 )
@@ -49,6 +50,7 @@ def test_four_maps_finest_first_at_their_strides(name, stride):
     assert isinstance(maps, list) and [tuple(m.shape) for m in maps] == sizes
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("stride", [32, 8])
 @pytest.mark.parametrize("name", PATCHES)
 def test_networks_of_patches_have_four_maps_of_images_of_multiples_of_32(name, stride):
@@ -69,6 +71,7 @@ def test_networks_of_patches_have_four_maps_of_images_of_multiples_of_32(name, s
     ]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["swin_t", "convnext_tiny"])
 def test_networks_of_patches_are_torchvisions_with_a_norm_for_each_level(tmp_path, name):
     model = changed(models.get_model(name))
@@ -130,6 +133,7 @@ def authors_convnext(state):
     return names
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "name, renamed", [("swin_t", authors_swin), ("convnext_tiny", authors_convnext)]
 )
@@ -153,6 +157,7 @@ def test_authors_checkpoints_load_as_they_are(tmp_path, name, renamed):
         backbones.build(name, weights=tmp_path / "w.pth")
 
 
+@pytest.mark.network
 def test_joint_pyramid_upsampling_by_its_words():
     jpu = backbones.JointPyramidUpsampling((2, 3, 4), width=2).double().eval()
     maps = [torch.randn(1, c, s, 2 * s, dtype=torch.double) for c, s in ((2, 8), (3, 4), (4, 2))]
@@ -184,6 +189,7 @@ def test_joint_pyramid_upsampling_by_its_words():
         backbones.build("swin_t", 16)
 
 
+@pytest.mark.network
 def test_efficientnets_kernels_of_5_are_dilated_too():
     body = meta("efficientnet_b5", 8)
     five = [m for m in body.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (5, 5)]
@@ -194,6 +200,7 @@ def test_efficientnets_kernels_of_5_are_dilated_too():
     }
 
 
+@pytest.mark.network
 def test_swin_l_has_its_papers_size():
     with torch.device("meta"):
         net = backbones.build("swin_l")
@@ -203,6 +210,7 @@ def test_swin_l_has_its_papers_size():
     assert size == pytest.approx(196.5e6, rel=0.001)
 
 
+@pytest.mark.network
 def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
     with pytest.raises(ValueError, match="swin_t cannot be dilated: its output stride is 32"):
         backbones.build("swin_t", 16)
@@ -218,6 +226,7 @@ def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
 HRNET = {"hrnet_w18": 9_562, "hrnet_w32": 29_306, "hrnet_w48": 65_325}  # thousands of parameters
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", HRNET)
 def test_hrnet_has_four_maps_at_once_and_its_parameters(name):
     with torch.device("meta"):
@@ -230,6 +239,7 @@ def test_hrnet_has_four_maps_at_once_and_its_parameters(name):
     assert sum(p.numel() for p in net.parameters()) / 1000 == pytest.approx(HRNET[name], abs=1)
 
 
+@pytest.mark.system
 def test_hrnet_names_follow_the_authors_checkpoints(tmp_path):
     expected = {
         "conv1.weight": (64, 3, 3, 3),
@@ -266,6 +276,7 @@ def test_hrnet_names_follow_the_authors_checkpoints(tmp_path):
         backbones.build("hrnet_w18", weights="imagenet")
 
 
+@pytest.mark.network
 def test_high_resolution_modules_exchange_all_with_all():
     module = backbones.HighResolutionModule((2, 3, 4)).eval()
     maps = [torch.randn(1, c, s, 2 * s - 1) for c, s in zip((2, 3, 4), (9, 5, 3))]
@@ -290,6 +301,7 @@ def test_high_resolution_modules_exchange_all_with_all():
     )
 
 
+@pytest.mark.network
 def test_hrnet_grows_by_one_map_a_stage():
     net = backbones.build("hrnet_w18").body.eval()
     x = images = torch.randn(1, 3, 64, 64)
@@ -301,6 +313,7 @@ def test_hrnet_grows_by_one_map_a_stage():
     assert net.layer1[0].downsample[-1].__class__ is nn.BatchNorm2d
 
 
+@pytest.mark.network
 def test_channels_are_those_of_the_papers():
     with torch.device("meta"):
         channels = {name: backbones.build(name).channels for name in SMALL}
@@ -320,6 +333,7 @@ def without_squeezing(net):
     return net
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50", "mobilenet_v2", "xception65", "efficientnet_b5"]
 )
@@ -339,6 +353,7 @@ def test_dilated_network_computes_the_same_samples_only_denser(name):
                 )
 
 
+@pytest.mark.network
 def test_dilation_rates_by_hand():
     # The first block still reads the map that its stride used to thin out: it keeps the rate before
     # it.
@@ -348,6 +363,7 @@ def test_dilation_rates_by_hand():
     assert kernels(meta("resnet50", 8).layer4) == [(2, 2), (4, 4), (4, 4)]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("stride, rates", [(32, (1, 2, 4)), (16, (2, 4, 8)), (8, (4, 8, 16))])
 def test_multi_grid_multiplies_the_rates_of_the_last_blocks(stride, rates):
     body = meta("resnet50", stride, multi_grid=(1, 2, 4))
@@ -356,6 +372,7 @@ def test_multi_grid_multiplies_the_rates_of_the_last_blocks(stride, rates):
     assert body(torch.zeros(1, 3, 33, 33, device="meta"))["layer4"].shape[-1] == -(-33 // stride)
 
 
+@pytest.mark.network
 def test_multi_grid_repeats_its_last_factor():
     assert [rate for rate, _ in kernels(meta("resnet50", 16, multi_grid=(1, 2)).layer4)] == [
         2,
@@ -370,11 +387,13 @@ def test_multi_grid_repeats_its_last_factor():
     ]
 
 
+@pytest.mark.network
 def test_multi_grid_is_for_resnets():
     with pytest.raises(ValueError, match="last blocks of a ResNet or xception65"):
         backbones.build("mobilenet_v2", 16, multi_grid=(1, 2, 4))
 
 
+@pytest.mark.network
 def test_xception65_is_deeplabs_by_its_numbers():
     body = meta("xception65")
     assert (
@@ -387,6 +406,7 @@ def test_xception65_is_deeplabs_by_its_numbers():
     assert all(m.eps == 1e-3 for m in body.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+@pytest.mark.network
 def test_xception65_names_follow_deeplabs_checkpoints():
     names = set(meta("xception65").state_dict())
     for name in (
@@ -408,6 +428,7 @@ def test_xception65_names_follow_deeplabs_checkpoints():
         assert name.replace("/", ".") in names
 
 
+@pytest.mark.network
 def test_xception65_dilation_rates_by_hand():
     def rates(stride, **how):
         body = meta("xception65", stride, **how)
@@ -462,6 +483,7 @@ def literal_xception65(state, x):
     return [quarter, eighth, sixteenth, x]
 
 
+@pytest.mark.network
 def test_xception65_is_deeplabs_layer_by_layer():
     net = backbones.build("xception65").double().eval()
     for module in net.modules():
@@ -478,6 +500,7 @@ def test_xception65_is_deeplabs_layer_by_layer():
             )
 
 
+@pytest.mark.system
 def test_xception65_takes_a_converted_checkpoint_as_its_docstring_says(tmp_path):
     own = backbones.Xception65().state_dict()
     checkpoint, pixels = {}, torch.rand(1, 3, 33, 33)
@@ -513,6 +536,7 @@ def test_xception65_takes_a_converted_checkpoint_as_its_docstring_says(tmp_path)
     torch.testing.assert_close(*first, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.system
 def test_xception65_loads_its_own_weights_and_has_none_of_torchvision(tmp_path):
     torch.save(backbones.Xception65().state_dict(), tmp_path / "x.pth")
     net = backbones.build("xception65", 16, str(tmp_path / "x.pth"))
@@ -526,11 +550,13 @@ def test_xception65_loads_its_own_weights_and_has_none_of_torchvision(tmp_path):
         backbones.build("xception65", 16, "imagenet")
 
 
+@pytest.mark.network
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="'resnet19'.*resnet18, .*mobilenet_v2"):
         backbones.build("resnet19")
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("stride", [4, 12, 64])
 def test_unknown_stride_lists_the_known_ones(stride):
     with pytest.raises(ValueError, match=f"{stride}: .*32, 16 and 8"):
@@ -555,6 +581,7 @@ def saved(path, change=lambda state: None):
     return path
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("classifier", [True, False])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_torchvision_weights_give_torchvision_features(tmp_path, name, classifier):
@@ -583,6 +610,7 @@ def test_torchvision_weights_give_torchvision_features(tmp_path, name, classifie
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.system
 def test_classifier_of_another_number_of_classes_is_no_obstacle(tmp_path):
     path = saved(
         tmp_path / "w.pth",
@@ -591,6 +619,7 @@ def test_classifier_of_another_number_of_classes_is_no_obstacle(tmp_path):
     backbones.build("resnet18", weights=path)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -614,6 +643,7 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path, change, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.system
 def test_weights_of_another_network_name_few_keys_of_many(tmp_path):
     path = saved(tmp_path / "w.pth")
     with pytest.raises(ValueError, match="missing from the file .*…") as caught:
@@ -621,6 +651,7 @@ def test_weights_of_another_network_name_few_keys_of_many(tmp_path):
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "content", [[torch.zeros(2)], {"state_dict": {"conv1.weight": torch.zeros(2)}}, torch.zeros(2)]
 )
@@ -630,6 +661,7 @@ def test_file_that_holds_something_else_is_no_state_dict(tmp_path, content):
         backbones.build("resnet18", weights=tmp_path / "w.pth")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kept", [0, 0.5, 1], ids=["empty", "truncated", "text"])
 def test_unreadable_weights_are_a_value_error_of_one_line(tmp_path, kept):
     path = saved(tmp_path / "w.pth")
@@ -640,11 +672,13 @@ def test_unreadable_weights_are_a_value_error_of_one_line(tmp_path, kept):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.system
 def test_missing_weights_are_a_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         backbones.build("resnet18", weights=tmp_path / "nowhere.pth")
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "error", [URLError("no route"), TimeoutError("no route"), ConnectionResetError("no route")]
 )
@@ -683,6 +717,7 @@ def scene(n=2, k=5, h=4, w=3, seed=0):
     return logits.requires_grad_(), labels
 
 
+@pytest.mark.equation
 def test_cross_entropy_by_hand():
     # Two pixels with the logits (ln 3, 0) and (0, 0), true class 0: probabilities 3/4 and 1/2,
     # so the loss is (ln 4/3 + ln 2) / 2 = ln(8/3) / 2 = 0.490415.
@@ -696,6 +731,7 @@ def test_cross_entropy_by_hand():
     ).item() == pytest.approx(0.287682, abs=1e-6)
 
 
+@pytest.mark.equation
 def test_cross_entropy_and_its_gradient_equal_the_literal_loop():
     logits, labels = scene()
     assert 0 < (labels == 255).sum() < labels.numel()
@@ -710,6 +746,7 @@ def test_cross_entropy_and_its_gradient_equal_the_literal_loop():
     assert (gradient[ignored] == 0).all() and (gradient[~ignored] != 0).all()
 
 
+@pytest.mark.equation
 def test_nothing_labelled_is_0_with_a_zero_gradient():
     logits, labels = scene()
     loss = backbones.pixel_cross_entropy(logits, torch.full_like(labels, 255))
@@ -717,6 +754,7 @@ def test_nothing_labelled_is_0_with_a_zero_gradient():
     assert loss.item() == 0 and (gradient == 0).all()
 
 
+@pytest.mark.equation
 def test_one_labelled_pixel_counts_once():
     logits, labels = scene()
     labels[:] = 255
@@ -725,6 +763,7 @@ def test_one_labelled_pixel_counts_once():
     torch.testing.assert_close(backbones.pixel_cross_entropy(logits, labels), expected)
 
 
+@pytest.mark.equation
 def test_absent_classes_do_no_harm():
     logits, labels = scene()
     labels[labels != 255] = 2
@@ -734,6 +773,7 @@ def test_absent_classes_do_no_harm():
     )
 
 
+@pytest.mark.equation
 def test_another_number_can_be_ignored():
     logits, labels = scene()
     expected = backbones.pixel_cross_entropy(logits, labels)
@@ -743,6 +783,7 @@ def test_another_number_can_be_ignored():
     )
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_give_a_float32_loss(dtype):
     logits, labels = scene()
@@ -773,6 +814,7 @@ def joint_batches():
     return [(logits, unequal), (logits, one_empty), (logits, torch.full_like(labels, 255))]
 
 
+@pytest.mark.system
 def test_two_processes_equal_one_with_the_joint_batch(two_processes):
     first, second = two_processes(share_of_the_batch)
     counts = []
@@ -802,12 +844,14 @@ class Network:
         pass
 
 
+@pytest.mark.network
 def test_known_options_are_given_back():
     options = {"head": "aspp", "rates": (1,)}
     assert backbones.check_options(Network, options) == options
     assert backbones.check_options(Network, {}) == {}
 
 
+@pytest.mark.network
 def test_unknown_option_lists_the_known_ones_with_their_defaults():
     with pytest.raises(ValueError) as caught:
         backbones.check_options(Network, {"rats": 1, "head": "aspp", "depth": 2})
@@ -816,11 +860,13 @@ def test_unknown_option_lists_the_known_ones_with_their_defaults():
     assert text.endswith("rates=(1, 6), head='ksac', weights=None") and "num_classes" not in text
 
 
+@pytest.mark.network
 def test_positional_arguments_are_no_options():
     with pytest.raises(ValueError, match="no option backbone"):
         backbones.check_options(Network, {"backbone": "resnet18"})
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("size", [(513, 769), (160, 180), (33, 34), (48, 17), (1, 16)])
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])
 def test_position_i_of_a_map_lies_at_pixel_i_times_stride(size, stride):
@@ -841,6 +887,7 @@ def test_position_i_of_a_map_lies_at_pixel_i_times_stride(size, stride):
     assert torch.allclose(backbones.upsample(sampled, stride, size)[0, 0], ramp, atol=1e-3)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("size", [(64, 96), (33, 50), (1, 32)])
 @pytest.mark.parametrize("stride", [4, 32])
 def test_without_corners_position_i_covers_the_pixels_from_i_times_stride_on(size, stride):
@@ -862,6 +909,7 @@ def test_without_corners_position_i_covers_the_pixels_from_i_times_stride_on(siz
     )
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_average_pool_is_torchs_with_its_gradient(size):
     x = torch.randn(2, 3, 7, 11, dtype=torch.float64, requires_grad=True)
@@ -873,6 +921,7 @@ def test_average_pool_is_torchs_with_its_gradient(size):
     )
 
 
+@pytest.mark.equation
 def test_upsampled_logits_are_float32():
     assert (
         backbones.upsample(torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16), 8, (17, 17)).dtype
@@ -880,6 +929,7 @@ def test_upsampled_logits_are_float32():
     )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 def test_a_backbone_answers_to_a_mark_at_pixel_i_times_stride_with_position_i(output_stride):
     # all weights 1 in place of trained ones, so that nothing cancels: the answer is strongest where

@@ -133,6 +133,7 @@ def seed_and_one_thread():
 # ------------------------------------------------------------------------------------------ by hand
 
 
+@pytest.mark.equation
 def test_eq_3_3_column_map_by_hand():
     # column 0 is (0, R): products 0, 0 | 0, ln 3 -> 1/2 1/2 | 1/4 3/4; column 1 is 0; column 2 is
     # (R, 0)
@@ -143,6 +144,7 @@ def test_eq_3_3_column_map_by_hand():
     torch.testing.assert_close(caa.axial_attention(query, "column"), expected[None])
 
 
+@pytest.mark.equation
 def test_eq_3_4_row_map_by_hand():
     query = torch.tensor([[0, R], [0, 0], [R, 0]])[None, None]  # rows as the columns above
     expected = torch.tensor(
@@ -151,6 +153,7 @@ def test_eq_3_4_row_map_by_hand():
     torch.testing.assert_close(caa.axial_attention(query, "row"), expected[None])
 
 
+@pytest.mark.equation
 def test_eq_3_9_by_hand():
     # Σ_m α:  column 0: 8/2, 8·3/4;  column 1: 2/2, 2/2;  column 2: 4/4, 4/2  -> rows 4 1 1 and 6 1
     # 2 Σ_{m,j} α / HW: 6/6 and 9/6;  ω_c1 = 1, ω_c2 = 2 ln 2:  sigmoid(2 ln 2) = 4/5, sigmoid(3 ln
@@ -171,6 +174,7 @@ def test_eq_3_9_by_hand():
     torch.testing.assert_close(caa.channelized_grouped(A, value, gate, "column", 2), gated)
 
 
+@pytest.mark.equation
 def test_eq_3_10_by_hand():
     # the example above with the axes exchanged: Σ_n β has the columns 4 1 1 and 6 1 2
     query, value = (
@@ -189,6 +193,7 @@ def test_eq_3_10_by_hand():
     torch.testing.assert_close(caa.channelized_grouped(A, value, gate, "row", 2), gated)
 
 
+@pytest.mark.equation
 def test_gate_by_hand_printed_and_leaky():
     # one channel: ω1 = 1, ω2 = ln 3;  x = 1: sigmoid(ln 3) = 3/4;  x = -5: ReLU 0 -> 1/2, leaky -1
     # -> sigmoid(-ln 3) = 1/4
@@ -203,12 +208,14 @@ def test_gate_by_hand_printed_and_leaky():
         torch.testing.assert_close(gate(x), torch.tensor([[[0.75], [low]]]))
 
 
+@pytest.mark.equation
 def test_gate_printed_form_is_two_matrices():
     gate, x = caa.ChannelAttention(5, 3, 1, negative_slope=0), torch.randn(2, 4, 5)
     w1, w2 = (fc.weight.T for fc in gate.fc)
     torch.testing.assert_close(gate(x), 1 / (1 + torch.exp(-(x @ w1).clamp(min=0) @ w2)))
 
 
+@pytest.mark.equation
 def test_channel_map_by_hand():
     # channels 0 and R at one position, as in Eq. (3.3); DANet's released code would give 3/4 1/4 in
     # the second row
@@ -219,6 +226,7 @@ def test_channel_map_by_hand():
 # ------------------------------------------------------------------------------------ against loops
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_eq_3_3_and_3_4_maps_equal_loops(axis):
     query, _ = inputs(3, 4)
@@ -230,6 +238,7 @@ def test_eq_3_3_and_3_4_maps_equal_loops(axis):
         torch.testing.assert_close(actual, torch.stack(expected), rtol=0, atol=1e-10)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_eq_3_6_and_3_7_without_gate_equal_loops(axis, size):
@@ -246,6 +255,7 @@ def test_eq_3_6_and_3_7_without_gate_equal_loops(axis, size):
         assert_same(fast, literal, (query, value))
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_eq_3_9_and_3_10_gated_equal_loops(axis):
     for size in ((3, 4), (4, 2)):
@@ -254,6 +264,7 @@ def test_eq_3_9_and_3_10_gated_equal_loops(axis):
         assert_same(fast, loop_axis(query, value, gate, axis), (query, value, *gate.parameters()))
 
 
+@pytest.mark.equation
 def test_eq_3_9_gate_pools_over_keys_and_width():
     query, value = inputs(3, 4)
     seen = []
@@ -267,6 +278,7 @@ def test_eq_3_9_gate_pools_over_keys_and_width():
     assert len(seen) == 1 and seen[0].shape == (2, 3, 3)  # [N, H, C]
 
 
+@pytest.mark.equation
 def test_eq_3_10_gate_pools_over_keys_and_height():
     query, value = inputs(3, 4)
     seen = []
@@ -278,6 +290,7 @@ def test_eq_3_10_gate_pools_over_keys_and_height():
     assert len(seen) == 1 and seen[0].shape == (2, 4, 3)  # [N, W, C]
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("channelization", [True, False])
 def test_eq_3_11_and_3_5_spatial_attention_equals_loops(channelization):
     for H, W in ((3, 4), (4, 2)):
@@ -295,6 +308,7 @@ def test_eq_3_11_and_3_5_spatial_attention_equals_loops(channelization):
         assert_same(net(x), literal, (x, *net.parameters()))
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("channelization", [True, False])
 def test_eq_3_1_and_3_2_self_attention_equals_loops(channelization):
     net = (
@@ -317,6 +331,7 @@ def test_eq_3_1_and_3_2_self_attention_equals_loops(channelization):
     assert_same(net(x), literal, (x, *net.parameters()))
 
 
+@pytest.mark.equation
 def test_eq_3_5_as_printed_is_another_sum_unless_there_is_one_column():
     for H, W in ((3, 1), (3, 4)):
         theta, g = inputs(H, W)
@@ -334,6 +349,7 @@ def test_eq_3_5_as_printed_is_another_sum_unless_there_is_one_column():
         assert torch.allclose(y, printed) == (W == 1)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("axis", ["column", "row"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
@@ -346,6 +362,7 @@ def test_algorithm_2_equals_channelized(groups, gated, axis):
     assert_same(fast, grouped, (query, value, *gate.parameters()) if gated else (query, value))
 
 
+@pytest.mark.equation
 def test_algorithm_2_gives_the_gate_one_group_at_a_time():
     (query, value), seen = inputs(7, 4), []
     A = caa.axial_attention(query, "column")
@@ -353,6 +370,7 @@ def test_algorithm_2_gives_the_gate_one_group_at_a_time():
     assert seen == [(2, 4, 3)] * 2  # [N, H+ / G, C], H+ = 8
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_algorithm_2_keeps_the_values_precision(dtype):
     query, value = (t.detach().float() for t in inputs(5, 4))
@@ -366,6 +384,7 @@ def test_algorithm_2_keeps_the_values_precision(dtype):
         )
 
 
+@pytest.mark.equation
 def test_channel_map_and_channel_step_equal_loops():
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     net = caa.DualAttention(4, 2).double()
@@ -382,6 +401,7 @@ def test_channel_map_and_channel_step_equal_loops():
     torch.testing.assert_close(net.channel(x), y)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_gradients_pass_gradcheck(axis):
     (query, value), gate = inputs(2, 3, C=2, N=1), strong_gate(2)
@@ -396,6 +416,7 @@ def test_gradients_pass_gradcheck(axis):
 # ---------------------------------------------------------------------------------- the gate's size
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize(
     "layers, width, expected",  # the last two rows print 0.00027 and 0.00030, see caa's docstring
     [
@@ -412,6 +433,7 @@ def test_table_3_1_counts_the_weights_of_two_gates(layers, width, expected):
     assert f"{2 * one / 2**30:.5f}" == expected
 
 
+@pytest.mark.network
 def test_default_gate_has_five_hidden_layers_of_128():
     shapes = [(128, 512)] + [(128, 128)] * 4 + [(512, 128)]
     spatial = caa.SpatialAttention()
@@ -424,6 +446,7 @@ def test_default_gate_has_five_hidden_layers_of_128():
         assert [tuple(p.shape) for p in gate.parameters()] == shapes
 
 
+@pytest.mark.equation
 def test_gates_start_from_kaimings_initialisation():
     for fc in caa.ChannelAttention(
         512
@@ -434,6 +457,7 @@ def test_gates_start_from_kaimings_initialisation():
         assert abs(fc.weight.mean().item()) < 0.03 / math.sqrt(fc.in_features)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("attention", ["axial", "self"])
 def test_queries_are_linear_as_printed_and_behind_a_relu_as_released(attention):
     def queries(released):
@@ -448,6 +472,7 @@ def test_queries_are_linear_as_printed_and_behind_a_relu_as_released(attention):
         torch.testing.assert_close(released(x), printed(x).relu() / 0.7)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "options", [dict(), dict(dual="parallel"), dict(dual="sequential")], ids=str
 )
@@ -457,6 +482,7 @@ def test_released_reaches_the_queries(options):
         assert has_relu(attention.theta) == has_relu(attention.phi) == released
 
 
+@pytest.mark.network
 def test_queries_are_linear_where_nothing_is_said():
     for attention in (
         caa.SpatialAttention(8),
@@ -470,6 +496,7 @@ def has_relu(query):
     return any(isinstance(layer, torch.nn.ReLU) for layer in query)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("released", [False, True])
 def test_a_querys_product_with_itself_starts_near_32(released):
     net, x = caa.SpatialAttention(128, released=released), torch.randn(8, 128, 9, 9)
@@ -477,6 +504,7 @@ def test_a_querys_product_with_itself_starts_near_32(released):
         assert query.square().sum(1).mean().item() == pytest.approx(32, rel=0.03)
 
 
+@pytest.mark.equation
 def test_behind_a_relu_a_long_query_draws_positions_that_show_something_else():
     # a column of five: the last is three times as long and shows something else (its products with
     # the others are below 0)
@@ -487,12 +515,14 @@ def test_behind_a_relu_a_long_query_draws_positions_that_show_something_else():
     assert caa.axial_attention(z, "column")[0, 0, :4].argmax(-1).max() < 4
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("options", [dict(layers=0), dict(layers=-1), dict(width=0)], ids=str)
 def test_gate_has_at_least_one_hidden_layer(options):
     with pytest.raises(ValueError, match="at least one"):
         caa.ChannelAttention(8, **options)
 
 
+@pytest.mark.network
 def test_options_reach_the_gates_and_no_more():
     def count(**options):
         return sum(p.numel() for p in caa.build(3, "resnet18", **options).parameters())
@@ -518,6 +548,7 @@ def test_options_reach_the_gates_and_no_more():
 # ---------------------------------------------------------------------------------------- precision
 
 
+@pytest.mark.equation
 def test_maps_are_exact_under_autocast():
     query = torch.randn(1, 16, 5, 6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -537,6 +568,7 @@ def test_maps_are_exact_under_autocast():
     )
 
 
+@pytest.mark.equation
 def test_gate_is_exact_under_autocast():
     gate, x = caa.ChannelAttention(8, 4, 3), torch.randn(2, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -544,6 +576,7 @@ def test_gate_is_exact_under_autocast():
     assert under.dtype == torch.float32 and torch.equal(under, gate(x))
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("attention", ["axial", "self"])
 def test_spatial_attention_under_autocast_is_close_to_float32(attention):
     net, x = caa.SpatialAttention(32, attention, query_channels=8).eval(), torch.randn(2, 32, 7, 9)
@@ -555,6 +588,7 @@ def test_spatial_attention_under_autocast_is_close_to_float32(attention):
     assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.equation
 def test_float16_queries_beyond_65504_give_a_finite_map():
     query = (300 + 30 * torch.randn(1, 64, 5, 6)).half()
     product_of_two = query[0, :, 0, 0].float() @ query[0, :, 1, 0].float()
@@ -566,6 +600,7 @@ def test_float16_queries_beyond_65504_give_a_finite_map():
     assert caa.channel_map(10 * query).isfinite().all()
 
 
+@pytest.mark.equation
 def test_float16_features_are_pooled_in_float32():
     # Σα/HW of values 1e-3 at 32 x 32 is 3e-5, below 6.1e-5, float16's smallest normal number
     value = (1e-3 * torch.rand(1, 4, 32, 32)).half()
@@ -619,6 +654,7 @@ def at_pixels(m, stride, size):
     return rows @ m @ columns.T
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_trains_every_parameter(options):
     net, (images, labels) = open_gammas(small(**options)), batch()
@@ -636,6 +672,7 @@ def test_every_option_trains_every_parameter(options):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_logits_have_the_size_of_any_image_alone_or_in_a_batch(options):
     net = open_gammas(small(**options)).eval()
@@ -648,6 +685,7 @@ def test_logits_have_the_size_of_any_image_alone_or_in_a_batch(options):
         torch.testing.assert_close(alone, logits[1:], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.network
 def test_logits_and_losses_are_float32_under_autocast():
     net, (images, labels) = small().eval(), batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -660,6 +698,7 @@ def test_logits_and_losses_are_float32_under_autocast():
         )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "stride, decoder, wide, size",
     [
@@ -696,6 +735,7 @@ def test_logits_at_pixel_i_times_stride_are_the_1x1_classifiers_of_position_i(
     torch.testing.assert_close(logits, at_pixels(expected, step, (58, 50)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.network
 def test_decoder_puts_the_features_at_their_pixels_of_the_fine_map():
     net = small(decoder=True).eval()
     coarse, fine, fused = (
@@ -710,6 +750,7 @@ def test_decoder_puts_the_features_at_their_pixels_of_the_fine_map():
     assert torch.equal(fused[0][:, 256:], fine[0])
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "options", [dict(), dict(attention="self"), dict(channelization=False, se=True)], ids=str
 )
@@ -733,6 +774,7 @@ def test_a_training_step_takes_one_image(options):
     assert same <= {"head.attention.g.1.weight"}
 
 
+@pytest.mark.network
 def test_resnet_has_multi_grid_1_2_4_and_others_build_without():
     layer4 = caa.build(3, "resnet50", output_stride=16).backbone.body.layer4
     assert [layer4.get_submodule(str(i)).conv2.dilation for i in range(3)] == [
@@ -745,6 +787,7 @@ def test_resnet_has_multi_grid_1_2_4_and_others_build_without():
         assert net(torch.randn(1, 3, 40, 33)).shape == (1, 3, 40, 33)
 
 
+@pytest.mark.network
 def test_image_level_branch_adds_the_same_to_every_position():
     head, x = caa.CAA(8).eval(), 10 * torch.randn(2, 8, 5, 6)
     with torch.no_grad():
@@ -763,6 +806,7 @@ def test_image_level_branch_adds_the_same_to_every_position():
     torch.testing.assert_close(y, expected.expand_as(y), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.network
 def test_squeeze_and_excitation_scales_what_the_attention_gives():
     head, x = caa.CAA(8, channelization=False, se=True).eval(), torch.randn(1, 8, 5, 6)
     attended, excited = recorded(head.attention), recorded(head.after, "input")
@@ -777,6 +821,7 @@ def test_squeeze_and_excitation_scales_what_the_attention_gives():
 # ------------------------------------------------------------------------------------------- losses
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("dual", [None, "parallel", "sequential"])
 def test_losses_are_the_means_over_labelled_pixels_with_the_auxiliary_at_0_4(dual):
     net, (images, labels) = open_gammas(small(dual=dual)).eval(), batch()
@@ -797,6 +842,7 @@ def test_losses_are_the_means_over_labelled_pixels_with_the_auxiliary_at_0_4(dua
         torch.testing.assert_close(loss, -weight * log_p[n, labels[n, i, j], i, j].mean())
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("dual", [None, "parallel"])
 def test_ignored_pixels_pull_on_no_logits(dual, monkeypatch):
     net, (images, labels) = small(dual=dual), batch()
@@ -817,6 +863,7 @@ def test_ignored_pixels_pull_on_no_logits(dual, monkeypatch):
         assert (pull[labels == 255] == 0).all() and (pull[labels != 255] > 0).all()
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("dual", [None, "parallel", "sequential"])
 def test_no_labelled_pixel_gives_zero_losses_and_zero_gradients(dual):
     net, (images, labels) = open_gammas(small(dual=dual)), batch()
@@ -826,6 +873,7 @@ def test_no_labelled_pixel_gives_zero_losses_and_zero_gradients(dual):
     assert all((p.grad == 0).all() for p in net.parameters())  # False also for NaN
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", ["cross_entropy", "auxiliary"])
 def test_each_loss_trains_the_backbone(name):
     net, (images, labels) = small(decoder=True), batch()
@@ -838,6 +886,7 @@ def test_each_loss_trains_the_backbone(name):
 # ----------------------------------------------------------------------------------- dual attention
 
 
+@pytest.mark.network
 def test_sequential_branch_trains_only_its_own_logits():
     net, (images, labels) = open_gammas(small(dual="sequential")), batch()
     net(images, labels)["channel"].backward()
@@ -847,6 +896,7 @@ def test_sequential_branch_trains_only_its_own_logits():
     assert trained == {"head.channel_logits.1.weight", "head.channel_logits.1.bias"}
 
 
+@pytest.mark.network
 def test_parallel_branches_train_their_own_side():
     net, (images, labels) = open_gammas(small(dual="parallel")), batch()
     net(images, labels)["channel"].backward()
@@ -861,6 +911,7 @@ def test_parallel_branches_train_their_own_side():
     assert net.backbone.body.conv1.weight.grad.abs().max() > 0
 
 
+@pytest.mark.network
 def test_parallel_features_are_the_sum_of_the_branches():
     net = open_gammas(small(dual="parallel")).eval()
     branches = [
@@ -873,6 +924,7 @@ def test_parallel_features_are_the_sum_of_the_branches():
     torch.testing.assert_close(features[0], branches[0][0] + branches[1][0])
 
 
+@pytest.mark.network
 def test_sequential_spatial_attention_reads_what_channel_attention_gives():
     net = open_gammas(small(dual="sequential")).eval()
     reduced, channel = recorded(net.head.reduce), recorded(net.head.channel_logits, "input")
@@ -885,6 +937,7 @@ def test_sequential_spatial_attention_reads_what_channel_attention_gives():
     assert not torch.allclose(channel[0], reduced[0])
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("design", ["parallel", "sequential"])
 def test_dual_attention_is_absent_at_first_and_can_be_learned(design):
     net, x = caa.DualAttention(8, 3, design), torch.randn(2, 512, 3, 4)
@@ -895,6 +948,7 @@ def test_dual_attention_is_absent_at_first_and_can_be_learned(design):
     torch.testing.assert_close(net.spatial(x), x + net.attention(x))
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("attention", ["axial", "self"])
 def test_dual_attention_has_no_gates_and_either_attention(attention):
     net = small(dual="parallel", attention=attention)
@@ -906,6 +960,7 @@ def test_dual_attention_has_no_gates_and_either_attention(attention):
 # ------------------------------------------------------------------------------------------ figures
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "pixel, cell",
     [
@@ -949,6 +1004,7 @@ def test_figures_show_the_column_and_row_of_the_position_nearest_to_the_pixel(pi
     assert (figures["column, then row"] > 0).all()
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("dual", [None, "parallel"])
 def test_figures_are_of_one_image_in_evaluation_mode(dual):
     net, image = small(dual=dual), torch.randn(3, 33, 17)
@@ -961,6 +1017,7 @@ def test_figures_are_of_one_image_in_evaluation_mode(dual):
     assert all(torch.equal(m, alone[name]) for name, m in net.figures(image[None]).items())
 
 
+@pytest.mark.network
 def test_figures_of_a_pixel_outside_the_image_are_refused():
     net, image = (
         small().eval(),
@@ -972,6 +1029,7 @@ def test_figures_of_a_pixel_outside_the_image_are_refused():
     assert all(m.shape == (33, 18) for m in net.figures(image, (32, 17)).values())
 
 
+@pytest.mark.network
 def test_attended_are_the_weights_of_every_position():
     net = caa.SpatialAttention(4, channelization=False, query_channels=3).double().eval()
     for p in net.parameters():
@@ -995,6 +1053,7 @@ def test_attended_are_the_weights_of_every_position():
         torch.testing.assert_close(caa.attended(net, x, i, j), maps)
 
 
+@pytest.mark.network
 def test_attended_of_self_attention_are_its_weights():
     net = caa.SpatialAttention(4, "self", channelization=False, query_channels=3).double().eval()
     x = torch.randn(1, 4, 3, 5, dtype=torch.float64)
@@ -1004,6 +1063,7 @@ def test_attended_of_self_attention_are_its_weights():
         torch.testing.assert_close(caa.attended(net, x, i, j), {"self-attention": e / e.sum()})
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "design, branches", [("parallel", ("spatial", "channel")), ("sequential", ("channel",))]
 )
@@ -1028,6 +1088,7 @@ def test_figures_of_dual_attention_are_label_maps_of_its_branches(design, branch
 # -------------------------------------------------------------------------------------------- build
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("backbone, decoder", [("swin_t", False), ("convnext_tiny", True)])
 def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder):
     net = caa.build(3, backbone, decoder=decoder).eval()
@@ -1060,6 +1121,7 @@ def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder)
     assert net.decoder is None or not net.decoder.corners
 
 
+@pytest.mark.network
 def test_unknown_option_lists_the_known_ones_with_their_defaults():
     with pytest.raises(ValueError) as error:
         caa.build(3, "resnet18", heads=8)
@@ -1071,6 +1133,7 @@ def test_unknown_option_lists_the_known_ones_with_their_defaults():
         assert part in str(error.value)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "make, named",
     [
@@ -1088,6 +1151,7 @@ def test_wrong_value_is_named_with_the_right_ones(make, named):
     assert all(part in str(error.value) for part in named)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "options", [dict(decoder=True), dict(dual="parallel"), dict(attention="self", se=True)], ids=str
 )
@@ -1102,6 +1166,7 @@ def test_saved_weights_reproduce_the_outputs(options, tmp_path):
         assert torch.equal(first(images), second(images))
 
 
+@pytest.mark.system
 def test_build_loads_the_backbones_weights(tmp_path):
     state = small().backbone.body.state_dict()
     torch.save(state, tmp_path / "resnet18.pt")
@@ -1109,6 +1174,7 @@ def test_build_loads_the_backbones_weights(tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
+@pytest.mark.system
 def test_recipes_are_those_of_sect_3_4():
     keys = ("iterations", "batch_size", "lr", "power", "optimizer", "output_stride", "backbone")
     assert {name: tuple(recipe[key] for key in keys) for name, recipe in caa.RECIPES.items()} == {

@@ -126,6 +126,7 @@ def same_with_gradients(found, expected, *inputs):
 # ------------------------------------------------------------------------------------ class centres
 
 
+@pytest.mark.equation
 def test_eq_4_1_by_hand():
     features = torch.tensor(
         [[[[1.0, 3]], [[2.0, 4]]], [[[5.0, 7]], [[6.0, 8]]]]
@@ -138,6 +139,7 @@ def test_eq_4_1_by_hand():
     assert counts.tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
+@pytest.mark.equation
 def test_eq_4_1_equals_the_loop_with_gradients():
     features, labels = scene()
     pull = torch.randn(3, 3, dtype=torch.float64)
@@ -153,6 +155,7 @@ def test_eq_4_1_equals_the_loop_with_gradients():
 # ---------------------------------------------------------------------------------- the three terms
 
 
+@pytest.mark.equation
 def test_eqs_4_2_4_3_intra_by_hand():
     # distances (1 1), (0 2), and an ignored pixel that is far away: squares 1 + 1 + 0 + 4 over 3
     # pixels x 2 channels
@@ -164,6 +167,7 @@ def test_eqs_4_2_4_3_intra_by_hand():
     ).item() == pytest.approx((4 / 6) ** 2)
 
 
+@pytest.mark.equation
 def test_eqs_4_4_to_4_7_between_centres_by_hand():
     # energies ln 3 against 0 and ln 7 against 0: A = (3/4, 1/4), (1/8, 7/8); above 1/16: 3/16 and
     # 1/16
@@ -181,6 +185,7 @@ def test_eqs_4_4_to_4_7_between_centres_by_hand():
     )
 
 
+@pytest.mark.equation
 def test_eqs_4_8_to_4_14_between_centres_and_pixels_by_hand():
     # The pixel is of class 0: its own energy is replaced by |μ_0|² = ln 3, to class 1 it is 0: A =
     # (3/4, 1/4)
@@ -197,6 +202,7 @@ def test_eqs_4_8_to_4_14_between_centres_and_pixels_by_hand():
     assert loss.item() == pytest.approx(((first + second) / 2) ** 2)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("scope", ["batch", "image"])
 def test_terms_equal_the_loops_with_gradients(released, scope):
@@ -217,6 +223,7 @@ def test_terms_equal_the_loops_with_gradients(released, scope):
     same_with_gradients(loss, expected, centers)
 
 
+@pytest.mark.equation
 def test_thresholds_are_shared_by_the_other_classes():
     centers = 3 * torch.randn(5, 4, dtype=torch.float64)
     A = torch.softmax(centers @ centers.T / 2, dim=1)
@@ -228,6 +235,7 @@ def test_thresholds_are_shared_by_the_other_classes():
 # ---------------------------------------------------------------------------------------- gradients
 
 
+@pytest.mark.equation
 def test_no_gradient_reaches_the_centres_of_the_pixel_terms():
     features, labels = scene()
     centers = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
@@ -236,6 +244,7 @@ def test_no_gradient_reaches_the_centres_of_the_pixel_terms():
         assert torch.autograd.grad(loss, (features, centers), allow_unused=True)[1] is None
 
 
+@pytest.mark.equation
 def test_gradient_reaches_one_of_the_two_centres_between_centres():
     centers = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     (found,) = torch.autograd.grad(car.inter_center_to_center(centers, 0.1), centers)
@@ -252,6 +261,7 @@ def test_gradient_reaches_one_of_the_two_centres_between_centres():
         )
 
 
+@pytest.mark.equation
 def test_gradient_of_intra_through_the_centres_cancels():
     features, labels = scene(h=4, w=5)
     centers, _ = car.class_centers(features, labels, 3)
@@ -269,6 +279,7 @@ def test_gradient_of_intra_through_the_centres_cancels():
 # -------------------------------------------------------------------------------------------- traps
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("centers", ["batch", "image", "moving"])
 @pytest.mark.parametrize(
@@ -294,6 +305,7 @@ def test_losses_and_gradients_stay_finite(case, centers, released):
         assert losses["intra_c2p"] == losses["inter_c2p"] == 0 and not gradient.any()
 
 
+@pytest.mark.equation
 def test_absent_classes_have_centre_0_and_take_part_in_the_softmax():
     centers = torch.zeros(4, 9)
     centers[0] = 100
@@ -304,6 +316,7 @@ def test_absent_classes_have_centre_0_and_take_part_in_the_softmax():
     assert car.inter_center_to_center(centers).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     features = (30 * torch.randn(2, 16, 4, 4)).to(
@@ -323,6 +336,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(found, centers)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_figures_are_no_rougher_than_the_features(dtype):
     net, image, labels = (
@@ -354,6 +368,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("centers", ["batch", "image", "moving"])
 def test_nothing_of_pixels_times_classes_times_channels_is_laid_out(centers):
     N, C, h, w, K = 2, 24, 12, 12, 20
@@ -367,6 +382,7 @@ def test_nothing_of_pixels_times_classes_times_channels_is_laid_out(centers):
 # --------------------------------------------------------------------------------------- the module
 
 
+@pytest.mark.equation
 def test_module_gives_the_terms_that_are_on():
     features, labels = scene()
     centers, _ = car.class_centers(features, labels, 3)
@@ -394,6 +410,7 @@ def test_module_gives_the_terms_that_are_on():
     )
 
 
+@pytest.mark.equation
 def test_moving_average_by_hand():
     module = car.ClassAwareRegularization(3, 1, centers="moving", decay=0.75)
 
@@ -414,6 +431,7 @@ def test_moving_average_by_hand():
     assert averaged(0, 0) == [0.75 * 8.25, 2.25, 0] and module.mu.flatten().tolist() == [8.25, 3, 0]
 
 
+@pytest.mark.equation
 def test_gradient_flows_through_the_new_part_of_the_moving_average():
     module = car.ClassAwareRegularization(2, 3, centers="moving", decay=0.9).double()
     features, labels = scene(classes=3)
@@ -427,6 +445,7 @@ def test_gradient_flows_through_the_new_part_of_the_moving_average():
     assert gradients[0].abs().max() > 0
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -482,6 +501,7 @@ def share_of_the_batch(rank):
     return results
 
 
+@pytest.mark.system
 def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joint_batch(
     two_processes,
 ):
@@ -501,6 +521,7 @@ def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joi
 # ----------------------------------------------------------------------------- where the labels are
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("side", [513, 512, 360, 160, 97, 50, 33])
 @pytest.mark.parametrize("stride", [4, 8, 16])
 def test_labels_are_read_where_the_positions_lie(side, stride):
@@ -516,6 +537,7 @@ def test_labels_are_read_where_the_positions_lie(side, stride):
         assert found.tolist() == [[row + 1000 * column for column in at] for row in at]
 
 
+@pytest.mark.equation
 def test_positions_of_other_maps_are_spread_evenly():
     assert car.pixels_of(224, 16).tolist() == [7 + 14 * i for i in range(16)]  # patches of 14
     assert car.pixels_of(100, 60).tolist() == [int((i + 0.5) * 100 / 60) for i in range(60)]
@@ -538,6 +560,7 @@ class Other(nn.Module):
         return self.seg["cls"](self.body(x).relu())
 
 
+@pytest.mark.network
 def test_regularize_adds_the_terms_of_what_enters_the_classifier():
     net = Other()
     images, labels = torch.randn(2, 3, 16, 24), torch.randint(4, (2, 16, 24))
@@ -562,6 +585,7 @@ def losses_of(net, images, labels, small):
     ]
 
 
+@pytest.mark.network
 def test_regularize_changes_nothing_at_inference():
     net = Other()
     images, labels = torch.randn(2, 3, 16, 24), torch.randint(4, (2, 16, 24))
@@ -575,6 +599,7 @@ def test_regularize_changes_nothing_at_inference():
     ]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("method", [caa, ksac])
 def test_regularize_takes_the_losses_of_this_repositorys_networks(method):
     net = method.build(4, "resnet18", output_stride=16).train()
@@ -588,6 +613,7 @@ def test_regularize_takes_the_losses_of_this_repositorys_networks(method):
     )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_regularize_takes_torchvisions_networks(name):
     net = segmentation.__dict__[name](
@@ -610,6 +636,7 @@ def test_regularize_takes_torchvisions_networks(name):
     )
 
 
+@pytest.mark.network
 def test_regularize_says_what_it_expects():
     images, labels = torch.randn(1, 3, 8, 8), torch.randint(4, (1, 8, 8))
     with pytest.raises(
@@ -628,6 +655,7 @@ def test_regularize_says_what_it_expects():
         car.regularize(flat, "1", 4)(images, labels)
 
 
+@pytest.mark.network
 def test_regularize_keeps_a_moving_average_of_the_classifiers_input():
     assert car.regularize(Other(), "seg.cls", 4, centers="moving").car.mu.shape == (4, 8)
 
@@ -635,6 +663,7 @@ def test_regularize_keeps_a_moving_average_of_the_classifiers_input():
 # ---------------------------------------------------------------------------------------- the heads
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_trains_every_parameter_at_odd_sizes(head, released):
@@ -650,6 +679,7 @@ def test_every_head_trains_every_parameter_at_odd_sizes(head, released):
     assert isinstance(net.classifier, nn.Conv2d) and net.classifier.kernel_size == (1, 1)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "backbone, head",
     [("resnet18", "uper"), ("resnet18", "ocr"), ("resnet18", "fcn"), ("swin_t", "uper")],
@@ -677,6 +707,7 @@ def test_losses_are_those_of_the_logits_and_the_auxiliary_logits(backbone, head)
         torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.network
 def test_every_option_reaches_its_place():
     def parts(**options):
         with torch.device("meta"):
@@ -725,6 +756,7 @@ def test_every_option_reaches_its_place():
         assert [branch[0].dilation[0] for branch in branches] == rates
 
 
+@pytest.mark.system
 def test_recipes_are_the_papers():
     assert set(car.RECIPES) == {"pascal_context", "coco_stuff10k"}
     for recipe in car.RECIPES.values():  # Sect. 4.4.1
@@ -732,12 +764,14 @@ def test_recipes_are_the_papers():
         assert [recipe[name] for name in settings] == [30_000, 16, "sgd", 0.01, 0.001, "resnet50"]
 
 
+@pytest.mark.network
 def test_without_terms_it_is_the_baseline():
     net = car.build(4, "resnet18", **NONE).train()
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32))
     assert list(net(images, labels)) == ["cross_entropy"]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("head", HEADS)
 def test_pointwise_makes_the_last_convolution_1x1(head):
     with torch.device("meta"):
@@ -754,6 +788,7 @@ def caught(net, name, images):
     return seen[0]
 
 
+@pytest.mark.network
 def test_terms_act_before_the_classifier_or_released_on_the_linear_convolution():
     images, labels = torch.randn(2, 3, 33, 41), torch.randint(4, (2, 33, 41))
     for released, name in ((False, "classifier"), (True, "last")):
@@ -769,6 +804,7 @@ def test_terms_act_before_the_classifier_or_released_on_the_linear_convolution()
     assert isinstance(linear, nn.Conv2d) and linear.bias is not None and linear.out_channels == 512
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "backbone, size, start", [("resnet18", (9, 13), 2), ("swin_t", (8, 12), 4)]
 )
@@ -785,6 +821,7 @@ def test_upers_features_are_averaged_to_stride_8_and_labelled_in_the_middle(back
     assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
 
 
+@pytest.mark.equation
 def test_self_attention_is_the_unscaled_softmax_with_a_residual():
     head = car.SelfAttention(6).eval()
     x = torch.randn(2, 6, 3, 4)
@@ -798,6 +835,7 @@ def test_self_attention_is_the_unscaled_softmax_with_a_residual():
     )
 
 
+@pytest.mark.equation
 def test_ocr_is_its_papers_equations():
     head = car.OCR(5, 4, 3).eval()
     x, before = torch.randn(1, 5, 2, 3), torch.randn(1, 4, 2, 3)
@@ -828,6 +866,7 @@ def test_ocr_is_its_papers_equations():
     )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("corners", [True, False])
 def test_uper_level_by_level(corners):
     head = car.UPer((4, 6, 8, 10), corners).eval()
@@ -848,6 +887,7 @@ def test_uper_level_by_level(corners):
     torch.testing.assert_close(head([x4, x8, x16, x32]), torch.cat([up(y, x4) for y in pyramid], 1))
 
 
+@pytest.mark.network
 def test_swin_tiny_with_uper_is_table_4_1s_second_network():
     net = car.build(4, "swin_t", head="uper").train()
     images, labels = torch.randn(2, 3, 65, 40), torch.randint(4, (2, 65, 40))
@@ -857,6 +897,7 @@ def test_swin_tiny_with_uper_is_table_4_1s_second_network():
     assert net.eval()(images).shape == (2, 4, 65, 40) and net.stride == 4
 
 
+@pytest.mark.network
 def test_caa_on_swin_with_jpu_is_table_4_6s_network():
     net = car.build(4, "swin_t", head="caa", auxiliary=True).eval()
     images, labels = torch.randn(2, 3, 65, 40), torch.randint(4, (2, 65, 40))
@@ -873,6 +914,7 @@ def test_caa_on_swin_with_jpu_is_table_4_6s_network():
     )
 
 
+@pytest.mark.network
 def test_options_that_do_not_exist_are_named():
     with pytest.raises(ValueError, match="head='psp': it is self_attention, fcn"):
         car.build(4, "resnet18", head="psp")
@@ -894,6 +936,7 @@ class Identity(nn.Module):
         return self.classifier(x)
 
 
+@pytest.mark.equation
 def test_fig_4_4_by_hand():
     image = torch.tensor(
         [[[1.0, 2, 0]], [[0.0, 1, 3]], [[0.0, 0, -1]]]
@@ -909,6 +952,7 @@ def test_fig_4_4_by_hand():
         car.pixel_relation(net.train(), image)
 
 
+@pytest.mark.network
 def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
     net = car.build(4, "resnet18").eval()
     image = torch.randn(3, 45, 70)
@@ -923,6 +967,7 @@ def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
     )  # next to row 40, column 72
 
 
+@pytest.mark.equation
 def test_fig_4_5_by_hand():
     # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0); class 2: (-1 0 0), over two images;
     # class 3 does not occur
@@ -937,6 +982,7 @@ def test_fig_4_5_by_hand():
     )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("released", [False, True])
 def test_queries_of_the_caa_head_have_a_relu_in_the_released_form_alone(released):
     attention = car.build(3, "resnet18", head="caa", released=released).head.attention

@@ -15,6 +15,8 @@ import evaluate
 import train
 from data import Mistake
 
+pytestmark = pytest.mark.system
+
 
 class Constant(nn.Module):
     """Logits that are a fixed linear map of each pixel: exactly the same whole, in windows, or

@@ -61,6 +61,7 @@ def learners(net, loss):
     }
 
 
+@pytest.mark.network
 def test_guided_each_loss_trains_what_the_table_says():
     net = network()
     losses = net(*scene(128, 128))
@@ -71,6 +72,7 @@ def test_guided_each_loss_trains_what_the_table_says():
         assert learners(net, losses[name]) == {"backbone", "encoder"}
 
 
+@pytest.mark.network
 def test_fine_loss_reaches_every_weight_of_the_upsampler_and_the_attention():
     net = network(output_stride=2)
     losses = net(*scene())
@@ -84,6 +86,7 @@ def test_fine_loss_reaches_every_weight_of_the_upsampler_and_the_attention():
     )
 
 
+@pytest.mark.network
 def test_unguided_the_fine_loss_trains_all():
     net = network(guided=False)
     losses = net(*scene(128, 128))
@@ -92,6 +95,7 @@ def test_unguided_the_fine_loss_trains_all():
     assert learners(net, losses["inter_c2p"]) == {"backbone", "encoder"}
 
 
+@pytest.mark.network
 def test_guided_regions_of_ocr_train_backbone_and_encoder():
     net = network(encoder="ocr")
     losses = net(*scene())
@@ -100,6 +104,7 @@ def test_guided_regions_of_ocr_train_backbone_and_encoder():
     assert learners(net, losses["fine"]) == {"upsampler", "guide"}
 
 
+@pytest.mark.network
 def test_without_upsampler_the_coarse_loss_is_all():
     net = network(upsampler=None)  # guided or not: there is nothing to guide
     losses = net(*scene())
@@ -107,6 +112,7 @@ def test_without_upsampler_the_coarse_loss_is_all():
     assert learners(net, losses["coarse"]) == {"backbone", "encoder", "kernels"}
 
 
+@pytest.mark.network
 def test_class_kernels_step_as_without_upsampler():
     images, labels = scene()
     torch.manual_seed(1)
@@ -124,6 +130,7 @@ def test_class_kernels_step_as_without_upsampler():
 # -------------------------------------------------------------------------------------- the kernels
 
 
+@pytest.mark.equation
 def test_guided_logits_by_hand():
     kernels = nn.Conv2d(256, 2, 1)
     u = torch.zeros(1, 256, 1, 2)
@@ -138,6 +145,7 @@ def test_guided_logits_by_hand():
     assert found.tolist() == [[[[2.5, 4.5]], [[5.0, 8.0]]]]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("axial", [False, True])
 def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
     net = network(axial=axial).eval()
@@ -166,6 +174,7 @@ def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
     )  # position i at pixel 4i
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("released", [False, True])
 def test_queries_have_a_relu_in_the_released_form_alone(released):
     attention = network(released=released).guide.attention
@@ -173,6 +182,7 @@ def test_queries_have_a_relu_in_the_released_form_alone(released):
         assert any(isinstance(layer, nn.ReLU) for layer in query) == released
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("axial", [False, True])
 def test_axial_attention_takes_the_gradient_of_one_pixel_to_all(axial):
     guide = hfgd.HighLevelFeatureGuidedModule(axial).double()
@@ -182,6 +192,7 @@ def test_axial_attention_takes_the_gradient_of_one_pixel_to_all(axial):
     assert reached.all() if axial else reached.nonzero().tolist() == [[2, 3]]
 
 
+@pytest.mark.network
 def test_the_classifier_reads_the_fine_features_and_with_labels_last_the_coarse_ones():
     net = network().eval()
     images, labels = scene(64, 96)
@@ -210,6 +221,7 @@ def kernel_sizes(module):
     return [m.kernel_size[0] for m in module.modules() if isinstance(m, nn.Conv2d)]
 
 
+@pytest.mark.network
 def test_blocks_of_semantic_fpn_by_hand():
     # from stride 4: one convolution, from 8: one, from 16: two, from 32: three
     plain = hfgd.SemanticFPN((8, 16, 32, 64))
@@ -218,6 +230,7 @@ def test_blocks_of_semantic_fpn_by_hand():
     assert all(m.out_channels == 256 for m in plain.modules() if isinstance(m, nn.Conv2d))
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "stride, counts", [(4, [1, 1, 2, 3]), (2, [2, 2, 3, 4]), (1, [3, 3, 4, 5])]
 )
@@ -257,6 +270,7 @@ def literal_fpn(net, maps, corners, blocks):
     return total
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("corners", [True, False])
 @pytest.mark.parametrize("stride", [None, 4, 2, 1])
 def test_semantic_fpn_equals_its_words(stride, corners):
@@ -288,6 +302,7 @@ def test_semantic_fpn_equals_its_words(stride, corners):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.equation
 def test_twice_keeps_positions_in_place():
     ramp = torch.arange(4.0).expand(1, 1, 2, 4)
     assert hfgd.Twice(corners=True)(ramp)[0, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
@@ -304,6 +319,7 @@ def test_twice_keeps_positions_in_place():
     ]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("backbone", ["resnet18", "swin_t", "convnext_tiny"])
 @pytest.mark.parametrize("stride", [4, 2, 1])
 def test_odd_sizes_at_every_output_stride(backbone, stride):
@@ -317,6 +333,7 @@ def test_odd_sizes_at_every_output_stride(backbone, stride):
 # ------------------------------------------------------------------------------------------ encoder
 
 
+@pytest.mark.network
 def test_ours_is_two_pointwise_convolutions_attention_and_a_pointwise_one():
     net = network()
     assert kernel_sizes(net.encoder) == [1] * 6  # two leading; query, key, value; trailing
@@ -326,6 +343,7 @@ def test_ours_is_two_pointwise_convolutions_attention_and_a_pointwise_one():
     )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("upsampler", [None, "sfpn", "usfpn"])
 def test_every_encoder_stands_under_every_upsampler(encoder, upsampler):
@@ -342,6 +360,7 @@ def test_every_encoder_stands_under_every_upsampler(encoder, upsampler):
         assert net.classifier.in_channels == (width if upsampler is None else 256)
 
 
+@pytest.mark.network
 def test_identity_is_the_last_map_itself():
     net = network(encoder="identity", upsampler=None).eval()
     maps, seen = net.backbone(torch.randn(1, 3, 65, 65)), seen_by(net.classifier)
@@ -352,6 +371,7 @@ def test_identity_is_the_last_map_itself():
     assert torch.equal(seen[0], net.backbone(images)[-1])
 
 
+@pytest.mark.network
 def test_aspp_is_torchvisions_at_the_rates_of_stride_32():
     net = network(encoder="aspp")
     rates = [
@@ -362,6 +382,7 @@ def test_aspp_is_torchvisions_at_the_rates_of_stride_32():
     assert type(net.encoder.body).__module__.startswith("torchvision") and rates == [3, 6, 9]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("released, guided", [(False, True), (False, False), (True, True)])
 def test_car_acts_between_the_attention_and_the_trailing_convolution(released, guided):
     net = network(guided=guided, released=released)
@@ -385,6 +406,7 @@ def test_car_acts_between_the_attention_and_the_trailing_convolution(released, g
     ] == [512] * released
 
 
+@pytest.mark.network
 def test_labels_of_patches_are_those_of_their_middles():
     net = hfgd.build(64, "swin_t").eval()
     labels = torch.arange(64).repeat(64, 1)[None]  # the class is the column
@@ -395,6 +417,7 @@ def test_labels_of_patches_are_those_of_their_middles():
     assert given[0].tolist() == [[[16, 48], [16, 48]]]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "backbone, stride, size", [("resnet18", 32, (3, 4)), ("swin_t", 32, (2, 3))]
 )
@@ -419,6 +442,7 @@ def test_regions_of_ocr_are_compared_at_stride_16_with_weight_0_4(backbone, stri
     )
 
 
+@pytest.mark.network
 def test_layers_of_every_encoder():
     kinds = {name: network(encoder=name).encoder for name in ENCODERS}
     sizes = {name: kernel_sizes(encoder) for name, encoder in kinds.items()}
@@ -437,6 +461,7 @@ def test_layers_of_every_encoder():
 # ------------------------------------------------------------------------------------------ network
 
 
+@pytest.mark.network
 def test_any_networks_regularizer_finds_the_coarse_features():
     net = car.regularize(network(encoder="identity"), "classifier", 3, released=True)
     losses = net(*scene())
@@ -446,6 +471,7 @@ def test_any_networks_regularizer_finds_the_coarse_features():
     assert all(p.grad is None for p in net.net.upsampler.parameters())
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("upsampler", ["sfpn", "usfpn"])
 def test_patches_lie_where_they_are(upsampler):
     net = hfgd.build(3, "swin_t", upsampler=upsampler).eval()
@@ -466,6 +492,7 @@ def test_patches_lie_where_they_are(upsampler):
         assert torch.equal(net.figures(images)["coarse"], coarse.argmax(1)[0])
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("encoder", ["ours", "identity"])
 def test_class_dependency_is_of_what_car_acts_on_or_of_what_is_classified(encoder):
     net = network(encoder=encoder).eval()
@@ -483,6 +510,7 @@ def test_class_dependency_is_of_what_car_acts_on_or_of_what_is_classified(encode
     )
 
 
+@pytest.mark.network
 def test_nothing_labelled_gives_zero_losses_and_gradients():
     net = network()
     images, labels = scene()
@@ -492,12 +520,14 @@ def test_nothing_labelled_gives_zero_losses_and_gradients():
     assert all(p.grad is None or not p.grad.any() for p in net.parameters())
 
 
+@pytest.mark.network
 def test_one_image_trains_and_an_absent_class_does_no_harm():
     net = network()
     images, labels = scene(64, 64, n=1, classes=2)
     assert all(loss.isfinite() for loss in net(images, labels).values())
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_float32_losses_and_logits(dtype):
     net = network()
@@ -512,12 +542,14 @@ def test_half_precision_gives_float32_losses_and_logits(dtype):
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 
+@pytest.mark.network
 def test_layer_norms_have_the_papers_epsilon():
     with torch.device("meta"):
         net = hfgd.build(3, "swin_t")
     assert {module.eps for module in net.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -540,6 +572,7 @@ def test_wrong_options_say_what_there_is(options, message):
         network(**options)
 
 
+@pytest.mark.network
 def test_parameters_of_the_upsamplers_by_hand():
     # leading: ΣC·256·k² + 2·256 each; blocks: 256·256·9 + 2·256 each
     channels = (64, 128, 256, 256)
@@ -556,6 +589,7 @@ def test_parameters_of_the_upsamplers_by_hand():
 # ------------------------------------------------------------------------------------------ figures
 
 
+@pytest.mark.equation
 def test_compared_by_hand():
     a = torch.zeros(8, 16, dtype=torch.long)
     b, c = a.clone(), a.clone()
@@ -593,6 +627,7 @@ def test_compared_by_hand():
     )  # the share as heat
 
 
+@pytest.mark.network
 def test_figures_show_the_coarse_and_the_fine_prediction():
     net = network(output_stride=2).eval()
     image = torch.randn(3, 44, 70)
@@ -618,6 +653,7 @@ def test_figures_show_the_coarse_and_the_fine_prediction():
     assert titles == list(pictures) and all(tile.dtype == torch.uint8 for tile in tiles)
 
 
+@pytest.mark.network
 def test_figures_need_guidance_and_evaluation_mode():
     assert network(guided=False).eval().figures(torch.randn(3, 33, 33)) == {}
     with pytest.raises(ValueError, match=r"net.eval\(\)"):
@@ -627,6 +663,7 @@ def test_figures_need_guidance_and_evaluation_mode():
 # ------------------------------------------------------------------------------------------ recipes
 
 
+@pytest.mark.system
 def test_recipes_are_the_papers():
     context, stuff, city = (
         hfgd.RECIPES[name] for name in ("pascal_context", "coco_stuff164k", "cityscapes")

@@ -55,6 +55,7 @@ def algorithm_1(T, K, R, gamma, beta, eps=1e-5):
     return total
 
 
+@pytest.mark.equation
 def test_line_4_by_hand():
     # A kernel that takes 1 of the position itself, 10 of the one r to its left, 100 of the one r
     # below.
@@ -68,6 +69,7 @@ def test_line_4_by_hand():
     )  # the rate exceeds the map: only the centre is inside
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("rates", [(1, 2), (2, 5), (3,)])
 def test_line_4_equals_the_loop_with_gradients(rates):
     torch.manual_seed(0)
@@ -88,6 +90,7 @@ def test_line_4_equals_the_loop_with_gradients(rates):
         assert torch.allclose(*gradients, atol=1e-12)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("rates", RATES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_shared_atrous_equals_separate_convolutions_at_any_size(rates, size):
@@ -105,6 +108,7 @@ def test_shared_atrous_equals_separate_convolutions_at_any_size(rates, size):
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
 
 
+@pytest.mark.equation
 def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
     torch.manual_seed(0)
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
@@ -121,6 +125,7 @@ def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
     assert not torch.allclose(whole, parts[0])
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize(
     "channels, rates, folds", [(256, (1, 2), 2), (255, (1, 2), 0), (256, (2,), 0)]
 )
@@ -137,6 +142,7 @@ def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(
         assert torch.allclose(y, F.conv2d(x, weight, padding=r, dilation=r), atol=1e-3)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("rates", [(1, 2), (2, 4, 6)])
 def test_pyramid_of_many_channels_is_that_of_separate_convolutions(rates):
     torch.manual_seed(0)
@@ -150,6 +156,7 @@ def test_pyramid_of_many_channels_is_that_of_separate_convolutions(rates):
         )
 
 
+@pytest.mark.equation
 def test_channels_last_changes_nothing():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 8, 5, 7), torch.randn(4, 8, 3, 3)
@@ -160,6 +167,7 @@ def test_channels_last_changes_nothing():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.equation
 def test_half_precision_is_near_to_full():
     torch.manual_seed(0)
     x, weight = torch.randn(1, 64, 9, 9), torch.randn(8, 64, 3, 3) / 24
@@ -170,6 +178,7 @@ def test_half_precision_is_near_to_full():
         assert (a.float() - b).abs().max() < 0.05 < b.abs().max()
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("rates", [(1, 2), (2, 4, 6)])
 def test_pyramid_sum_is_algorithm_1_with_gradients(rates):
     torch.manual_seed(0)
@@ -190,6 +199,7 @@ def test_pyramid_sum_is_algorithm_1_with_gradients(rates):
 # -------------------------------------------------------------------------------------------- heads
 
 
+@pytest.mark.equation
 def test_fig_2_3_the_three_components_are_concatenated_and_projected():
     torch.manual_seed(0)
     head, x = ksac.KSAC(6, (1, 2), channels=4).eval(), torch.randn(2, 6, 5, 5)
@@ -204,6 +214,7 @@ def test_fig_2_3_the_three_components_are_concatenated_and_projected():
     assert torch.allclose(head(x), head.project[0](parts), atol=1e-5)
 
 
+@pytest.mark.equation
 def test_one_rate_is_a_plain_convolution():
     torch.manual_seed(0)
     head, x = ksac.KSAC(6, (2,), channels=4).eval(), torch.randn(1, 6, 5, 5)
@@ -215,6 +226,7 @@ def test_one_rate_is_a_plain_convolution():
     )
 
 
+@pytest.mark.network
 def test_each_rate_has_its_own_batch_norm_and_one_kernel():
     head = ksac.KSAC(6, (1, 2, 3), channels=4)
     before = [norm.running_mean.clone() for norm in head.norms]
@@ -226,6 +238,7 @@ def test_each_rate_has_its_own_batch_norm_and_one_kernel():
     assert [name for name, p in head.named_parameters() if p.shape[2:] == (3, 3)] == ["kernel"]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("rates", [(6, 12, 18), (1, 6, 12, 18, 24)])
 def test_parameters_of_aspp_minus_ksac_by_hand(rates):
     heads = {"aspp": ksac.ASPP, "ksac": ksac.KSAC}
@@ -240,6 +253,7 @@ def test_parameters_of_aspp_minus_ksac_by_hand(rates):
     assert count["ksac"] == 2 * 2048 * 256 + 9 * 2048 * 256 + 768 * 256 + 2 * 256 * (3 + len(rates))
 
 
+@pytest.mark.network
 def test_more_rates_cost_ksac_a_batch_norm_each():
     three, five = (
         sum(p.numel() for p in ksac.KSAC(64, r).parameters())
@@ -248,6 +262,7 @@ def test_more_rates_cost_ksac_a_batch_norm_each():
     assert five - three == 2 * 2 * 256
 
 
+@pytest.mark.network
 def test_aspp_is_the_plain_baseline_with_dropout_of_deeplab_v3_plus():
     torch.manual_seed(0)
     head, x = ksac.ASPP(6, (1, 2), channels=4).eval(), torch.randn(2, 6, 5, 5)
@@ -264,6 +279,7 @@ def test_aspp_is_the_plain_baseline_with_dropout_of_deeplab_v3_plus():
 # ------------------------------------------------------------------------------------------ network
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_logits_at_pixel_i_times_stride_are_those_of_position_i(options):
     torch.manual_seed(0)
@@ -281,6 +297,7 @@ def test_logits_at_pixel_i_times_stride_are_those_of_position_i(options):
     )
 
 
+@pytest.mark.network
 def test_multi_grid_in_the_last_stage_of_a_resnet_alone():
     with torch.device("meta"):
         last = ksac.build(3, "resnet50").backbone.body.layer4
@@ -291,12 +308,14 @@ def test_multi_grid_in_the_last_stage_of_a_resnet_alone():
     ] == [2, 2, 2]
 
 
+@pytest.mark.network
 def test_fcn_is_one_convolution_of_1x1():
     head = ksac.FCN(2048)
     assert sum(p.numel() for p in head.parameters()) == 2048 * 256 + 2 * 256
     assert head[1].p == 0.1
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_logits_have_the_images_size_and_the_loss_reaches_every_parameter(options):
     torch.manual_seed(0)
@@ -313,6 +332,7 @@ def test_logits_have_the_images_size_and_the_loss_reaches_every_parameter(option
     assert net(images[:1, :, :1, :1]).shape == (1, 5, 1, 1)
 
 
+@pytest.mark.network
 def test_the_loss_is_the_cross_entropy_of_the_logits_over_labelled_pixels():
     torch.manual_seed(0)
     net = ksac.build(3, "resnet18", output_stride=32).eval()
@@ -324,6 +344,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits_over_labelled_pixels():
     assert net(images, labels)["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.network
 def test_ignored_pixels_and_no_labelled_pixel_give_a_zero_gradient():
     torch.manual_seed(0)
     net = ksac.build(3, "resnet18", output_stride=32)
@@ -332,6 +353,7 @@ def test_ignored_pixels_and_no_labelled_pixel_give_a_zero_gradient():
     assert loss.item() == 0 and not any(p.grad.abs().sum() for p in net.parameters())
 
 
+@pytest.mark.network
 def test_what_enters_the_classifier_are_256_channels():
     for options in (dict(), dict(head="aspp"), dict(head="fcn"), dict(decoder=True)):
         net = ksac.build(7, "resnet18", **options)
@@ -343,6 +365,7 @@ def test_what_enters_the_classifier_are_256_channels():
         ) == (256, 7, (1, 1))
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "stride, rates", [(16, (1, 6, 12, 18, 24)), (8, (2, 12, 24, 36, 48)), (32, (1, 3, 6, 9, 12))]
 )
@@ -354,6 +377,7 @@ def test_rates_are_scaled_with_the_output_stride(stride, rates, head):
         assert tuple(branch[0].dilation[0] for branch in net.head.convs[1:-1]) == rates
 
 
+@pytest.mark.network
 def test_decoder_reads_the_features_of_stride_4():
     torch.manual_seed(0)
     net = ksac.build(3, "resnet18", decoder=True).eval()
@@ -363,6 +387,7 @@ def test_decoder_reads_the_features_of_stride_4():
     assert [tuple(x.shape[1:]) for x in seen] == [(256, 5, 3), (64, 17, 9), (256, 17, 9)]
 
 
+@pytest.mark.network
 def test_decoder_is_deeplab_v3_plus_s():
     decoder = backbones.Decoder(256, 64).eval()
     convs = [m for m in decoder.modules() if isinstance(m, nn.Conv2d)]
@@ -373,6 +398,7 @@ def test_decoder_is_deeplab_v3_plus_s():
     ]
 
 
+@pytest.mark.network
 def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
     images, labels = torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64)
     for head in ("ksac", "aspp"):
@@ -386,6 +412,7 @@ def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
     assert ksac.build(3, "resnet18", head="fcn")(images, labels)["cross_entropy"] > 0
 
 
+@pytest.mark.system
 def test_a_batch_of_one_is_that_line_in_train_py(photos, tmp_path, capsys):
     flags = f"--method ksac --dataset folder --data-root {photos} --batch-size 1 --crop-size 33"
     flags += " --workers 0 --device cpu"
@@ -394,6 +421,7 @@ def test_a_batch_of_one_is_that_line_in_train_py(photos, tmp_path, capsys):
     assert line.startswith("train.py: the image-level branch") and line.endswith("or head='fcn'")
 
 
+@pytest.mark.network
 def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
     net = nn.SyncBatchNorm.convert_sync_batchnorm(ksac.build(3, "resnet18"))
     with pytest.raises(
@@ -403,6 +431,7 @@ def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
     assert "image-level" not in str(error.value)
 
 
+@pytest.mark.network
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="KSACNet has no option rate; .*rates=\\(6, 12, 18\\)"):
         ksac.build(3, "resnet18", rate=6)
@@ -413,6 +442,7 @@ def test_wrong_options_are_named():
             ksac.build(3, "resnet18", rates=rates)
 
 
+@pytest.mark.network
 def test_figures_are_the_first_25_maps_of_each_rate():
     torch.manual_seed(0)
     for head in ("ksac", "aspp"):
@@ -433,6 +463,7 @@ def test_figures_are_the_first_25_maps_of_each_rate():
         net.train().figures(image)
 
 
+@pytest.mark.system
 def test_saved_weights_reproduce_the_outputs(tmp_path):
     torch.manual_seed(0)
     a, b = (ksac.build(4, "resnet18", decoder=True).eval() for _ in range(2))
@@ -442,6 +473,7 @@ def test_saved_weights_reproduce_the_outputs(tmp_path):
     assert torch.equal(a(images), b(images))
 
 
+@pytest.mark.system
 def test_recipes_are_those_of_sect_2_3():
     first, second, third = (
         ksac.RECIPES[name] for name in ("coco_voc", "pascal_voc_aug", "pascal_voc")
@@ -471,6 +503,7 @@ def test_recipes_are_those_of_sect_2_3():
         assert recipe["option"]["decoder"] is True
 
 
+@pytest.mark.network
 def test_stands_on_what_cannot_be_dilated():
     net = ksac.build(3, "swin_t", output_stride=8, decoder=True).eval()
     assert list(net.head.rates) == [12, 24, 36]

@@ -35,6 +35,7 @@ STRIDES = (8, 4, 2)
 # ------------------------------------------------------------------------------------- ground truth
 
 
+@pytest.mark.equation
 def test_pyramid_labels_by_hand():
     semantic, unity = pf.pyramid_labels(MAP, STRIDES)
     assert unity[0].tolist() == [[[0]]] and semantic[0].tolist() == [[[X]]]
@@ -67,6 +68,7 @@ def cell_by_cell(labels, strides):
     return [*semantic, labels[:, middle :: strides[-1], middle :: strides[-1]]], unity
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("strides", [(32, 16, 8, 4), (32, 4), (16, 8, 4), (32, 16, 8, 1)])
 def test_pyramid_labels_are_the_three_cases_of_appendix_b(strides):
     labels = torch.randint(3, (2, 8, 12)).repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -82,6 +84,7 @@ def test_pyramid_labels_are_the_three_cases_of_appendix_b(strides):
     assert {0, 1, 255} == set(pf.pyramid_labels(labels, strides)[1][0].flatten().tolist())
 
 
+@pytest.mark.equation
 def test_labels_of_another_size_are_refused():
     with pytest.raises(
         ValueError, match="labels of 32x48: expected multiples of the coarsest stride, 32"
@@ -92,6 +95,7 @@ def test_labels_of_another_size_are_refused():
 # -------------------------------------------------------------------------------------- relabelling
 
 
+@pytest.mark.equation
 def test_relabelling_by_hand():
     semantic, unity = pf.pyramid_labels(MAP, STRIDES)
     # the whole is a mix-cell; of its quarters the first is a true positive, the second and third
@@ -129,6 +133,7 @@ def big_scene():
     return strides, semantic, unity, [torch.rand(u.shape) for u in unity]
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("policy", pf.POLICIES)
 def test_relabelling_looks_at_every_ancestor(policy):
     strides, semantic, unity, prob = big_scene()
@@ -149,6 +154,7 @@ def test_relabelling_looks_at_every_ancestor(policy):
     assert (changed > 0) == (policy != "naive")
 
 
+@pytest.mark.equation
 def test_nothing_below_a_dont_care_cell_is_relabelled():
     labels = torch.zeros(1, 32, 32, dtype=torch.int64)
     labels[0, 0, 0] = X
@@ -160,6 +166,7 @@ def test_nothing_below_a_dont_care_cell_is_relabelled():
         assert torch.equal(found[3][0, :2, :2], semantic[3][0, :2, :2]) and found[3][0, 0, 0] == 0
 
 
+@pytest.mark.network
 def test_unknown_policy_is_named():
     semantic, unity = pf.pyramid_labels(MAP, STRIDES)
     with pytest.raises(
@@ -171,6 +178,7 @@ def test_unknown_policy_is_named():
 # ------------------------------------------------------------------------------------------- fusion
 
 
+@pytest.mark.equation
 def test_eq_2_by_hand():
     levels = [torch.full((1, 1, 2**i, 2**i), float(i)) for i in range(3)]
     prob = [torch.tensor([[[0.2]]]), torch.tensor([[[0.9, 0.89], [0.0, 1.0]]])]
@@ -184,6 +192,7 @@ def test_eq_2_by_hand():
     assert pf.fuse(levels, prob).unique().tolist() == [0]
 
 
+@pytest.mark.equation
 def test_eq_2_equals_its_sum_with_gradients():
     L, tau = 4, 0.6
     semantic = [
@@ -215,6 +224,7 @@ def test_eq_2_equals_its_sum_with_gradients():
         assert b.abs().max() > 0
 
 
+@pytest.mark.equation
 def test_thresholds_at_their_ends():
     strides, _, unity, prob = big_scene()
     semantic = [torch.randn(2, 3, *u.shape[1:]) for u in unity] + [torch.randn(2, 3, 16, 24)]
@@ -228,6 +238,7 @@ def test_thresholds_at_their_ends():
 # --------------------------------------------------------------------------------------------- loss
 
 
+@pytest.mark.equation
 def test_eq_1_by_hand():
     quarter = torch.tensor([[[[0.25]], [[0.75]]]]).log()
     semantic_logits = [quarter, quarter.expand(1, 2, 2, 2)]
@@ -241,6 +252,7 @@ def test_eq_1_by_hand():
     assert losses["unity"].item() == pytest.approx((math.log(5) + math.log(8 / 7)) / 2, rel=1e-5)
 
 
+@pytest.mark.equation
 def test_eq_1_equals_torchs_losses_with_gradients():
     semantic_logits = [torch.randn(2, 3, s, s, requires_grad=True) for s in (1, 2, 4, 8)]
     prob = [torch.rand(2, s, s).requires_grad_() for s in (1, 2, 4)]
@@ -258,6 +270,7 @@ def test_eq_1_equals_torchs_losses_with_gradients():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.equation
 def test_all_ignored_is_0_and_certain_probabilities_stay_finite():
     logits, prob = (
         [torch.randn(1, 3, 1, 1), torch.randn(1, 3, 2, 2)],
@@ -269,6 +282,7 @@ def test_all_ignored_is_0_and_certain_probabilities_stay_finite():
     assert loss.isfinite() and loss > 10 and torch.autograd.grad(loss, prob)[0].isfinite().all()
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_losses_are_float32(dtype):
     logits, prob = (
@@ -292,6 +306,7 @@ def share_of_the_batch(rank):
     return pf.pyramid_loss(*([x[rank : rank + 1] for x in part] for part in joint_batch()))
 
 
+@pytest.mark.system
 def test_two_processes_have_the_loss_of_the_joint_batch(two_processes):
     first, second = two_processes(share_of_the_batch)
     expected = pf.pyramid_loss(*joint_batch())
@@ -304,6 +319,7 @@ def test_two_processes_have_the_loss_of_the_joint_batch(two_processes):
 # -------------------------------------------------------------------------------------------- heads
 
 
+@pytest.mark.equation
 def test_unity_head_takes_the_pixel_least_like_its_centroid():
     head = pf.UnityHead(5, (4, 2), channels=3).double()
     x = torch.randn(2, 5, 4, 8, dtype=torch.float64)
@@ -322,6 +338,7 @@ def test_unity_head_takes_the_pixel_least_like_its_centroid():
             torch.testing.assert_close(found[n, a, b], probabilities.min())
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_confident_mistakes_keep_their_gradient_in_half_precision(dtype):
     head = pf.UnityHead(4, (2,), channels=3)
@@ -337,6 +354,7 @@ def test_confident_mistakes_keep_their_gradient_in_half_precision(dtype):
     assert torch.autograd.grad(loss, head.same.bias)[0].item() == pytest.approx(1, rel=1e-2)
 
 
+@pytest.mark.equation
 def test_eqs_6_10_pool_has_110_tokens():
     x = torch.randn(1, 2, 9, 13)
     found = pf.PyramidPool()(x)
@@ -345,6 +363,7 @@ def test_eqs_6_10_pool_has_110_tokens():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.equation
 def test_eqs_8_9_aggregation_equals_the_loop():
     block = pf.ContextAggregation(4).double().eval()
     x, theta = (
@@ -365,6 +384,7 @@ def test_eqs_8_9_aggregation_equals_the_loop():
     torch.testing.assert_close(block(x, theta), expected)
 
 
+@pytest.mark.equation
 def test_eqs_10_11_update_joins_new_and_old_context():
     block = pf.ContextUpdate(4).eval()
     x, theta = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 110)
@@ -372,6 +392,7 @@ def test_eqs_10_11_update_joins_new_and_old_context():
     torch.testing.assert_close(block(x, theta), block.update(joint)[..., 0])
 
 
+@pytest.mark.equation
 def test_eqs_3_to_7_coarse_to_fine():
     head = pf.SemanticHead(6, (8, 4, 2, 1), channels=4).eval()
     x = torch.randn(1, 6, 8, 16)
@@ -384,6 +405,7 @@ def test_eqs_3_to_7_coarse_to_fine():
         torch.testing.assert_close(found, head.project[i](refined))
 
 
+@pytest.mark.network
 def test_anl_refines_the_finest_level_or_each():
     x = torch.randn(1, 6, 8, 8)
     one, each = (
@@ -398,6 +420,7 @@ def test_anl_refines_the_finest_level_or_each():
         torch.testing.assert_close(found, project(block(level, each.pool(level))))
 
 
+@pytest.mark.network
 def test_decoder_has_hrnets_last_stage():
     with torch.device("meta"):
         decoder = pf.ResNetDecoder((256, 512, 1024, 2048))
@@ -432,6 +455,7 @@ EXPERIMENTS = dict(
 )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_of_table_a_trains_every_parameter(name):
     net = pf.build(4, "resnet18", **EXPERIMENTS[name]).train()
@@ -460,6 +484,7 @@ def test_every_experiment_of_table_a_trains_every_parameter(name):
     assert net.eval()(images).shape == (2, 4, 64, 64) and net.classifier.kernel_size == (1, 1)
 
 
+@pytest.mark.network
 def test_losses_are_of_the_relabelled_pyramids():
     images, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
     labels[:, :40, :70] = 1
@@ -482,6 +507,7 @@ def mixed(images):
     return net
 
 
+@pytest.mark.network
 def test_logits_are_the_fused_levels_upsampled():
     images = torch.randn(1, 3, 64, 96)
     net = mixed(images)
@@ -499,6 +525,7 @@ def test_logits_are_the_fused_levels_upsampled():
     torch.testing.assert_close(single(images), expected)
 
 
+@pytest.mark.network
 def test_auxiliary_levels_weigh_two_fifths_of_their_mean():
     net = pf.build(4, "resnet18", output="auxiliary").eval()
     images, labels = (
@@ -513,6 +540,7 @@ def test_auxiliary_levels_weigh_two_fifths_of_their_mean():
     torch.testing.assert_close(losses["auxiliary"], 0.4 * sum(ce[:3]) / 3)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "size, fitted",
     [((64, 96), (64, 96)), ((50, 79), (64, 64)), ((47, 33), (32, 32)), ((5, 1), (32, 32))],
@@ -531,6 +559,7 @@ def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted):
     assert all(torch.equal(losses[name], expected[name]) for name in losses)
 
 
+@pytest.mark.network
 def test_sides_half_way_between_are_enlarged():
     net = pf.build(4, "resnet18", output="single", context=None)
     assert [net.fitted(torch.zeros(1, 3, side, 32)).shape[2] for side in (48, 80, 79)] == [
@@ -540,6 +569,7 @@ def test_sides_half_way_between_are_enlarged():
     ]
 
 
+@pytest.mark.network
 def test_hrnet_needs_no_decoder_and_has_720_channels():
     with torch.device("meta"):
         net, small = pf.build(4, "hrnet_w48"), pf.build(4, "hrnet_w18")
@@ -552,6 +582,7 @@ def test_hrnet_needs_no_decoder_and_has_720_channels():
     assert net.threshold == 0.9 and net.strides == (32, 16, 8, 4)
 
 
+@pytest.mark.network
 def test_bf16_trains():
     net = pf.build(4, "resnet18").train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -559,6 +590,7 @@ def test_bf16_trains():
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -578,6 +610,7 @@ def test_mistakes_name_what_is_expected(options, message):
         pf.build(4, "resnet18", **options)
 
 
+@pytest.mark.system
 def test_recipes_are_the_papers():
     settings = {name: (r["lr"], r["iterations"]) for name, r in pf.RECIPES.items()}
     assert settings["ade20k"] == (0.02, round(120 * 20_210 / 16)) and settings["coco_stuff10k"] == (
@@ -599,6 +632,7 @@ def test_recipes_are_the_papers():
 # ----------------------------------------------------------------------------- figures and analysis
 
 
+@pytest.mark.network
 def test_fig_a_greys_what_is_done_by_coarser():
     image = torch.randn(3, 64, 96)
     net = mixed(image[None])
@@ -625,6 +659,7 @@ def test_fig_a_greys_what_is_done_by_coarser():
     assert titles == list(figures) and len(tiles) == 13
 
 
+@pytest.mark.equation
 def test_table_9_by_hand():
     class Net(torch.nn.Module):
         strides, threshold = (8, 4), 0.5

@@ -43,6 +43,7 @@ def set_to(conv, weight, bias):
         conv.bias.copy_(torch.tensor(bias).double())
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize(
     "excite, identity, expected",
     [
@@ -99,6 +100,7 @@ def loop_guidance(module, x_d):
     return torch.stack(outs).view(N, H, W, -1).permute(0, 3, 1, 2)
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("identity", [True, False])
 @pytest.mark.parametrize("excite", ["sigmoid", "softmax", "sum"])
 def test_guidance_equals_the_loop_with_gradients(excite, identity):
@@ -115,6 +117,7 @@ def test_guidance_equals_the_loop_with_gradients(excite, identity):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.equation
 def test_softmax_mask_sums_to_one_over_the_positions_and_sigmoid_is_a_gate():
     x_l = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     m = guidance("softmax", D=6, K=3).mask(x_l)
@@ -123,6 +126,7 @@ def test_softmax_mask_sums_to_one_over_the_positions_and_sigmoid_is_a_gate():
     assert 0 < m.min() < 0.1 and 0.9 < m.max() < 1
 
 
+@pytest.mark.network
 def test_unknown_excitation_is_named():
     with pytest.raises(ValueError, match="excite='tanh': it is 'sigmoid', 'softmax' or 'sum'"):
         tiny(excite="tanh")
@@ -131,6 +135,7 @@ def test_unknown_excitation_is_named():
 # -------------------------------------------------------------------------------------- supervision
 
 
+@pytest.mark.network
 def test_each_stage_has_its_loss_and_the_guidance_its_gradient():
     net = tiny(backbones=resnets(18, 18, 18)).train()
     losses = net(*scene())
@@ -139,6 +144,7 @@ def test_each_stage_has_its_loss_and_the_guidance_its_gradient():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.network
 def test_a_stages_loss_trains_the_stages_up_to_it_alone():
     net = tiny(backbones=resnets(18, 18)).train()
     net(*scene())["stage_1"].backward()
@@ -150,6 +156,7 @@ def test_a_stages_loss_trains_the_stages_up_to_it_alone():
     assert reached == {"stages.0", "guides.0"} and net.guides[0].attention.weight.grad is None
 
 
+@pytest.mark.network
 def test_without_supervision_its_loss_has_no_gradient():
     images, labels = scene()
     with_loss, without = tiny().eval(), tiny(supervise=False).eval()
@@ -169,6 +176,7 @@ def test_without_supervision_its_loss_has_no_gradient():
     assert extra.abs().max() > 1e-4
 
 
+@pytest.mark.network
 def test_losses_are_those_of_the_logits_at_the_images_size():
     images, labels = scene()
     net = tiny(hard_examples=False).eval()
@@ -211,6 +219,7 @@ def sorted_loss(logits, labels, threshold, minimum):
     return sum(kept) / len(kept) if kept else 0 * logits.sum()
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize(
     "threshold, minimum", [(0.7, 1 / 16), (0.0, 0.3), (0.2, 0.01), (1.1, 0.0), (0.0, 0.0)]
 )
@@ -230,6 +239,7 @@ def test_hard_examples_against_a_sort_with_gradients(threshold, minimum):
     assert kept == {0.0: least, 1.1: 49}.get(threshold, kept) and least <= kept <= 49
 
 
+@pytest.mark.equation
 def test_hard_examples_by_hand():
     p = torch.tensor([0.9, 0.8, 0.6, 0.95])  # of the true class; one of four is at least 15 %
     logits = torch.stack([p.log(), (1 - p).log()])[None, :, None]
@@ -241,6 +251,7 @@ def test_hard_examples_by_hand():
     assert half.item() == pytest.approx(-(math.log(0.6) + math.log(0.8)) / 2, rel=1e-5)
 
 
+@pytest.mark.equation
 def test_many_pixels_without_any_loss_do_not_join_the_hardest():
     logits = torch.tensor([[200.0], [0.0]]).expand(2, 64).clone()
     logits[:, 7] = torch.tensor([0.0, 1.0])
@@ -252,12 +263,14 @@ def test_many_pixels_without_any_loss_do_not_join_the_hardest():
     )  # 15 % of 64 pixels are 9.6
 
 
+@pytest.mark.equation
 def test_hard_examples_where_nothing_is_labelled():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     loss = spgnet.online_hard_example_loss(logits, torch.full((1, 4, 4), 255))
     assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
 
 
+@pytest.mark.equation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_hard_examples_of_half_precision_are_float32(dtype):
     logits, labels = torch.randn(2, 3, 4, 4).to(dtype), torch.randint(3, (2, 4, 4))
@@ -282,6 +295,7 @@ def share_of_the_batch(rank):
     return (loss.detach(), *torch.autograd.grad(loss, logits))
 
 
+@pytest.mark.system
 def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(two_processes):
     (loss0, gradient0), (loss1, gradient1) = two_processes(share_of_the_batch)
     logits, labels = joint_batch()
@@ -296,6 +310,7 @@ def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(two_process
 # ------------------------------------------------------------------------------ encoder and decoder
 
 
+@pytest.mark.network
 def test_residual_block_is_half_as_wide_in_its_middle():
     block = spgnet.ResidualBlock(64, 128).eval()
     shapes = [
@@ -309,6 +324,7 @@ def test_residual_block_is_half_as_wide_in_its_middle():
     torch.testing.assert_close(block(x), F.relu(block.bn3(block.conv3(y)) + block.downsample(x)))
 
 
+@pytest.mark.network
 def test_upsample_module_doubles_adds_and_fuses():
     module = spgnet.UpsampleModule(6, 8).eval()
     e, d = torch.randn(1, 6, 9, 5), torch.randn(1, 8, 5, 3)
@@ -319,6 +335,7 @@ def test_upsample_module_doubles_adds_and_fuses():
     torch.testing.assert_close(module(e, d), module.fuse(module.reduce(e) + doubled))
 
 
+@pytest.mark.network
 def test_one_stage_is_its_encoder_decoder():
     images, labels = scene()
     net = tiny(backbones=resnets(18), hard_examples=False).eval()
@@ -336,6 +353,7 @@ def test_one_stage_is_its_encoder_decoder():
     assert list(net(images, labels)) == ["cross_entropy"]
 
 
+@pytest.mark.network
 def test_later_stages_have_no_stem_and_aggregate_at_each_stride():
     net = tiny(backbones=resnets(18, 18)).eval().double()
     first, second = net.stages
@@ -359,6 +377,7 @@ def test_later_stages_have_no_stem_and_aggregate_at_each_stride():
     assert all(m.shape[1] == 16 for m in decoded)
 
 
+@pytest.mark.network
 def test_switches_take_parts_away():
     assert tiny(aggregate=False).stages[1].aggregate is None
     assert isinstance(tiny(guidance=None).guides[0], torch.nn.Conv2d)
@@ -370,6 +389,7 @@ def test_switches_take_parts_away():
     )
 
 
+@pytest.mark.equation
 def test_gather_excite_gates_by_the_averages_around():
     x = torch.randn(1, 2, 17, 25)
     found = spgnet.GatherExcite()(x)
@@ -406,6 +426,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("options, millions", SIZES, ids=str)
 def test_parameters_are_those_of_the_papers_tables_to_two_percent(options, millions):
     with torch.device("meta"):
@@ -413,6 +434,7 @@ def test_parameters_are_those_of_the_papers_tables_to_two_percent(options, milli
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
+@pytest.mark.network
 def test_the_default_is_the_best_of_table_9():
     with torch.device("meta"):
         net = spgnet.build(19)
@@ -424,6 +446,7 @@ def test_the_default_is_the_best_of_table_9():
     assert net.guides[0].identity and net.supervise and net.hard_examples
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("size", [(64, 64), (37, 50), (1, 33)])
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
 def test_logits_have_the_images_size_in_float32(backbone, size):
@@ -432,6 +455,7 @@ def test_logits_have_the_images_size_in_float32(backbone, size):
     assert logits.shape == (1, 4, *size) and logits.dtype == torch.float32
 
 
+@pytest.mark.network
 def test_stages_of_different_backbones():
     net = tiny(backbones=["mobilenet_v2", "resnet18", "resnet34"]).train()
     losses = net(*scene())
@@ -442,11 +466,13 @@ def test_stages_of_different_backbones():
     assert all(p.grad is not None for p in net.parameters())
 
 
+@pytest.mark.network
 def test_one_image_can_be_trained_on():
     losses = tiny().train()(*scene(size=(64, 64), n=1))
     assert all(loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.network
 def test_bf16_trains():
     net = tiny().train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -454,6 +480,7 @@ def test_bf16_trains():
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.network
 def test_mistakes_name_what_is_expected():
     with pytest.raises(ValueError, match=r"backbones='resnet18': expected a name for each stage"):
         tiny(backbones="resnet18")
@@ -471,6 +498,7 @@ def test_mistakes_name_what_is_expected():
         spgnet.build(4, "xception65")
 
 
+@pytest.mark.network
 def test_parts_are_the_backbone():
     for name in ("resnet18", "mobilenet_v2"):
         torch.manual_seed(3)
@@ -486,6 +514,7 @@ def test_parts_are_the_backbone():
         assert channels[1:] == whole.channels
 
 
+@pytest.mark.system
 def test_weights_reach_every_stage(tmp_path):
     state = models.resnet18().state_dict()
     torch.save(state, tmp_path / "w.pth")
@@ -495,6 +524,7 @@ def test_weights_reach_every_stage(tmp_path):
     assert torch.equal(net.stages[0].stem[0].weight, state["conv1.weight"])
 
 
+@pytest.mark.system
 def test_recipes_are_the_papers():
     recipe = spgnet.RECIPES["cityscapes"]  # Sect. 4.2
     settings = (
@@ -530,6 +560,7 @@ def test_recipes_are_the_papers():
 # ------------------------------------------------------------------------------------------ figures
 
 
+@pytest.mark.network
 def test_fig_4_takes_the_15_channels_of_the_class():
     net = tiny(channels=32).eval()
     image = torch.randn(3, 45, 70)
@@ -545,6 +576,7 @@ def test_fig_4_takes_the_15_channels_of_the_class():
         assert found.shape == (45, 70) and found.min() == 0 and found.max() == 1
 
 
+@pytest.mark.network
 def test_figures_of_three_stages_are_the_firsts():
     net, image = tiny(backbones=resnets(18, 18, 18)).eval(), torch.randn(3, 40, 40)
     before = net.figures(image)
@@ -552,6 +584,7 @@ def test_figures_of_three_stages_are_the_firsts():
     assert all(torch.equal(before[c], m) for c, m in net.figures(image).items())
 
 
+@pytest.mark.network
 def test_figures_are_empty_without_guidance():
     assert all(
         tiny(**o).eval().figures(torch.randn(3, 40, 40)) == {}
@@ -560,6 +593,7 @@ def test_figures_are_empty_without_guidance():
     assert tiny(backbones=resnets(18)).eval().figures(torch.randn(3, 40, 40)) == {}
 
 
+@pytest.mark.network
 def test_all_classes_are_on_one_sheet_by_name():
     net, image = tiny().eval(), torch.randint(256, (3, 40, 50)).byte()
     palette, classes = [(i, i, i) for i in range(4)], ["sky", "road", "car", "tree"]

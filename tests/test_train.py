@@ -15,6 +15,8 @@ import evaluate
 import train
 from data import Mistake
 
+pytestmark = pytest.mark.system
+
 METHOD = """
 import torch
 from torch import nn
