@@ -24,6 +24,31 @@ def two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_weights():
+    """Large weights repeat a drawn block: drawing them takes longer than most tests.
+
+    The block's length is a prime, so no two rows of a weight are equal.
+    """
+    drawn = {name: getattr(torch.Tensor, name) for name in ("uniform_", "normal_")}
+
+    def filled(draw):
+        def fill(tensor, *args, **kwargs):
+            if tensor.numel() < 200_000 or tensor.device.type != "cpu":
+                return draw(tensor, *args, **kwargs)
+            block = draw(tensor.new_empty(100_003), *args, **kwargs)
+            flat = block.repeat(tensor.numel() // len(block) + 1)[: tensor.numel()]
+            return tensor.copy_(flat.view(tensor.shape))
+
+        return fill
+
+    for name, draw in drawn.items():
+        setattr(torch.Tensor, name, filled(draw))
+    yield
+    for name, draw in drawn.items():
+        setattr(torch.Tensor, name, draw)
+
+
 @pytest.fixture
 def one_seed_and_one_thread():  # several threads are slower on maps this small
     torch.manual_seed(0)

@@ -1,10 +1,13 @@
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -526,11 +529,9 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
     assert str(train.new_folder(None, settings)) == os.path.join("runs", "caa-shapes-2")
 
 
-def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsys):
-    import shutil
-
-    import numpy as np
-
+def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsys, monkeypatch):
+    # When the loader is collected, torch waits so long for each of its processes; else 5 s.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     Image.fromarray(np.full((43, 51), 9, np.uint8)).save(copy / "labels" / "train" / "1.png")
@@ -539,6 +540,7 @@ def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsy
     assert line.endswith(
         "1.png' holds the label ids [9]; this dataset has 0-2, 255; correct the file"
     )
+    gc.collect()
 
 
 def test_without_git_a_run_has_no_revision(flags, tmp_path, monkeypatch):
