@@ -53,7 +53,7 @@ Where the paper is silent, as the released code does:
 Where the released code departs from the paper: it has a ReLU behind the queries' batch norm,
 released=True here. The paper has "a 1x1 convolution" (Sect. 3.3.1.1), into which batch norm alone
 can be folded. In short runs that trains better: vectors behind a ReLU have no product below 0, so a
-long one draws positions that show something else. README, Results.
+long one draws positions that show something else.
 
 Where both are silent, our choice:
 - The image-level branch has no batch norm, for there is one value of a channel in an image: too few

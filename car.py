@@ -38,7 +38,7 @@ Ignored pixels are 0 in Eq. (4.3) and count in its mean; so too, in the paper's 
 released=True is the authors' code where it departs from the equations:
 - Each f_mse is the square of the mean, not the mean of the squares.
 - Eq. (4.11) divides by √C, as Eq. (4.4) does. (As printed, L_inter-c2p can outweigh the cross
-  entropy; README, Results.)
+  entropy.)
 - In L_inter-c2p ignored pixels are not left out: every class is another class to them.
 - Sums over the classes are clipped to 1e-7 … 1 - 1e-7, L_intra-c2p to at least 1e-5.
 - CARNet puts a 1x1 convolution (bias, no norm, no activation, at most 512 channels) before its last

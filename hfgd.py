@@ -40,8 +40,7 @@ What the paper leaves open, and what was chosen here:
   convolution on each of the sums: Table 5's 45.65 leave no room for their 12.2 (in 2^30, as there).
   Batch norm and ReLU follow each convolution; maps are upsampled bilinearly.
 - Axial attention is caa.py's without channelization, on 256 channels, added to its input as car.py
-  adds its self-attention. Its 64 query channels are that file's too; Table 5 tells of a wider one
-  (README, Results).
+  adds its self-attention. Its 64 query channels are that file's too; Table 5 tells of a wider one.
 - ASPP's rates are 3, 6, 9 at stride 32. All but "identity" end with 256 channels; "identity" too
   where it is guided.
 
