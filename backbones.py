@@ -1,17 +1,20 @@
 """Feature extractors, a decoder, and the pixel loss that every network here shares.
 
-A backbone is torchvision's ImageNet model, or where it has none the one of this file, cut into its
-four levels and, on request, dilated:
+A backbone is torchvision's ImageNet model, or one of this file where torchvision has none. It gives
+its maps at four levels and is dilated on request:
 
     net = backbones.build("resnet50", output_stride=8, weights="imagenet")
     maps = net(images)        # four maps, finest first: strides 4, 8, 8, 8
     net.channels, net.strides # (256, 512, 1024, 2048), (4, 8, 8, 8)
 
 Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is
-removed, what follows is dilated by the same factor, so each kernel still sees the samples it was
-trained on (an EfficientNet's squeeze-and-excitation averages over more of them). `multi_grid`
-departs from that: it sets the rates of all blocks of the last stage to its factors (there, Sect.
-3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
+removed, the convolutions after it are dilated by the same factor. Each kernel then still sees the
+samples that it was trained on. (An EfficientNet's squeeze-and-excitation averages over more of
+them.) `multi_grid` departs from that: it sets the rates of all blocks of the last stage to its
+factors (there, Sect. 3.2.1: 2, 4, 8 at output stride 16 for 1, 2, 4).
+
+Alignment: the section "alignment" says where the positions of a map are on the image, and a
+Backbone's `forward`, `upsample`, `resize` and `positions` take care of it. No method file has to.
 
 To copy: this file stands alone.
 """
@@ -33,13 +36,7 @@ from torchvision.ops import Conv2dNormActivation
 
 # name -> (the last module of each level, and the channels it gives), finest level first
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
-# what cuts the image into patches
-_PATCHES = (
-    "features.1",
-    "features.3",
-    "features.5",
-    "features.7",
-)
+_PATCHES = ("features.1", "features.3", "features.5", "features.7")  # cuts the image into patches
 _EFFICIENT = ("features.2", "features.3", "features.5", "features.8")
 _LEVELS = {
     "resnet18": (_RESNET, (64, 128, 256, 512)),
@@ -90,37 +87,52 @@ _CLASSIFIERS = (
 
 
 class Backbone(nn.Module):
-    """A model that returns its four levels, finest first: `[N, channels[l], ceil(H / strides[l]),
-    …]`.
+    """A model that returns its four levels, finest first: `[N, channels[l], h_l, w_l]`.
 
-    `body` keeps the model's parameter names. corners: how the maps lie on the image, see `on_grid`,
-    which `grid` is for. A Swin Transformer's or ConvNeXt's (corners=False, grid 32) take images of
-    multiples of 32, and get a layer norm each, as for their authors' segmentation. jpu: the last
-    level is that of JointPyramidUpsampling.
+    `body` keeps the model's parameter names. patches: the network cuts the image into patches, and
+    each level gets a layer norm, as in the authors' segmentation code. jpu: the last level is that
+    of JointPyramidUpsampling.
     """
 
     def __init__(self, model, nodes, channels, strides, jpu=False):
         super().__init__()
-        self.corners, self.grid = nodes is not _PATCHES, strides[-1]
+        self.patches, self.coarsest = nodes is _PATCHES, strides[-1]
         self.channels_last = isinstance(model, models.SwinTransformer)
         with warnings.catch_warnings():  # "nodes are not present in eval mode": they are not needed
             warnings.simplefilter("ignore")
             self.body = create_feature_extractor(model, list(nodes)) if nodes else model
         eps = 1e-5 if self.channels_last else 1e-6
-        self.norms = (
-            None if self.corners else nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in channels)
-        )
+        norms = [nn.LayerNorm(c, eps=eps) for c in channels] if self.patches else None
+        self.norms = nn.ModuleList(norms) if self.patches else None
         self.jpu = JointPyramidUpsampling(channels[1:]) if jpu else None
         self.channels = (*channels[:3], self.jpu.channels) if jpu else channels
         self.strides = (*strides[:3], strides[1]) if jpu else strides
 
-    def forward(self, x):
+    def forward(self, images, extend=True):
+        """Images float `[N, 3, H, W]` -> the list of four maps.
+
+        extend: enlarge the images to a size at which maps and pixels are aligned. Without it the
+        sides have to be such a size already, or the caller aligns the maps in its own way.
+        """
+        x = extended(images, self.coarsest, self.patches) if extend else images
         maps = self.body(x)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
         if self.norms is not None:
             maps = maps if self.channels_last else [m.permute(0, 2, 3, 1) for m in maps]
             maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps)]
         return maps if self.jpu is None else [*maps[:3], self.jpu(maps[1:])]
+
+    def upsample(self, x, stride, size):
+        """The function `upsample` of this file, for this backbone."""
+        return upsample(x, stride, size, self.patches)
+
+    def resize(self, x, like):
+        """The function `resize` of this file, for this backbone."""
+        return resize(x, like, self.patches)
+
+    def positions(self, stride, length):
+        """The function `positions` of this file, for this backbone."""
+        return positions(stride, length, self.patches)
 
 
 def build(name, output_stride=32, weights=None, multi_grid=None):
@@ -275,8 +287,7 @@ class JointPyramidUpsampling(nn.Module):
 
     def forward(self, maps):
         finest, *coarser = (reduce(m) for reduce, m in zip(self.reduce, maps))
-        how = dict(size=finest.shape[2:], mode="bilinear", align_corners=False)
-        x = torch.cat([finest, *(F.interpolate(m, **how) for m in coarser)], dim=1)
+        x = torch.cat([finest, *(resize(m, finest, patches=True) for m in coarser)], dim=1)
         return torch.cat([layer(x) for layer in self.dilated], dim=1)
 
 
@@ -406,12 +417,7 @@ class HighResolutionModule(nn.Module):
         fused = []
         for target, layers in zip(maps, self.fuse_layers):
             moved = [x if layer is None else layer(x) for x, layer in zip(maps, layers)]
-            how = dict(size=target.shape[2:], mode="bilinear", align_corners=True)
-            fused.append(
-                F.relu(
-                    sum(x if x.shape == target.shape else F.interpolate(x, **how) for x in moved)
-                )
-            )
+            fused.append(F.relu(sum(resize(x, target) for x in moved)))
         return fused
 
 
@@ -556,26 +562,23 @@ def _few(names, most=4):
 
 
 class Decoder(nn.Module):
-    """DeepLabv3+'s: x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256,
-    H, W]`.
+    """The decoder of DeepLabv3+.
 
-    Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018, Fig. 2; with plain
-    3x3 convolutions, as Table 2.1 of the thesis prices them. corners: how the maps lie, see
-    `on_grid`.
+    x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256, H, W]`. `resize`
+    is the backbone's. Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018,
+    Fig. 2; with plain 3x3 convolutions, of which Table 2.1 of the thesis counts the multiply-adds.
     """
 
-    def __init__(self, channels, low_channels, corners=True):
+    def __init__(self, channels, low_channels):
         super().__init__()
-        self.corners = corners
         self.low = Conv2dNormActivation(low_channels, 48, 1)
         self.fuse = nn.Sequential(
             Conv2dNormActivation(channels + 48, 256, 3), Conv2dNormActivation(256, 256, 3)
         )
         self.channels = 256
 
-    def forward(self, x, low):
-        x = F.interpolate(x, size=low.shape[2:], mode="bilinear", align_corners=self.corners)
-        return self.fuse(torch.cat([x, self.low(low)], dim=1))
+    def forward(self, x, low, resize):
+        return self.fuse(torch.cat([resize(x, low), self.low(low)], dim=1))
 
 
 def average_pool(x, size):
@@ -604,35 +607,73 @@ def pixel_cross_entropy(logits, labels, ignore=255):
     return loss.sum() / count.clamp(min=1e-6)
 
 
-def on_grid(images, stride, corners=True):
-    """Images `[N, 3, H, W]`, continued at the right and the bottom (the border repeated) to the
-    next k·stride + 1 pixels.
+# ---------------------------------------------------------------------------------------- alignment
+#
+# Where the positions of a map are on the image. A convolution of stride s and padding k//2 computes
+# its output i around pixel i·s. So k + 1 positions span k·s + 1 pixels, for stride 4:
+#
+#     pixel       0   1   2   3   4   5   6   7   8          2·4 + 1 pixels
+#     position    0               1               2          3 positions
+#
+# The papers' crops have such sides: 513 = 16·32 + 1, 769 = 24·32 + 1. Images of other sides are
+# extended to the next k·s + 1 by repeating their border, s being the coarsest stride. Then the
+# outermost positions of all maps are on the outermost pixels, so maps are resized with
+# align_corners=True. Without that, map and image would drift apart by up to a stride. It costs a
+# row and a column of positions where a side is a multiple of s.
+#
+# Swin Transformers and ConvNeXts cut the image into patches of s x s pixels. A position is the
+# middle of its patch:
+#
+#     pixel       0   1   2   3 | 4   5   6   7              2·4 pixels
+#     position          0       |       1                    2 positions
+#
+# Images are then extended to multiples of s, and maps are resized with align_corners=False.
 
-    A convolution of stride s and padding k//2 has its i-th output at pixel i·s, so a map of k + 1
-    positions spans k·s + 1
-    pixels: the 513 and 769 of the papers' crops. At other sizes map and image would drift apart by
-    up to a stride. The price is a row and a column of positions where a side is a multiple of the
-    stride.
 
-    corners=False, for networks that cut the image into patches: to the next multiple of the stride;
-    there the i-th output covers the pixels i·s … i·s + s - 1.
+def extended(images, stride, patches=False):
+    """Images `[N, C, H, W]`, extended at the right and the bottom to the next k·stride + 1 pixels.
+
+    patches: to the next multiple of `stride`.
     """
-    H, W = images.shape[2:]
-    corner = 1 if corners else 0
-    return F.pad(images, (0, (corner - W) % stride, 0, (corner - H) % stride), mode="replicate")
+    remainder = 0 if patches else 1
+    bottom, right = ((remainder - side) % stride for side in images.shape[2:])
+    return F.pad(images, (0, right, 0, bottom), mode="replicate")
 
 
-def upsample(logits, stride, size, corners=True):
-    """Logits `[N, K, h, w]` of images `on_grid`, at `stride` -> float32 `[N, K, *size]`: position i
-    is at pixel i·stride.
+def upsample(logits, stride, size, patches=False):
+    """Logits `[N, K, h, w]` at `stride` -> float32 `[N, K, *size]`, bilinear; size: the image's."""
+    sides = (n * stride if patches else (n - 1) * stride + 1 for n in logits.shape[2:])
+    how = dict(mode="bilinear", align_corners=not patches)
+    full = F.interpolate(logits.float(), size=tuple(sides), **how)
+    return full[:, :, : size[0], : size[1]]
 
-    corners=False: at the middle of the stride pixels from there on.
+
+def resize(x, like, patches=False):
+    """Map `[N, C, h, w]` -> `[N, C, h', w']`, bilinear, of the same dtype.
+
+    like: the map whose size it takes, or a number: that many times as fine.
     """
-    h, w = logits.shape[2:]
-    full = ((h - 1) * stride + 1, (w - 1) * stride + 1) if corners else (h * stride, w * stride)
-    return F.interpolate(logits.float(), size=full, mode="bilinear", align_corners=corners)[
-        :, :, : size[0], : size[1]
-    ]
+    if isinstance(like, int):
+        size = [n * like if patches else (n - 1) * like + 1 for n in x.shape[2:]]
+    else:
+        size = like.shape[2:]
+    if x.shape[2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=not patches)
+
+
+def positions(stride, length, patches=False):
+    """The pixel of each of the `length` positions of a map at `stride`, along one side, int64."""
+    return torch.arange(length) * stride + (stride // 2 if patches else 0)
+
+
+def nearest(positions, side):
+    """For each of `side` pixels the index of the nearest of the positions, int64 `[side]`."""
+    middles = (positions[1:] + positions[:-1]) / 2
+    return torch.bucketize(torch.arange(side), middles, right=True)
+
+
+# ------------------------------------------------------------------------------------- for networks
 
 
 def one_image(net, image):

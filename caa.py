@@ -1,92 +1,40 @@
 """Channelized Axial Attention (CAA).
 
-Ye Huang, Di Kang, Wenjing Jia, Liu Liu, Xiangjian He: "Channelized Axial Attention - considering
-Channel Relation within Spatial Attention for Semantic Segmentation", AAAI 2022,
-https://arxiv.org/abs/2101.07434. The numbers below are those of Ye Huang's thesis "Context-aware
-Image Semantic Segmentation" (University of Technology Sydney, 2022), chapter 3.
+Ye Huang, Di Kang, Wenjing Jia, Liu Liu, Xiangjian He, AAAI 2022, https://arxiv.org/abs/2101.07434.
+Equations, tables and sections have the numbers of Ye Huang's thesis "Context-aware Image Semantic
+Segmentation" (University of Technology Sydney, 2022), chapter 3.
 
-The idea: spatial attention says where to look, channel attention what to look at. Side by side or
-one after the other they contradict each other. Here the spatial attention is a column step followed
-by a row step. Each step multiplies features by weights, then sums them; the channel gate acts
-between the multiplication and the sum, and is computed from the weighted features of one row (one
-column), not from the whole image's mean.
+The idea. Spatial attention decides which positions a pixel reads, channel attention which channels
+count. Earlier networks compute the two apart, in parallel or in sequence, and their results can
+conflict: a channel that matters for a small object may not matter for the whole image. CAA puts
+channel attention inside spatial attention. Spatial attention is done in two steps, first along the
+columns, then along the rows. Each step multiplies features by attention weights and sums them. A
+gate acts on the channels between the multiplication and the sum. In the column step every row has
+its own gate, in the row step every column.
 
-    Eqs. (3.1), (3.2)  self-attention            -> SpatialAttention(attention="self")
-    Eqs. (3.3), (3.4)  column and row maps       -> axial_attention
-    Eqs. (3.5), (3.8)  axial attention           -> channelized with gate=None
-    Eqs. (3.6), (3.7)  weighted features α, β    -> channelized_grouped (channelized avoids them)
-    Eqs. (3.9), (3.10) the gates                 -> channelized (pooling), ChannelAttention (ω)
-    Eq.  (3.11)        the whole                 -> SpatialAttention.forward
-    Algorithm 2        grouped vectorization     -> channelized_grouped
-    Sect. 3.2          conflicts, Figs. 3.1-3.4  -> DualAttention, CAANet.figures
-    Sect. 3.3.2.3      the deeper gate           -> ChannelAttention(layers, width)
+The mathematics. x [N, C, H, W] are the features. θ, φ and g are 1x1 convolutions: θ(x) and φ(x)
+[N, 64, H, W] are queries and keys at once, g(x) [N, C, H, W] are the values. (i, j) is the position
+in row i and column j, m is another row, n another column, ⊙ multiplies channel by channel.
 
-Why the gate is nearly free. In Eq. (3.9) it multiplies α_{i,j,m} and does not depend on m, the
-summed index; and what it is computed from is a sum over m as well. With z_{i,j} = Σ_m α_{i,j,m},
-the plain attended features,
+    column step
+    A_col(ij, mj) = softmax_m( θ(x_ij)ᵀ θ(x_mj) )           [N, W, H, H]  (3.3) -> column_attention
+    α_ijm  = A_col(ij, mj) g(x_mj)                          [C] each      (3.6)
+    gate_i = Sigmoid(ReLU( Σ_m,j α_ijm / (H·W) · ω_c1) ω_c2) [N, H, C]    (3.9) -> ChannelAttention
+    z_ij   = Σ_m gate_i ⊙ α_ijm                             [N, C, H, W]        -> channelized
 
-    Σ_m gate_i ⊙ α_{i,j,m}  =  gate_i ⊙ z_{i,j},
-    gate_i = Gate(Σ_{m,j} α_{i,j,m} / HW) = Gate(mean_j z_{i,j} / H)
+    row step, on the result z of the column step
+    A_row(ij, in) = softmax_n( φ(x_ij)ᵀ φ(x_in) )           [N, H, W, W]  (3.4) -> row_attention
+    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7)
+    gate_j = Sigmoid(ReLU( Σ_i,n β_ijn / (H·W) · ω_r1) ω_r2) [N, W, C]   (3.10) -> ChannelAttention
+    y_ij   = Σ_n gate_j ⊙ β_ijn                             [N, C, H, W] (3.11) -> SpatialAttention
 
-so one matrix product gives z, and the H·H·W·C numbers of Algorithm 2 are never laid out. Eq. (3.10)
-is the same with the axes exchanged, and self-attention (Table 3.3) is the column step on a map of
-one column, HW high.
+Others: self-attention, (3.1), (3.2) -> SpatialAttention(attention="self"); axial attention without
+gates, (3.5), (3.8) -> channelized(gate=None); Algorithm 2 -> channelized_grouped; the conflicts of
+Sect. 3.2 -> DualAttention.
 
-What the paper prints and cannot mean, or counts in its own way:
-- Eqs. (3.5)-(3.11) print A_col(x_{i,j}, x_{m,j}) beside g(x_{m,n}), the map of column j on values
-  of column n. Summed as printed that costs H²W²C, not the O(H²W + HW²) of Sect. 3.3.1.2, and it is
-  not what Algorithm 2 ([N, H, H, W] times [N, C, H, W]) and Fig. 3.5 do. Here, as there and in the
-  released code, each column attends within itself (n in place of j), and the row step attends to
-  the column step's result. Σ_{m,j} in Eq. (3.9) then leaves one gate for each row.
-- Algorithm 2, line 1, prints a padding of H % G; what line 5 can reshape takes -H % G.
-- Table 3.1's increments are multiply-adds in 2^30 of one gate vector for each axis: rows 1x128,
-  7x128, 5x64 and 5x256 are exactly the weights of two ChannelAttention. Rows 3x128 and 5x128 print
-  0.00027 and 0.00030; the same count gives 0.00031 and 0.00037. A map has H + W such vectors:
-  0.013e9 at 513x513 and stride 16, 0.02 % of the network.
-
-Where the paper is silent, as the released code does:
-- 3x3 reduction to 512; queries of 64 channels (1x1 convolution, batch norm; query = key), unscaled
-  softmax; values with batch norm and ReLU, no residual; an image-level branch; projection to 256,
-  dropout 0.1; gates with leaky ReLU 0.2 and no biases; auxiliary loss 0.4; multi-grid (1, 2, 4) in
-  the last stage of a ResNet.
-
-Where the released code departs from the paper: it has a ReLU behind the queries' batch norm,
-released=True here. The paper has "a 1x1 convolution" (Sect. 3.3.1.1), into which batch norm alone
-can be folded. In short runs that trains better: vectors behind a ReLU have no product below 0, so a
-long one draws positions that show something else.
-
-Where both are silent, our choice:
-- The image-level branch has no batch norm, for there is one value of a channel in an image: too few
-  to normalise.
-- The head starts as a plain one: the 1x1 convolutions around the attention as the identity. The
-  gates start from Kaiming's initialisation, for PyTorch's smaller one would shrink their signal a
-  hundredfold. They start near 1/2 in any case, since Σα/HW carries a factor 1/H (1/W). The weights
-  of linear queries' batch norm start at 0.7: a query's product with itself is then near 64 · 0.7²,
-  32 as behind a ReLU.
-- "Axial attention + SE" (Table 3.2) has SENet's reduction, 16.
-- The dual designs of Sect. 3.2 are DANet's (Fu et al., CVPR 2019): x + γ·attention with γ learned
-  from 0, and a cross entropy of weight 1 for each branch. The channel map is DANet's equation,
-  softmax(X Xᵀ); its released code takes softmax(max - X Xᵀ). The spatial side is this file's
-  attention, so that the three designs of Fig. 3.1 differ in nothing but where channel attention
-  stands; DANet's is attention="self".
-- Image and feature map are aligned as at the papers' 513 and 769 pixels: backbones.on_grid and
-  backbones.upsample.
-- The attention maps and the gates are computed in float32 under mixed precision: an unscaled
-  product of 64 channels can exceed float16's 65504, and Σα/HW falls below its smallest normal
-  number. The maps are laid out (no fused attention), for they are what Eqs. (3.3) and (3.4) name
-  and what the figures show; a column's is small.
-
-    Table 3.1            output_stride=16, channelization, channel_layers, channel_width
-    Table 3.2            output_stride=16, channelization=False, se=False or True
-    Table 3.3            output_stride=16, attention="self", channelization
-    Table 3.4            output_stride, auxiliary; evaluate.py --scales … --flip
-    Table 3.5            backbone
-    Tables 3.6, 3.8-3.11 RECIPES; evaluate.py --scales … --flip
-    Table 3.7            decoder
-    Fig. 3.1 (a), (b)    dual="parallel", dual="sequential"
-
-To copy: this file and backbones.py. `SpatialAttention` and what stands above it need torch and
-torchvision alone.
+Read first `column_attention`, then `channelized_grouped`, which is Algorithm 2 as it is printed,
+then `channelized`, which computes the same much faster. Tests: tests/test_caa.py.
+To copy: this file and backbones.py. What is above CAANet needs torch and torchvision alone.
 """
 
 import torch
@@ -98,220 +46,238 @@ import backbones
 
 # ---------------------------------------------------------------------------------------- equations
 
-# The order of `[N, C, H, W]` in which one axis is attended to: (N, the other axis, the axis, C);
-# and the way back.
-TO_AXIS = {"column": (0, 3, 2, 1), "row": (0, 2, 3, 1)}
-FROM_AXIS = {"column": (0, 3, 2, 1), "row": (0, 3, 1, 2)}
+
+def column_attention(query):
+    """Eq. (3.3): how much each row attends to each other row, in every column.
+
+    query `[N, c, H, W]`, which is the key as well -> `[N, W, H, H]`: column j, row i of the query,
+    attended row m; it sums to 1 over m. float32 (float64 for float64), also under autocast: an
+    unscaled product of 64 channels can exceed float16's largest number.
+    """
+    if query.requires_grad:
+        # PyTorch's batch norm on the CPU misreads a permuted gradient of a map one position wide.
+        query.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
+    with torch.autocast(query.device.type, enabled=False):
+        query = query.to(torch.promote_types(query.dtype, torch.float32))
+        q = query.permute(0, 3, 2, 1)  # [N, W, H, c]
+        return torch.softmax(q @ q.mT, dim=-1)  # Eq. (3.3)  [N, W, H, H]
+
+
+def row_attention(query):
+    """Eq. (3.4): how much each column attends to each other column, in every row.
+
+    query `[N, c, H, W]` -> `[N, H, W, W]`: row i, column j of the query, attended column n.
+    """
+    return column_attention(query.mT)  # the same with rows and columns exchanged
 
 
 def axial_attention(query, axis):
-    """Eq. (3.3) for axis="column", Eq. (3.4) for axis="row": who attends to whom within one column,
-    one row.
-
-    query `[N, c, H, W]`, which is the key as well -> softmax over the last index, the attended
-    position: `[N, W, H, H]` (column j, query row i, attended row m) or `[N, H, W, W]` (row i, query
-    column j, attended column n). float32 at least, also under autocast.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        query = query.to(torch.promote_types(query.dtype, torch.float32))
-        query = query.permute(TO_AXIS[axis])  # [N, W, H, c] or [N, H, W, c]
-        return torch.softmax(query @ query.transpose(2, 3), dim=-1)  # Eqs. (3.3), (3.4)
-
-
-def channelized(attention, value, gate, axis):
-    """One axis of Eqs. (3.6)-(3.11): attended features, gated by channel with a gate for each row
-    (column).
-
-    attention from `axial_attention`, value `[N, C, H, W]`, gate a callable `[N, L, C] -> [N, L, C]`
-    with values in 0…1, L = H for axis="column" and W for axis="row"; None leaves the gate out:
-    plain axial attention, Eq. (3.5).
-    Returns `[N, C, H, W]`. Equal to `channelized_grouped`; the module's docstring has the algebra.
-    """
-    value = value.permute(TO_AXIS[axis])  # [N, W, H, C] or [N, H, W, C]
-    z = attention.to(value.dtype) @ value  # Σ_m α or Σ_n β of Eqs. (3.6), (3.7)
-    if gate is not None:
-        length = z.shape[2]
-        pooled = (
-            z.mean(dim=1, dtype=torch.promote_types(z.dtype, torch.float32)) / length
-        )  # [N, L, C]  Σα / HW
-        z = z * gate(pooled).unsqueeze(1).to(z.dtype)  # Eqs. (3.9), (3.10)
-    return z.permute(FROM_AXIS[axis])
+    """`column_attention` for axis="column", `row_attention` for axis="row"."""
+    return {"column": column_attention, "row": row_attention}[axis](query)
 
 
 def channelized_grouped(attention, value, gate, axis, groups):
-    """Algorithm 2: the same as `channelized`, the weighted features of one group of queries at a
-    time laid out.
+    """Algorithm 2: the column step, Eqs. (3.6), (3.9), (3.11), one group of query rows at a time.
 
-    Memory N·(L/groups)·L·(other axis)·C numbers, in training (where α is kept for the gradient)
-    `groups` times that. The released code has 16 groups. Here to be read and to be compared with;
-    nothing else calls it.
+    attention `[N, W, H, H]` of `column_attention`, value `[N, C, H, W]`; gate: a callable from
+    `[N, L, C]` to `[N, L, C]` in 0…1, or None for plain axial attention, Eq. (3.5) -> `[N, C, H,
+    W]`. axis="row" is the row step, Eqs. (3.7), (3.10): attention `[N, H, W, W]`.
+
+    For reading and comparing: the weighted features α take N·H/groups·H·W·C numbers at a time, and
+    in training, where all of them are kept, groups times that.
     """
-    if axis == "row":  # the algorithm is printed for columns: exchange the axes
-        return channelized_grouped(
-            attention, value.transpose(2, 3), gate, "column", groups
-        ).transpose(2, 3)
+    if axis == "row":  # the algorithm is printed for columns
+        return channelized_grouped(attention, value.mT, gate, "column", groups).mT
     N, C, H, W = value.shape
-    A = attention.to(value.dtype).permute(2, 0, 3, 1)  # [H, N, H, W]  line 2: the query row first
-    A = F.pad(A, (0, 0, 0, 0, 0, 0, 0, -H % groups))  # [H+, N, H, W]  lines 1, 3, 4
-    A = A.reshape(groups, -1, N, H, W)  # [G, H+/G, N, H, W]  line 5
+    padding = -H % groups  # line 1 prints H % groups, with which line 5 cannot be done
+    A = attention.to(value.dtype).permute(2, 0, 3, 1)  # line 2: query row first  [H, N, H, W]
+    A = F.pad(A, (0, 0, 0, 0, 0, 0, 0, padding))  # lines 3, 4  [H+, N, H, W]
+    A = A.reshape(groups, -1, N, H, W)  # line 5  [G, H+/G, N, H, W]
     Y = []
-    for A_g in A:  # lines 6 to 8
-        alpha = A_g.unsqueeze(2) * value  # [H+/G, N, C, H, W]  Eq. (3.6)
+    for A_g in A:  # lines 6 to 8: the channelization of one group
+        # Eq. (3.6). It prints g(x_mn), values of another column than the map's. Summed so, it would
+        # cost H²W²C and not the O(H²W) of Sect. 3.3.1.2. The shapes of the algorithm, Fig. 3.5 and
+        # the released code have one column.
+        alpha = A_g[:, :, None] * value  # [H+/G, N, C, H, W]
         if gate is not None:
-            pooled = alpha.sum(dim=(3, 4)) / (H * W)  # [H+/G, N, C]  Σ_{m,j} α / HW
-            weight = gate(pooled.transpose(0, 1)).transpose(0, 1).to(alpha.dtype)  # [H+/G, N, C]
-            alpha = weight[..., None, None] * alpha  # Eq. (3.9)
-        Y.append(alpha.sum(dim=3))  # [H+/G, N, C, W]
-    Y = torch.cat(Y)[:H]  # [H, N, C, W]  lines 9 to 11
-    return Y.permute(1, 2, 0, 3)  # [N, C, H, W]  line 12
+            pooled = alpha.sum(dim=(3, 4)) / (H * W)  # Σ_m,j α / HW  [H+/G, N, C]
+            weight = gate(pooled.transpose(0, 1)).transpose(0, 1)  # Eq. (3.9)  [H+/G, N, C]
+            alpha = weight.to(alpha.dtype)[..., None, None] * alpha
+        Y.append(alpha.sum(dim=3))  # Σ_m  [H+/G, N, C, W]
+    # Lines 9 and 10 print a stack over 0 … G and a reshape. G groups concatenated are the same.
+    Y = torch.cat(Y)[:H]  # lines 9 to 11  [H, N, C, W]
+    return Y.permute(1, 2, 0, 3)  # line 12  [N, C, H, W]
+
+
+def channelized(attention, value, gate, axis):
+    """The same as `channelized_grouped`, by one matrix product, without the weighted features.
+
+    Derivation: in Eq. (3.9) the gate multiplies α_ijm and does not depend on m, the index of the
+    sum in Eq. (3.11). So it can be taken out of the sum. With z_ij = Σ_m α_ijm, a matrix product,
+
+        Σ_m gate_i ⊙ α_ijm = gate_i ⊙ z_ij
+
+    The gate itself is computed from a sum over m, which is z again, averaged over the columns j:
+
+        Σ_m,j α_ijm / (H·W) = Σ_j z_ij / (H·W) = mean_j(z_ij) / H
+    """
+    if axis == "row":
+        return channelized(attention, value.mT, gate, "column").mT
+    value = value.permute(0, 3, 2, 1)  # [N, W, H, C]
+    z = attention.to(value.dtype) @ value  # Σ_m α  [N, W, H, C]
+    if gate is not None:
+        # In float32: divided by H, half-precision features would fall below the normal numbers.
+        pooled = z.mean(dim=1, dtype=torch.promote_types(z.dtype, torch.float32)) / z.shape[2]
+        z = gate(pooled)[:, None].to(z.dtype) * z  # Eq. (3.9)  [N, 1, H, C] · [N, W, H, C]
+    return z.permute(0, 3, 2, 1)  # [N, C, H, W]
 
 
 def channel_map(x):
-    """The C x C map of DANet's channel attention (Sect. 3.1): x `[N, C, H, W]` -> softmax(X Xᵀ)
-    `[N, C, C]`, float32.
+    """The channel attention map of DANet (Sect. 3.1): x `[N, C, H, W]` -> `[N, C, C]`, float32.
+
+    softmax(X Xᵀ) as in its paper (Fu et al., CVPR 2019); its released code has softmax(max - X Xᵀ).
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-        return torch.softmax(x @ x.transpose(1, 2), dim=-1)
+        return torch.softmax(x @ x.mT, dim=-1)
 
 
 # ------------------------------------------------------------------------------------------- layers
 
 
 class ChannelAttention(nn.Module):
-    """The gate of Eqs. (3.9), (3.10): `[N, L, C] -> [N, L, C]` in 0…1, in the precision of its
-    weights also under autocast.
+    """The gate of Eqs. (3.9), (3.10): `[N, L, C] -> [N, L, C]` in 0…1, in its weights' precision.
 
-    layers: hidden layers of `width` channels, at least 1 (Sect. 3.3.2.3). With layers=1 and
-    negative_slope=0 it is as printed, fc[0] being ω_c1 or ω_r1 and fc[1] ω_c2 or ω_r2.
+    layers hidden layers of `width` channels, activation "leaky_relu" or "relu" (Sect. 3.3.2.3).
+    With layers=1, activation="relu" it is as printed: fc[0] is ω_c1 or ω_r1, fc[1] ω_c2 or ω_r2.
+    Raises ValueError for other values.
     """
 
-    def __init__(self, channels, width=128, layers=5, negative_slope=0.2):
+    def __init__(self, channels, width=128, layers=5, activation="leaky_relu"):
         super().__init__()
         if layers < 1 or width < 1:
-            raise ValueError(
-                f"a gate of {layers} layers of {width} channels: expected at least one of each"
-            )
+            raise ValueError(f"a gate of {layers} layers of {width} channels: it has at least one")
+        if activation not in ("leaky_relu", "relu"):
+            raise ValueError(f"activation={activation!r}: it is 'leaky_relu' or 'relu'")
         sizes = [channels] + [width] * layers + [channels]
+        # No biases and a slope of 0.2, as in the released code.
         self.fc = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
-        self.negative_slope = negative_slope
+        self.slope = 0.2 if activation == "leaky_relu" else 0.0
         for fc in self.fc:
-            nn.init.kaiming_normal_(fc.weight, a=negative_slope)
+            # PyTorch's smaller weights would shrink the signal a hundredfold. The gates are near
+            # 1/2 at the start in any case: Σα/HW carries a factor 1/H.
+            nn.init.kaiming_normal_(fc.weight, a=self.slope)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.fc[0].weight.dtype)
             for fc in self.fc[:-1]:
-                x = F.leaky_relu(fc(x), self.negative_slope)
+                x = F.leaky_relu(fc(x), self.slope)
             return torch.sigmoid(self.fc[-1](x))
 
 
 class SpatialAttention(nn.Module):
-    """Attention over positions, `[N, C, H, W] -> [N, C, H, W]`: axial (Eq. 3.11; 3.5 without gates)
-    or self (Eq. 3.1).
+    """Attention over positions, `[N, C, H, W] -> [N, C, H, W]`.
+
+    attention: "axial", Eq. (3.11), or "self", Eq. (3.1) with one gate for each pixel.
+    channelization: with gates, `gate` are their keywords. released: see CAANet.
     """
 
-    def __init__(
-        self,
-        channels=512,
-        attention="axial",
-        channelization=True,
-        layers=5,
-        width=128,
-        query_channels=64,
-        released=False,
-    ):
+    def __init__(self, channels=512, attention="axial", channelization=True, query_channels=64,
+                 released=False, **gate):  # fmt: skip
         super().__init__()
         if attention not in ("axial", "self"):
             raise ValueError(f"attention={attention!r}: it is 'axial' or 'self'")
         self.axial = attention == "axial"
-        how = dict(kernel_size=1, activation_layer=nn.ReLU if released else None)
-        self.theta = Conv2dNormActivation(channels, query_channels, **how)
-        self.phi = Conv2dNormActivation(channels, query_channels, **how) if self.axial else None
-        self.g = Conv2dNormActivation(channels, channels, 1)
-        nn.init.dirac_(self.g[0].weight)
-        for query in (self.theta, self.phi) if self.axial else (self.theta,):
-            nn.init.kaiming_normal_(query[0].weight, nonlinearity="relu")
-            nn.init.constant_(query[1].weight, 1.0 if released else 0.7)
-        self.gate_col = ChannelAttention(channels, width, layers) if channelization else None
-        self.gate_row = (
-            ChannelAttention(channels, width, layers) if channelization and self.axial else None
-        )
+        self.theta = self.query(channels, query_channels, released)
+        self.phi = self.query(channels, query_channels, released) if self.axial else None
+        self.g = Conv2dNormActivation(channels, channels, 1)  # with ReLU, as in the released code
+        nn.init.dirac_(self.g[0].weight)  # the head starts as one without attention
+        gates = channelization, channelization and self.axial
+        gates = [ChannelAttention(channels, **gate) if wanted else None for wanted in gates]
+        self.gate_col, self.gate_row = gates
+
+    @staticmethod
+    def query(channels, query_channels, released):
+        """θ or φ: "a 1x1 convolution layer" (Sect. 3.3.1.1), into which batch norm folds.
+
+        After the released code's ReLU no product is below 0, so a query of large norm attends to
+        unrelated positions.
+        """
+        act = nn.ReLU if released else None
+        layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
+        nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
+        # With 0.7 a query's product with itself is near 64 · 0.7² = 32, as after a ReLU.
+        nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
+        return layer
 
     def maps(self, x):
-        """The attention maps of x: (column `[N, W, H, H]`, row `[N, H, W, W]`), or for self (`[N,
-        1, HW, HW]`, None).
-        """
+        """(column map `[N, W, H, H]`, row map `[N, H, W, W]`); self: (`[N, 1, HW, HW]`, None)."""
         if self.axial:
-            return axial_attention(self.theta(x), "column"), axial_attention(self.phi(x), "row")
-        return axial_attention(
-            self.theta(x).flatten(2).unsqueeze(3), "column"
-        ), None  # Eq. (3.2): one column of all pixels
+            return column_attention(self.theta(x)), row_attention(self.phi(x))
+        return column_attention(self.theta(x).flatten(2)[..., None]), None  # Eq. (3.2)
 
     def forward(self, x):
         col, row = self.maps(x)
         if self.axial:
-            y = channelized(col, self.g(x), self.gate_col, "column")  # the inner sum of Eq. (3.11)
-            return channelized(row, y, self.gate_row, "row")  # the outer sum
-        y = channelized(
-            col, self.g(x).flatten(2).unsqueeze(3), self.gate_col, "column"
-        )  # Eq. (3.1), a gate for each pixel
+            z = channelized(col, self.g(x), self.gate_col, "column")  # the inner sum of Eq. (3.11)
+            return channelized(row, z, self.gate_row, "row")  # the outer sum
+        # Eq. (3.1): the column step of one column that holds all positions  [N, C, HW, 1]
+        y = channelized(col, self.g(x).flatten(2)[..., None], self.gate_col, "column")
         return y.reshape(x.shape)
 
 
 class CAA(nn.Module):
-    """The head: `[N, in_channels, H, W]` -> `[N, 256, H, W]`."""
+    """The head, `[N, in_channels, H, W] -> [N, 256, H, W]`, as in the released code.
 
-    def __init__(
-        self,
-        in_channels,
-        attention="axial",
-        channelization=True,
-        layers=5,
-        width=128,
-        se=False,
-        released=False,
-    ):
+    attention=None leaves out the attention and keeps all else.
+    """
+
+    def __init__(self, in_channels, attention="axial", channelization=True, se=False,
+                 released=False, **gate):  # fmt: skip
         super().__init__()
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
-        self.attention = SpatialAttention(
-            512, attention, channelization, layers, width, released=released
-        )
+        self.attention = nn.Identity()
+        if attention is not None:
+            kwargs = dict(channelization=channelization, released=released, **gate)
+            self.attention = SpatialAttention(512, attention, **kwargs)
+        # Table 3.2, "+ SE": with SENet's reduction of 16, as the thesis does not say.
         self.se = SqueezeExcitation(512, 512 // 16) if se else nn.Identity()
         self.after = Conv2dNormActivation(512, 512, 1)
         nn.init.dirac_(self.after[0].weight)
+        # No batch norm: after pooling there is one value per channel and image.
         self.image_level = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(512, 512, 1), nn.ReLU())
         self.project = Conv2dNormActivation(1024, 256, 1)
         self.channels = 256
 
     def forward(self, x):
-        x = self.reduce(x)
+        x = self.reduce(x)  # [N, 512, H, W]
         y = self.after(self.se(self.attention(x)))
         return self.project(torch.cat([y, self.image_level(x).expand_as(x)], dim=1))
 
 
 class DualAttention(nn.Module):
-    """Fig. 3.1 (a) "parallel": spatial + channel attention; (b) "sequential": channel, then spatial
-    attention.
+    """The two earlier designs of Fig. 3.1, whose branches can conflict (Sect. 3.2).
 
-    `[N, in_channels, H, W]` -> (features `[N, 512, H, W]`, dict of the branches' logits `[N,
-    num_classes, H, W]`), the branches that show the conflicts (Sect. 3.2.1): "spatial" and
-    "channel", or "channel" with its gradient stopped.
+    "parallel", (a): spatial + channel attention; "sequential", (b): channel, then spatial
+    attention. `[N, in_channels, H, W]` -> (features `[N, 512, H, W]`, dict of the branches' logits
+    `[N, K, H, W]`): "spatial" and "channel" (Sect. 3.2.1), or "channel" with its gradient stopped.
+
+    The layout is DANet's. The spatial attention is this file's, so that the designs of Fig. 3.1
+    differ only in the place of channel attention; DANet's has separate queries and keys, and values
+    without norm.
     """
 
-    def __init__(
-        self, in_channels, num_classes, design="parallel", attention="axial", released=False
-    ):
+    def __init__(self, in_channels, num_classes, design="parallel", attention="axial",
+                 released=False):  # fmt: skip
         super().__init__()
         if design not in ("parallel", "sequential"):
             raise ValueError(f"dual={design!r}: it is None, 'parallel' or 'sequential'")
         self.design, self.channels = design, 512
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
         self.attention = SpatialAttention(512, attention, channelization=False, released=released)
-        self.gamma_spatial, self.gamma_channel = (
-            nn.Parameter(torch.zeros(())),
-            nn.Parameter(torch.zeros(())),
-        )
+        self.gamma_spatial = nn.Parameter(torch.zeros(()))
+        self.gamma_channel = nn.Parameter(torch.zeros(()))
         self.after = Conv2dNormActivation(512, 512, 3)
         self.channel_logits = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(512, num_classes, 1))
         if design == "parallel":
@@ -320,134 +286,114 @@ class DualAttention(nn.Module):
             self.spatial_logits = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(512, num_classes, 1))
 
     def spatial(self, x):
-        """x + γ · spatial attention, `[N, 512, H, W]`"""
         return x + self.gamma_spatial * self.attention(x)
 
     def channel(self, x):
-        """x + γ · channel attention, `[N, 512, H, W]`"""
-        return x + self.gamma_channel * (channel_map(x).to(x.dtype) @ x.flatten(2)).reshape(x.shape)
+        y = channel_map(x).to(x.dtype) @ x.flatten(2)  # [N, 512, HW]
+        return x + self.gamma_channel * y.reshape(x.shape)
 
     def forward(self, x):
-        if self.design == "parallel":
-            spatial = self.after(self.spatial(self.reduce(x)))
-            channel = self.after_channel(self.channel(self.reduce_channel(x)))
-            return spatial + channel, {
-                "spatial": self.spatial_logits(spatial),
-                "channel": self.channel_logits(channel),
-            }
-        channel = self.channel(self.reduce(x))
-        return self.after(self.spatial(channel)), {"channel": self.channel_logits(channel.detach())}
+        if self.design == "sequential":
+            channel = self.channel(self.reduce(x))
+            logits = self.channel_logits(channel.detach())  # it must not train the rest
+            return self.after(self.spatial(channel)), {"channel": logits}
+        spatial = self.after(self.spatial(self.reduce(x)))
+        channel = self.after_channel(self.channel(self.reduce_channel(x)))
+        logits = {"spatial": self.spatial_logits(spatial), "channel": self.channel_logits(channel)}
+        return spatial + channel, logits
 
 
 # ------------------------------------------------------------------------------------------ network
 
 
 class CAANet(nn.Module):
-    """Backbone, CAA (or dual attention), classifier, bilinear upsampling of the logits (Sects.
-    3.4.1.1, 3.4.1.2).
+    """Backbone, CAA, classifier, bilinear upsampling of the logits (Sects. 3.4.1.1, 3.4.1.2).
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
-    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "cross_entropy", with
-    `auxiliary` "auxiliary" (0.4 of it), with `dual` the branches' "spatial" and "channel".
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "cross_entropy",
+    "auxiliary", and with `dual` those of the branches (of weight 1, as DANet's).
 
-    attention: "axial" or "self" (Table 3.3)
-    channelization: the gates of Eqs. (3.9), (3.10); channel_layers, channel_width: theirs (Table
-    3.1)
-    se: squeeze-and-excitation after the attention (Table 3.2, with channelization=False)
-    dual: None, "parallel" or "sequential": Sect. 3.2's designs in place of CAA; of the above only
-    `attention` applies
-    released: queries with the ReLU of the authors' code
-    auxiliary: a loss on the backbone's last map (Table 3.4); decoder: DeepLabv3+'s (Table 3.7)
-    output_stride: of the backbone, 8 or 16 (Table 3.4)
+    option           values                           default        thesis
+    attention        "axial", "self", None (FCN)      "axial"        Table 3.3, Figs. 3.6 to 3.8
+    channelization   False: without the gates         True           Tables 3.1 to 3.3, 3.5
+    channel_layers   hidden layers of a gate          5              Table 3.1
+    channel_width    their channels                   128            Table 3.1
+    activation       "leaky_relu", "relu": printed    "leaky_relu"   Sect. 3.3.2.3
+    se               True: SE after the attention     False          Table 3.2 (no channelization)
+    dual             "parallel", "sequential"         None           Fig. 3.1 (a), (b), without CAA
+    auxiliary        True: a loss on the last map     True           Table 3.4 (Aux)
+    decoder          True: DeepLabv3+'s               False          Table 3.7
+    output_stride    of the backbone: 8, 16, 32       8              Tables 3.1 to 3.6
+    released         True: ReLU after the queries     False          the authors' code
     """
 
-    def __init__(
-        self,
-        num_classes,
-        backbone="resnet50",
-        weights=None,
-        *,
-        attention="axial",
-        channelization=True,
-        channel_layers=5,
-        channel_width=128,
-        se=False,
-        dual=None,
-        released=False,
-        auxiliary=True,
-        decoder=False,
-        output_stride=8,
-    ):
+    def __init__(self, num_classes, backbone="resnet50", weights=None, *, attention="axial",
+                 channelization=True, channel_layers=5, channel_width=128, activation="leaky_relu",
+                 se=False, dual=None, auxiliary=True, decoder=False, output_stride=8,
+                 released=False):  # fmt: skip
         super().__init__()
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None
+        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # the released code's
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, *_, high = self.backbone.channels
-        self.stride = self.backbone.strides[-1]
         if dual is not None:
             self.head = DualAttention(high, num_classes, dual, attention, released)
         else:
-            self.head = CAA(
-                high, attention, channelization, channel_layers, channel_width, se, released
-            )
-        corners = self.backbone.corners
-        self.decoder = backbones.Decoder(self.head.channels, low, corners) if decoder else None
+            gate = dict(layers=channel_layers, width=channel_width, activation=activation)
+            self.head = CAA(high, attention, channelization, se, released, **gate)
+        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
+        self.stride = self.backbone.strides[-1]
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
         layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         self.auxiliary = nn.Sequential(*layers) if auxiliary else None
 
     def forward(self, images, labels=None):
-        size, corners = images.shape[2:], self.backbone.corners
-        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
-        features = self.head(maps[-1])
-        features, branches = features if isinstance(self.head, DualAttention) else (features, {})
-        stride = self.stride
+        low, *_, high = self.backbone(images)
+        features, branches, stride = self.head(high), {}, self.stride
+        if isinstance(self.head, DualAttention):
+            features, branches = features
         if self.decoder is not None:
-            features, stride = self.decoder(features, maps[0]), 4
-        logits = backbones.upsample(self.classifier(self.dropout(features)), stride, size, corners)
+            features, stride = self.decoder(features, low, self.backbone.resize), 4
+        upsample, size = self.backbone.upsample, images.shape[2:]
+        logits = upsample(self.classifier(self.dropout(features)), stride, size)
         if labels is None:
             return logits
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
         for name, branch in branches.items():
-            branch = backbones.upsample(branch, self.stride, size, corners)
-            losses[name] = backbones.pixel_cross_entropy(branch, labels)
-        if self.auxiliary is not None:
-            auxiliary = backbones.upsample(self.auxiliary(maps[-1]), self.stride, size, corners)
-            losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(auxiliary, labels)
+            logits = upsample(branch, self.stride, size)
+            losses[name] = backbones.pixel_cross_entropy(logits, labels)
+        if self.auxiliary is not None:  # its weight is the released code's
+            logits = upsample(self.auxiliary(high), self.stride, size)
+            losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(logits, labels)
         return losses
 
     @torch.no_grad()
     def figures(self, image, pixel=None):
-        """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`. ValueError in training mode.
+        """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`, each `[H, W]`; see `attended`.
 
-        CAA: what the position of `pixel` (row, column in the image; its centre if None) attends to
-        before the gates: maps `[H, W]` in 0…1. ValueError where it lies outside the image. Dual
-        attention: the label maps `[H, W]` of its branches and of the whole (Figs. 3.3, 3.4).
+        Of CAA what the position at `pixel` (row, column; the centre if None) attends to before the
+        gates, in 0…1. Of dual attention the label maps of its branches and of the whole (Figs. 3.3,
+        3.4). None for attention=None. ValueError in training mode, and for a pixel outside.
         """
         image = backbones.one_image(self, image)
-        size, corners = image.shape[2:], self.backbone.corners
-        x = self.backbone(backbones.on_grid(image, self.backbone.grid, corners))[-1]
-        if isinstance(self.head, DualAttention):
-            logits = self.head(x)[1].items()
-            branches = {
-                name: backbones.upsample(y, self.stride, size, corners) for name, y in logits
-            }
-            labels = {f"{name} attention": y.argmax(1)[0] for name, y in branches.items()}
-            return labels | {"prediction": self(image).argmax(1)[0]}
+        size, x = image.shape[2:], self.backbone(image)[-1]
         row, column = backbones.one_pixel(pixel, size)
-        shift = self.stride // 2 if corners else 0
-        rows, columns = (
-            (torch.arange(side) + shift) // self.stride for side in size
-        )  # the nearest position
+        if isinstance(self.head, DualAttention):
+            logits = {f"{name} attention": y for name, y in self.head(x)[1].items()}
+            logits = {k: self.backbone.upsample(y, self.stride, size) for k, y in logits.items()}
+            return {k: y.argmax(1)[0] for k, y in (logits | {"prediction": self(image)}).items()}
+        if not isinstance(self.head.attention, SpatialAttention):
+            return {}
+        positions = [self.backbone.positions(self.stride, n) for n in x.shape[2:]]
+        rows, columns = map(backbones.nearest, positions, size)
         maps = attended(self.head.attention, self.head.reduce(x), rows[row], columns[column])
         return {name: (m / m.max())[rows[:, None], columns] for name, m in maps.items()}
 
 
 def attended(attention, x, i, j):
-    """What position (i, j) of x `[1, C, H, W]` attends to in a SpatialAttention: dict of maps `[H,
-    W]`.
+    """What position (i, j) of x `[1, C, H, W]` attends to in a SpatialAttention: maps `[H, W]`.
 
-    "column, then row" is A_row(i, j, n) · A_col(n, i, m) at (m, n): in two steps a position reaches
+    "column, then row" is A_row(ij, in) · A_col(in, mn) at (m, n): in two steps a position reaches
     every other.
     """
     H, W = x.shape[2:]
@@ -456,43 +402,29 @@ def attended(attention, x, i, j):
         return {"self-attention": col[0, 0, i * W + j].reshape(H, W)}
     column, across = col.new_zeros(H, W), col.new_zeros(H, W)
     column[:, j], across[i] = col[0, j, i], row[0, i, j]
-    return {
-        "column attention": column,
-        "row attention": across,
-        "column, then row": row[0, i, j] * col[0, :, i].T,
-    }
+    both = row[0, i, j] * col[0, :, i].T
+    return {"column attention": column, "row attention": across, "column, then row": both}
 
 
-# Sect. 3.4.1.3 for all: SGD at 0.01, (1 - iter/max_iter)^0.9, random flip, scale and crop,
-# synchronized batch norm.
 _COMMON = dict(
-    backbone="resnet101",  # Sect. 3.4.1.1
-    weights="imagenet",  # Sect. 3.4.1.1
-    output_stride=8,  # Sect. 3.4.1.1: 8 to compare with others, 16 for the ablations
-    optimizer="sgd",
-    lr=0.01,
-    power=0.9,
-    batch_size=16,
-    crop_size=513,  # open; the released configuration's
-    momentum=0.9,  # open; the released configuration's
-    weight_decay=1e-4,  # open; the released configuration's
-    bn_momentum=0.0003,  # open; the released configuration's (Keras 0.9997)
-    scale=(0.5, 2.0),  # open; the released configuration's
-    scale_step=0.1,  # open; the released configuration's
-    color="none",  # only "the most basic" augmentation
+    # Sect. 3.4.1.1; stride 8 to compare with others, 16 for the ablations
+    **dict(backbone="resnet101", weights="imagenet", output_stride=8),
+    # Sect. 3.4.1.3; augmentation is "the most basic"
+    **dict(optimizer="sgd", lr=0.01, power=0.9, batch_size=16, color="none"),
+    # Open; the released configuration's. Batch norm's momentum is 0.9997 in Keras.
+    **dict(crop_size=513, scale=(0.5, 2.0), scale_step=0.1),
+    **dict(momentum=0.9, weight_decay=1e-4, bn_momentum=0.0003),
 )
 RECIPES = {
     "pascal_context": _COMMON | dict(iterations=40_000),  # Sect. 3.4.2
-    "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3
-    "cityscapes": _COMMON
-    | dict(iterations=80_000, batch_size=8, crop_size=769),  # Sects. 3.4.1.3, 3.4.4
-    # Sect. 3.4.5 names the backbone; iterations are open: SegFormer's, with whom it compares
+    "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3; its "172 classes" are 171
+    # Sects. 3.4.1.3, 3.4.4
+    "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
+    # Sect. 3.4.5 names the backbone. Iterations are open: SegFormer's, with whom it compares.
     "coco_stuff164k": _COMMON | dict(iterations=80_000, backbone="efficientnet_b5"),
 }
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):
-    """A CAANet; `options` are its keywords, the thesis's final setting by default. ValueError for
-    an unknown one.
-    """
+    """A CAANet. `options` are its keywords; ValueError for an unknown one."""
     return CAANet(num_classes, backbone, weights, **backbones.check_options(CAANet, options))

@@ -453,9 +453,15 @@ def half_patch(net, labels, size):
     """How far the middle of a patch is from its corner: for the networks here that cut the image
     into patches, else 0.
     """
-    if getattr(getattr(net, "backbone", None), "corners", True):
+    backbone = getattr(net, "backbone", None)
+    if not isinstance(backbone, backbones.Backbone):
         return 0
-    return stride_of(labels.shape[1], size[0]) // 2
+    return first_pixel(backbone, stride_of(labels.shape[1], size[0]))
+
+
+def first_pixel(backbone, stride):
+    """The pixel of the first position of a map at `stride`."""
+    return backbone.positions(stride, 1).item()
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -547,36 +553,30 @@ class UPer(nn.Module):
     Parsing", ECCV 2018).
 
     Four maps, finest first -> `[N, 4·512, h, w]` of the finest, still to be fused by a convolution
-    (CARNet.last). corners: how the maps lie, see backbones.on_grid. pointwise: a 1x1 convolution
-    after the pooling, not 3x3.
+    (CARNet.last). resize: the backbone's. pointwise: a 1x1 convolution after the pooling, not 3x3.
     """
 
-    def __init__(self, channels, corners=True, pointwise=False):
+    def __init__(self, channels, pointwise=False):
         super().__init__()
-        self.corners = corners
         self.pools = nn.ModuleList(Conv2dNormActivation(channels[-1], 512, 1) for _ in (1, 2, 3, 6))
         self.top = Conv2dNormActivation(channels[-1] + 4 * 512, 512, 1 if pointwise else 3)
         self.lateral = nn.ModuleList(Conv2dNormActivation(c, 512, 1) for c in channels[:-1])
         self.smooth = nn.ModuleList(Conv2dNormActivation(512, 512, 3) for _ in channels[:-1])
 
-    def forward(self, maps):
+    def forward(self, maps, resize):
         *finer, x = maps
+        how = dict(size=x.shape[2:], mode="bilinear", align_corners=False)
         pooled = [
-            resize(pool(backbones.average_pool(x, size)), x)
+            F.interpolate(pool(backbones.average_pool(x, size)), **how)
             for pool, size in zip(self.pools, (1, 2, 3, 6))
         ]
         x = self.top(torch.cat([x, *pooled], dim=1))
         pyramid = [x]
         for level, lateral, smooth in reversed(list(zip(finer, self.lateral, self.smooth))):
             lateral = lateral(level)
-            x = lateral + resize(x, lateral, self.corners)
+            x = lateral + resize(x, lateral)
             pyramid.insert(0, smooth(x))
-        return torch.cat([resize(level, pyramid[0], self.corners) for level in pyramid], dim=1)
-
-
-def resize(x, like, corners=False):
-    """x `[N, C, h, w]` at the size of the map `like`, bilinear."""
-    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=corners)
+        return torch.cat([resize(level, pyramid[0]) for level in pyramid], dim=1)
 
 
 class OCR(nn.Module):
@@ -585,13 +585,11 @@ class OCR(nn.Module):
 
     x `[N, in_channels, h, w]` and the map of the level before -> (pixels and their object context
     `[N, 2·512, h, w]`, still to be fused by a 1x1 convolution (CARNet.last); logits `[N, K, …]` of
-    the soft object regions, found on the level before). corners: how the maps lie, see
-    backbones.on_grid.
+    the soft object regions, found on the level before). resize: the backbone's.
     """
 
-    def __init__(self, in_channels, before_channels, num_classes, corners=True):
+    def __init__(self, in_channels, before_channels, num_classes):
         super().__init__()
-        self.corners = corners
         self.pixels = Conv2dNormActivation(in_channels, 512, 3)
         self.regions = nn.Sequential(
             Conv2dNormActivation(before_channels, 512, 3), nn.Conv2d(512, num_classes, 1)
@@ -604,10 +602,10 @@ class OCR(nn.Module):
         )
         self.delta, self.rho = Conv2dNormActivation(512, 256, 1), Conv2dNormActivation(256, 512, 1)
 
-    def forward(self, x, before):
+    def forward(self, x, before, resize):
         coarse, x = self.regions(before), self.pixels(x)
         with torch.autocast(x.device.type, enabled=False):
-            m = resize(coarse.float(), x, self.corners).flatten(2).softmax(2)  # [N, K, hw]
+            m = resize(coarse.float(), x).flatten(2).softmax(2)  # [N, K, hw]
             # the object regions' features  [N, 512, K, 1]
             f = (m @ x.float().flatten(2).mT).mT.unsqueeze(3)
         query, key, value = (
@@ -669,7 +667,7 @@ class CARNet(nn.Module):
         output_stride = output_stride or (32 if head == "uper" else 8)
         grid = (1, 2, 4) if backbone.startswith("resnet") and output_stride < 32 else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
-        levels, corners = self.backbone.channels, self.backbone.corners
+        levels = self.backbone.channels
         if head == "self_attention":
             self.head, width = SelfAttention(levels[-1]), 512
         elif head == "fcn":
@@ -680,9 +678,9 @@ class CARNet(nn.Module):
                 256,
             )
         elif head == "uper":
-            self.head, width = UPer(levels, corners, pool_pointwise), 4 * 512
+            self.head, width = UPer(levels, pool_pointwise), 4 * 512
         elif head == "ocr":
-            self.head, width = OCR(levels[-1], levels[-2], num_classes, corners), 2 * 512
+            self.head, width = OCR(levels[-1], levels[-2], num_classes), 2 * 512
         elif head == "caa":
             self.head, width = caa.CAA(levels[-1], released=released), 256
         else:
@@ -712,27 +710,28 @@ class CARNet(nn.Module):
         self.car = ClassAwareRegularization(num_classes, width if released else channels, **terms)
 
     def forward(self, images, labels=None):
-        size, strides, corners = images.shape[2:], self.backbone.strides, self.backbone.corners
-        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
+        size, strides, coarse = images.shape[2:], self.backbone.strides, None
+        maps = self.backbone(images)
         if isinstance(self.head, OCR):
-            x, coarse = self.head(maps[-1], maps[-2])
+            x, coarse = self.head(maps[-1], maps[-2], self.backbone.resize)
+        elif isinstance(self.head, UPer):
+            x = self.head(maps, self.backbone.resize)
         else:
-            x, coarse = self.head(maps if isinstance(self.head, UPer) else maps[-1]), None
+            x = self.head(maps[-1])
         x = self.linear(x)
         features = self.last(x)
-        logits = backbones.upsample(self.classifier(features), self.stride, size, corners)
+        logits = self.backbone.upsample(self.classifier(features), self.stride, size)
         if labels is None:
             return logits
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
         if self.auxiliary is not None:
             coarse = self.auxiliary(maps[-1])
         if coarse is not None:
-            coarse = backbones.upsample(
-                coarse, strides[-2 if isinstance(self.head, OCR) else -1], size, corners
-            )
+            stride = strides[-2 if isinstance(self.head, OCR) else -1]
+            coarse = self.backbone.upsample(coarse, stride, size)
             losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(coarse, labels)
         features, stride = x if self.car.released else features, self.stride
-        shift = 0 if corners else stride // 2  # to the middle of a patch
+        shift = first_pixel(self.backbone, stride)
         if isinstance(self.head, UPer):
             features, shift, stride = (
                 F.avg_pool2d(features, 2, ceil_mode=True),

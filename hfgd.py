@@ -70,46 +70,37 @@ import car
 # --------------------------------------------------------------------------------------- upsampling
 
 
-class Twice(nn.Module):
-    """`[N, C, h, w]` -> twice the resolution, bilinear: 2h - 1 rows, or 2h with corners=False (see
-    backbones.on_grid).
-    """
-
-    def __init__(self, corners):
-        super().__init__()
-        self.corners = corners
-
-    def forward(self, x):
-        size = [2 * side - self.corners for side in x.shape[2:]]
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=self.corners)
-
-
 class SemanticFPN(nn.Module):
     """Four maps of strides 4, 8, 16, 32, finest first -> `[N, 256, h, w]`, at stride 4 / 2^blocks.
 
     A leading convolution on each map (`kernel` 1x1), added up from the coarsest down; then a branch
     of convolutions, each with an upsampling, from every stride to 4, where the finest has one
-    without; the branches are added. blocks: more of them for every branch. corners: how the maps
-    lie, see backbones.on_grid.
+    without; the branches are added. blocks: more of them for every branch. resize: the backbone's.
     """
 
-    def __init__(self, channels, corners=True, kernel=1, blocks=0):
+    def __init__(self, channels, kernel=1, blocks=0):
         super().__init__()
-        self.twice, self.channels = Twice(corners), 256
+        self.channels, self.blocks = 256, blocks
         self.leading = nn.ModuleList(Conv2dNormActivation(c, 256, kernel) for c in channels)
-        self.branches = nn.ModuleList()
-        for level in range(len(channels)):
-            ups = [self.twice] * level or [nn.Identity()]
-            ups += [self.twice] * blocks
-            layers = [layer for up in ups for layer in (Conv2dNormActivation(256, 256, 3), up)]
-            self.branches.append(nn.Sequential(*layers))
+        self.branches = nn.ModuleList(
+            nn.ModuleList(Conv2dNormActivation(256, 256, 3) for _ in range(max(1, level) + blocks))
+            for level in range(len(channels))
+        )
 
-    def forward(self, maps):
-        x = self.leading[-1](maps[-1])
-        total = self.branches[-1](x)
-        for leading, branch, level in list(zip(self.leading, self.branches, maps))[-2::-1]:
-            x = leading(level) + self.twice(x)
-            total = total + branch(x)
+    def branch(self, level, x, resize):
+        """A level's map at the stride of the output; the finest level is upsampled once less."""
+        for i, conv in enumerate(self.branches[level]):
+            x = conv(x)
+            x = x if level == i == 0 else resize(x, 2)
+        return x
+
+    def forward(self, maps, resize):
+        coarsest = len(maps) - 1
+        x = self.leading[coarsest](maps[coarsest])
+        total = self.branch(coarsest, x, resize)
+        for level in reversed(range(coarsest)):
+            x = self.leading[level](maps[level]) + resize(x, 2)
+            total = total + self.branch(level, x, resize)
         return total
 
 
@@ -118,10 +109,10 @@ class UltraSemanticFPN(SemanticFPN):
     two blocks more.
     """
 
-    def __init__(self, channels, output_stride=4, corners=True):
+    def __init__(self, channels, output_stride=4):
         if output_stride not in (4, 2, 1):
             raise ValueError(f"output_stride={output_stride!r}: it is 4, 2 or 1")
-        super().__init__(channels, corners, kernel=3, blocks={4: 0, 2: 1, 1: 2}[output_stride])
+        super().__init__(channels, kernel=3, blocks={4: 0, 2: 1, 1: 2}[output_stride])
 
 
 # ----------------------------------------------------------------------------------------- guidance
@@ -140,14 +131,14 @@ class ContextAugmentedEncoder(nn.Module):
     def __init__(self, backbone, num_classes, encoder="ours", project=True, released=False):
         super().__init__()
         before, last = backbone.channels[-2:]
-        self.stride, self.corners = backbone.strides[-1], backbone.corners
+        self.stride = backbone.strides[-1]
         if encoder == "ours":
             leading = Conv2dNormActivation(last, 512, 1), Conv2dNormActivation(512, 512, 1)
             self.body, width = car.SelfAttention(512, nn.Sequential(*leading)), 512
         elif encoder == "self_attention":
             self.body, width = car.SelfAttention(last), 512
         elif encoder == "ocr":
-            self.body, width = car.OCR(last, before, num_classes, backbone.corners), 1024
+            self.body, width = car.OCR(last, before, num_classes), 1024
         elif encoder == "aspp":
             self.body, width = ASPP(last, (3, 6, 9), 256), 256
         elif encoder == "identity":
@@ -168,26 +159,26 @@ class ContextAugmentedEncoder(nn.Module):
             else None
         )
 
-    def forward(self, maps):
+    def forward(self, maps, resize):
         """(Z, seen): for `losses` the features `[N, 512, h, w]` that CAR acts on, or OCR's regions
         `[N, K, 2h, 2w]`.
         """
         if isinstance(self.body, car.OCR):
-            x, regions = self.body(maps[-1], maps[-2])
+            x, regions = self.body(maps[-1], maps[-2], resize)
             return self.last(x), regions
         x = self.linear(self.body(maps[-1]))
         return self.last(x), x
 
-    def losses(self, seen, labels):
+    def losses(self, seen, labels, backbone):
         """CAR's of "ours"; "auxiliary" of OCR, 0.4 of its regions' cross entropy. labels `[N, H,
         W]`, 255 = ignored.
         """
         if self.car is not None:
-            shift = 0 if self.corners else self.stride // 2  # to the middle of a patch
+            shift = car.first_pixel(backbone, self.stride)
             return self.car(seen, car.labels_at(labels, seen.shape[2:], shift, self.stride))
         if not isinstance(self.body, car.OCR):
             return {}
-        regions = backbones.upsample(seen, self.stride // 2, labels.shape[1:], self.corners)
+        regions = backbone.upsample(seen, self.stride // 2, labels.shape[1:])
         return {"auxiliary": 0.4 * backbones.pixel_cross_entropy(regions, labels)}
 
 
@@ -251,20 +242,20 @@ class HFGD(nn.Module):
         for module in self.backbone.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6  # Sect. 4
-        self.guided, corners = guided and upsampler is not None, self.backbone.corners
+        self.guided = guided and upsampler is not None
         self.encoder = ContextAugmentedEncoder(
             self.backbone, num_classes, encoder, self.guided, released
         )
         levels = (*self.backbone.channels[:-1], self.encoder.channels)
         if upsampler == "usfpn":
-            self.upsampler = UltraSemanticFPN(levels, output_stride, corners)
+            self.upsampler = UltraSemanticFPN(levels, output_stride)
         elif upsampler == "sfpn":
             if output_stride != 4:
                 raise ValueError(
                     f"output_stride={output_stride!r}: upsampler='sfpn' has 4; 2 and 1 are "
                     "U-SFPN's, 'usfpn'"
                 )
-            self.upsampler = SemanticFPN(levels, corners)
+            self.upsampler = SemanticFPN(levels)
         elif upsampler is None:
             self.upsampler, output_stride = None, self.backbone.strides[-1]
         else:
@@ -277,25 +268,23 @@ class HFGD(nn.Module):
         self.classifier = nn.Conv2d((self.upsampler or self.encoder).channels, num_classes, 1)
 
     def forward(self, images, labels=None):
-        size, corners = images.shape[2:], self.backbone.corners
-        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
-        z, seen = self.encoder(maps)
+        size, resize, maps = images.shape[2:], self.backbone.resize, self.backbone(images)
+        z, seen = self.encoder(maps, resize)
         logits = {}
         if self.guided:
-            u = self.upsampler([level.detach() for level in (*maps[:-1], z)])
+            u = self.upsampler([level.detach() for level in (*maps[:-1], z)], resize)
             logits["fine"] = self.guide(u, self.classifier), self.stride
         elif self.upsampler is not None:
-            logits["fine"] = self.classifier(self.upsampler([*maps[:-1], z])), self.stride
+            logits["fine"] = self.classifier(self.upsampler([*maps[:-1], z], resize)), self.stride
         if self.upsampler is None or self.guided and labels is not None:
             logits["coarse"] = self.classifier(z), self.backbone.strides[-1]
         logits = {
-            name: backbones.upsample(y, stride, size, corners)
-            for name, (y, stride) in logits.items()
+            name: self.backbone.upsample(y, stride, size) for name, (y, stride) in logits.items()
         }
         if labels is None:
             return logits.popitem()[1]
         losses = {name: backbones.pixel_cross_entropy(y, labels) for name, y in logits.items()}
-        return losses | self.encoder.losses(seen, labels)
+        return losses | self.encoder.losses(seen, labels, self.backbone)
 
     @torch.no_grad()
     def figures(self, image):
@@ -306,9 +295,9 @@ class HFGD(nn.Module):
         image = backbones.one_image(self, image)
         if not self.guided:
             return {}
-        size, corners = image.shape[2:], self.backbone.corners
-        z = self.encoder(self.backbone(backbones.on_grid(image, self.backbone.grid, corners)))[0]
-        coarse = backbones.upsample(self.classifier(z), self.backbone.strides[-1], size, corners)
+        z = self.encoder(self.backbone(image), self.backbone.resize)[0]
+        stride, size = self.backbone.strides[-1], image.shape[2:]
+        coarse = self.backbone.upsample(self.classifier(z), stride, size)
         predictions = {"coarse": coarse, f"stride {self.stride}": self(image)}
         return compared({name: y.argmax(1)[0] for name, y in predictions.items()})
 

@@ -2,62 +2,29 @@
 
 Ye Huang, Qingqing Wang, Wenjing Jia, Yue Lu, Yuxin Li, Xiangjian He: "See more than once: On the
 kernel-sharing atrous convolution for semantic segmentation", Neurocomputing 2021,
-https://arxiv.org/abs/1908.09443. The numbers below are those of Ye Huang's thesis "Context-aware
-Image Semantic Segmentation" (University of Technology Sydney, 2022), chapter 2.
+https://arxiv.org/abs/1908.09443. Algorithms, tables and sections have the numbers of Ye Huang's
+thesis "Context-aware Image Semantic Segmentation" (University of Technology Sydney, 2022), chapter
+2.
 
-The idea: ASPP looks at a map through parallel 3x3 convolutions of several atrous rates, each with a
-kernel of its own, which learns from the objects that fit its rate. KSAC has one kernel for all
-rates, so it sees every object more than once, near and far; with three rates two thirds of the 3x3
-weights go, and more rates cost none.
+The idea. ASPP looks at a map through parallel 3x3 convolutions of several atrous rates, and each
+has a kernel of its own. Small objects train the kernels of small rates, large objects those of
+large rates, and each kernel learns from a part of the objects only. KSAC has one kernel for all
+rates. It sees every object more than once, near and far, so it learns from all of them. With three
+rates two thirds of the 3x3 weights are saved.
 
-The chapter prints no numbered Eq.; its mathematics is Algorithm 1:
+The mathematics, Algorithm 1. T [N, I, H, W] is the input map, K [C, I, 3, 3] the shared kernel with
+its nine taps K_k [C, I], k in {-1, 0, 1}². R are the rates, p is a position.
 
-    Algorithm 1, line 2     the shared kernel K      -> KSAC.kernel
-    Algorithm 1, line 4     T'_r = Conv2D(T, r, K)   -> shared_atrous
-    Algorithm 1, line 5     B_r = BatchNorm(T'_r)    -> KSAC.pyramid (one batch norm for each rate)
-    Algorithm 1, "Ensure"   Σ_r ReLU(B_r)            -> KSAC.forward
-    Fig. 2.3                the three components     -> KSAC.forward
-    Fig. 2.4                feature maps by rate     -> KSACNet.figures
+    T'_r[p] = Σ_k K_k T[p + r·k]          for every r in R     line 4    -> shared_atrous
+    B_r = BatchNorm_r(T'_r)               [N, C, H, W]         line 5    -> KSAC.pyramid
+    pyramid = Σ_r ReLU(B_r)               [N, C, H, W]         "Ensure"  -> KSAC.forward
 
-Why more rates are cheap. With W_k, k in {-1, 0, 1}², the nine taps of the kernel,
+Fig. 2.3 joins three components, of which this pyramid is one -> KSAC.forward. Fig. 2.4 shows
+feature maps of each rate -> KSACNet.figures.
 
-    T'_r[p]  =  Σ_k W_k T[p + r·k]  =  Σ_k (W_k T)[p + r·k]
-
-and the nine products W_k T are 1x1 convolutions that do not know r: they are computed once, and
-each rate is a sum of nine shifted maps. So the multiply-adds of R rates are those of one 3x3
-convolution.
-
-What the paper prints and cannot mean:
-- Table 2.1's FLOPs are multiply-adds in 2^30, and what KSAC saves there, 2.73G at stride 16 and
-  12.65G at 8, is not due to sharing. Its ASPP is priced at the size to which TensorFlow's
-  space-to-batch pads each map (33 -> 36, 65 -> 72 positions a side), its KSAC as three convolutions
-  without that padding, and with ASPP's projection of 5·256 channels, as if the branches were
-  concatenated: 3 · (36² - 33²) · 9·2048·256 = 2.73 · 2^30, and 12.64 for 72² - 65². Algorithm 1
-  adds them up, which leaves 3·256. Sharing, as rearranged above, saves 9.70G and 37.65G, of which
-  the projection 0.13G and 0.52G.
-- Sect. 2.3.1.5 crops ADE20K's scaled images to 513x513 as all others, Sect. 2.4.5 resizes them to
-  that size. Here: crops.
-
-Where the paper is silent (there is no released code), as DeepLabv3+ does, on which it builds:
-- The components are concatenated and projected to 256 channels (1x1, batch norm, ReLU), dropout
-  0.1.
-- Rates are those at output stride 16; at 8 they double (in proportion; at least 1). Table 2.1's
-  prices agree.
-- Multi-grid (1, 2, 4) in a ResNet's last stage, none in Xception.
-Where both are silent, our choice:
-- A batch norm for each rate: Algorithm 1 makes K before its loop, and calls BATCHNORM inside.
-- `head="fcn"`: a 1x1 convolution to 256 channels, which is what Table 2.1's first row, without ASPP
-  and KSAC, costs.
-- Fig. 2.4 does not say which 25 feature maps it shows; here the first.
-- Image and feature map are aligned as at the papers' 513 and 769 pixels: backbones.on_grid and
-  backbones.upsample.
-
-    Table 2.1            head, backbone, decoder, output_stride; evaluate.py --scales … --flip
-    Table 2.2            rates; the recipe for VOC 2012 has the five of its last rows
-    Tables 2.3, 2.4      RECIPES
-
-To copy: this file and backbones.py. `KSAC` and what stands above it need torch and torchvision
-alone.
+Read first `separate`, then `rearranged`, which computes the same with the multiply-adds of one
+convolution, then KSAC. Tests: tests/test_ksac.py.
+To copy: this file and backbones.py. What is above KSACNet needs torch and torchvision alone.
 """
 
 import torch
@@ -71,28 +38,42 @@ import backbones
 # ---------------------------------------------------------------------------------------- equations
 
 
-def shared_atrous(x, weight, rates, rearranged=None):
-    """Algorithm 1, line 4: `Conv2D(T, r, K)` for every rate r, "same"-padded, with the one kernel.
+def separate(x, weight, rates):
+    """Algorithm 1, line 4, as printed: one atrous convolution for each rate, with the same kernel.
 
-    x `[N, I, H, W]`, weight `[O, I, 3, 3]`, rates: whole numbers of at least 1 -> a map `[N, O, H,
-    W]` for each rate. Equal to one `F.conv2d(x, weight, padding=r, dilation=r)` for each; the
-    module's docstring has the algebra. The products take N·9·O·H·W numbers; under autocast they are
-    rounded before they are summed.
-
-    rearranged: that form, or (False) the separate convolutions; by default what is faster. A fold
-    takes about as long as a 3x3 convolution of 160 channels (two CPU cores, torch 2.15, 33x33; GPUs
-    were not measured), so sharing pays for itself where (R - 1)·I > R·160: with three rates from
-    about 250 channels on, with one never.
+    x `[N, I, H, W]`, weight `[C, I, 3, 3]`, rates: whole numbers of at least 1 -> a list of maps
+    `[N, C, H, W]`, one for each rate.
     """
-    if rearranged is None:
-        rearranged = len(rates) > 1 and x.shape[1] >= 256
-    if not rearranged:
-        return [F.conv2d(x, weight, padding=r, dilation=r) for r in rates]
-    taps = (
-        weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)
-    )  # [9·O, I]; flipped, since fold adds (W_k T)[q] to q - r·k
-    products = taps @ x.flatten(2)  # W_k T  [N, 9·O, H·W]
+    return [F.conv2d(x, weight, padding=r, dilation=r) for r in rates]
+
+
+def rearranged(x, weight, rates):
+    """The same as `separate`, with the multiply-adds of one 3x3 convolution for any number of
+    rates.
+
+    The products take N·9·C·H·W numbers. Under autocast they are rounded before they are summed.
+
+    Derivation: the nine products K_k T do not depend on the rate,
+
+        T'_r[p] = Σ_k K_k T[p + r·k] = Σ_k (K_k T)[p + r·k]
+
+    so they are computed once, as 1x1 convolutions. Each rate then sums nine shifted maps, which is
+    what `fold` does: it adds (K_k T)[q] to position q + r·k. The kernel is flipped for the sign.
+    """
+    taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # [9·C, I]
+    products = taps @ x.flatten(2)  # K_k T  [N, 9·C, H·W]
     return [F.fold(products, x.shape[2:], 3, dilation=r, padding=r) for r in rates]  # Σ_k
+
+
+# (rates - 1) · channels from which `rearranged` is faster in training: 768 channels for two rates,
+# 384 for three. Measured on two CPU cores at 128 to 2048 channels, see docs/results.md.
+REARRANGED_FROM = 768
+
+
+def shared_atrous(x, weight, rates):
+    """Algorithm 1, line 4: T'_r for every rate, by the faster one of the two forms above."""
+    faster = (len(rates) - 1) * x.shape[1] >= REARRANGED_FROM
+    return (rearranged if faster else separate)(x, weight, rates)
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -105,30 +86,29 @@ class KSAC(nn.Module):
         super().__init__()
         self.rates, self.channels = tuple(rates), channels
         self.pointwise = Conv2dNormActivation(in_channels, channels, 1)
-        self.image_level = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), Conv2dNormActivation(in_channels, channels, 1)
-        )
+        pooled = Conv2dNormActivation(in_channels, channels, 1)
+        self.image_level = nn.Sequential(nn.AdaptiveAvgPool2d(1), pooled)
         self.kernel = nn.Parameter(nn.Conv2d(in_channels, channels, 3).weight.detach())  # line 2
+        # One for each rate: line 2 makes K before the loop, line 5 calls BATCHNORM inside. Sect.
+        # 2.4.3 says that more rates add no parameters; these are 2·channels a rate.
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in self.rates)
+        # Concatenated, projected, dropout 0.1: the thesis does not say; as in DeepLabv3+.
         self.project = nn.Sequential(
             Conv2dNormActivation(3 * channels, channels, 1), nn.Dropout(0.1)
         )
 
     def pyramid(self, x):
-        """ReLU(B_r) of Algorithm 1, a map `[N, channels, H, W]` for each rate."""
+        """ReLU(B_r), a list of maps `[N, channels, H, W]`, one for each rate."""
         T = shared_atrous(x, self.kernel, self.rates)  # line 4
         return [F.relu(norm(T_r)) for norm, T_r in zip(self.norms, T)]  # line 5
 
     def forward(self, x):
-        y = sum(self.pyramid(x))  # Σ_r ReLU(B_r)
-        return self.project(
-            torch.cat([self.pointwise(x), y, self.image_level(x).expand_as(y)], dim=1)
-        )
+        y = sum(self.pyramid(x))  # Σ_r ReLU(B_r)  [N, channels, H, W]
+        return self.project(torch.cat([self.pointwise(x), y, self.image_level(x).expand_as(y)], 1))
 
 
 class ASPP(deeplabv3.ASPP):
-    """The baseline, a kernel for each rate (Sect. 2.2.1): torchvision's, with DeepLabv3+'s dropout
-    of 0.1.
+    """The baseline, a kernel for each rate (Sect. 2.2.1): torchvision's, with dropout 0.1 as KSAC.
     """
 
     def __init__(self, in_channels, rates=(6, 12, 18), channels=256):
@@ -137,12 +117,12 @@ class ASPP(deeplabv3.ASPP):
         self.project[-1].p = 0.1
 
     def pyramid(self, x):
-        """The branches of the rates, a map `[N, channels, H, W]` for each."""
+        """The branches of the rates, a list of maps `[N, channels, H, W]`."""
         return [branch(x) for branch in self.convs[1:-1]]  # the first is 1x1, the last image-level
 
 
 class FCN(nn.Sequential):
-    """A 1x1 convolution, no context (Table 2.1's first row)."""
+    """No context (Table 2.1's first row): a 1x1 convolution, which is what that row costs."""
 
     def __init__(self, in_channels, channels=256):
         super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
@@ -153,51 +133,39 @@ class FCN(nn.Sequential):
 
 
 class KSACNet(nn.Module):
-    """Backbone, KSAC, on request the decoder, classifier, bilinear upsampling of the logits (Sect.
-    2.2).
+    """Backbone, KSAC, classifier, bilinear upsampling of the logits (Sect. 2.2).
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar loss "cross_entropy".
-    ValueError for a training batch that leaves one value per channel to the image-level branch's
-    batch norm.
+    Raises ValueError for a training batch of one image: the image-level branch has batch norm.
 
-    head: "ksac", "aspp" or "fcn"
-    rates: atrous rates at output stride 16, (6, 12, 18) or (1, 6, 12, 18, 24) in Table 2.2; at 8
-    they are twice as large
-    decoder: "D" of Table 2.1, the features of stride 4 in a DeepLabv3+ decoder
-    output_stride: of the backbone, 16 or 8
+    option          values                                default        thesis
+    head            "ksac", "aspp", "fcn"                 "ksac"         Table 2.1
+    rates           of both pyramids, at output stride 16 (6, 12, 18)    Table 2.1
+    extra_rates     more, of KSAC alone: (1, 24)          ()             Table 2.2
+    decoder         True: DeepLabv3+'s                    False          Table 2.1 (D)
+    output_stride   of the backbone: 8, 16, 32            16             Table 2.1 (OS)
     """
 
-    def __init__(
-        self,
-        num_classes,
-        backbone="resnet50",
-        weights=None,
-        *,
-        head="ksac",
-        rates=(6, 12, 18),
-        decoder=False,
-        output_stride=16,
-    ):
+    def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="ksac",
+                 rates=(6, 12, 18), extra_rates=(), decoder=False, output_stride=16):  # fmt: skip
         super().__init__()
         if head not in ("ksac", "aspp", "fcn"):
             raise ValueError(f"head={head!r}: it is 'ksac', 'aspp' or 'fcn'")
-        if (
-            not isinstance(rates, (tuple, list))
-            or not rates
-            or not all(type(r) is int and r >= 1 for r in rates)
-        ):
-            raise ValueError(
-                f"rates={rates!r}: expected whole numbers of at least 1, as in (6, 12, 18)"
-            )
+        for name, value in {"rates": rates, "extra_rates": extra_rates}.items():
+            whole = isinstance(value, (tuple, list)) and all(type(r) is int for r in value)
+            if not whole or min(value, default=1) < 1 or (name == "rates" and not value):
+                raise ValueError(f"{name}={value!r}: expected whole numbers from 1 on: (6, 12, 18)")
+        # Multi-grid as in DeepLabv3+; the thesis does not say.
         grid = (1, 2, 4) if backbone.startswith("resnet") else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, *_, high = self.backbone.channels
+        if head == "ksac":
+            rates = sorted([*rates, *extra_rates])
+        # At output stride 8 the rates double, as in DeepLabv3+. Table 2.1's multiply-adds agree.
         rates = [max(1, rate * 16 // output_stride) for rate in rates]
         self.head = FCN(high) if head == "fcn" else {"ksac": KSAC, "aspp": ASPP}[head](high, rates)
-        self.decoder = (
-            backbones.Decoder(self.head.channels, low, self.backbone.corners) if decoder else None
-        )
+        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
         self.stride = 4 if decoder else self.backbone.strides[-1]
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
 
@@ -205,17 +173,15 @@ class KSACNet(nn.Module):
         if self.training and len(images) == 1 and not isinstance(self.head, FCN):
             if not any(isinstance(module, nn.SyncBatchNorm) for module in self.head.modules()):
                 raise ValueError(
-                    "the image-level branch has one value of a channel in an image, and batch norm "
-                    "needs more than 1 value "
-                    "per channel: take a batch of at least two images for each process, or "
-                    "head='fcn'"
+                    "the image-level branch has one value per channel and image, and batch norm "
+                    "needs more than 1 value per channel: take a batch of at least two images for "
+                    "each process, or head='fcn'"
                 )
-        corners = self.backbone.corners
-        maps = self.backbone(backbones.on_grid(images, self.backbone.grid, corners))
-        x = self.head(maps[-1])
+        low, *_, high = self.backbone(images)
+        x = self.head(high)
         if self.decoder is not None:
-            x = self.decoder(x, maps[0])
-        logits = backbones.upsample(self.classifier(x), self.stride, images.shape[2:], corners)
+            x = self.decoder(x, low, self.backbone.resize)
+        logits = self.backbone.upsample(self.classifier(x), self.stride, images.shape[2:])
         if labels is None:
             return logits
         return {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
@@ -223,64 +189,61 @@ class KSACNet(nn.Module):
     @torch.no_grad()
     def figures(self, image):
         """Fig. 2.4, of one image `[3, H, W]` or `[1, 3, H, W]`: the first 25 feature maps of each
-        rate, five by five.
+        rate.
 
-        Each of the maps, `[5·(h + 1), 5·(w + 1)]`, is that branch of the head after ReLU, its
-        channels scaled to 0…1 one by one. Their names have the rates at this output stride. Empty
-        for head="fcn". ValueError in training mode.
+        They are laid out five by five, `[5·(h + 1), 5·(w + 1)]`: that branch of the head after
+        ReLU, its channels scaled to 0…1 one by one. (The figure does not say which 25 it shows.)
+        Their names have the rates at this output stride. Empty for head="fcn". ValueError in
+        training mode.
         """
         image = backbones.one_image(self, image)
         if isinstance(self.head, FCN):
             return {}
-        x = self.backbone(backbones.on_grid(image, self.backbone.grid, self.backbone.corners))[-1]
+        x = self.backbone(image)[-1]
         return {
-            f"rate {rate}": _tiled(y[0, :25])
-            for rate, y in zip(self.head.rates, self.head.pyramid(x))
+            f"rate {r}": tiled(y[0, :25]) for r, y in zip(self.head.rates, self.head.pyramid(x))
         }
 
 
-def _tiled(maps):
+def tiled(maps):
     """25 maps `[25, h, w]`, each scaled to 0…1, in one picture, a position apart."""
     maps = F.pad(maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6), (0, 1, 0, 1))
     h, w = maps.shape[1:]
     return maps.reshape(5, 5, h, w).transpose(1, 2).reshape(5 * h, 5 * w)
 
 
-# Sect. 2.3. SGD, scales 0.5 to 2 in steps of 0.25, flip, crops of 513.
 _COMMON = dict(
     backbone="xception65",  # Table 2.1's best
-    # ImageNet's, said of ADE20K only: give --weights PATH (backbones.Xception65 says with which
-    # names)
-    weights=None,
+    # ImageNet's (Sect. 2.3.2 says so of ADE20K). torchvision has none of Xception: --weights PATH.
+    weights="imagenet",
     output_stride=16,  # Sect. 2.4.4: as good as 8 with the decoder
     option=dict(decoder=True),
-    optimizer="sgd",
-    batch_size=16,  # with Xception; 32 with MobileNetV2
-    crop_size=513,
-    scale=(0.5, 2.0),
-    scale_step=0.25,
-    color="none",
-    momentum=0.9,  # said of ADE20K only
-    power=0.9,  # open; DeepLab's (ADE20K halves instead)
+    optimizer="sgd",  # Sect. 2.3.2
+    batch_size=16,  # Sect. 2.3.2, with Xception; 32 with MobileNetV2
+    crop_size=513,  # Sect. 2.3.1.5. Sect. 2.4.5 says that ADE20K's images are resized to it.
+    scale=(0.5, 2.0),  # Sect. 2.3.1.5
+    scale_step=0.25,  # Sect. 2.3.1.5
+    color="none",  # Sect. 2.3.1.5
+    momentum=0.9,  # Sect. 2.3.2, said of ADE20K
+    power=0.9,  # open; DeepLab's
     weight_decay=4e-5,  # open; DeepLabv3+'s with Xception
     bn_momentum=0.0003,  # open; DeepLab's 0.9997
 )
-_VOC = _COMMON | dict(option=dict(decoder=True, rates=(1, 6, 12, 18, 24)))  # Table 2.2's best
+_VOC = _COMMON | dict(option=dict(decoder=True, extra_rates=(1, 24)))  # Table 2.2's best
 RECIPES = {
-    # VOC 2012, three stages (Sect. 2.3.2), each from the one before: --init RUN/last.pt. The first
-    # is on COCO, SBD and VOC mixed; a dataset of COCO's 60K images (Sect. 2.3.1.3) is its greater
-    # part
+    # VOC 2012 in three stages (Sect. 2.3.2), each from the one before: --init RUN/last.pt. Stage 1
+    # is on COCO, SBD and VOC mixed; here on COCO alone, its greater part (60K images, 2.3.1.3).
     "coco_voc": _VOC | dict(iterations=300_000, lr=1e-3),
     "pascal_voc_aug": _VOC | dict(iterations=40_000, lr=4e-4),
     "pascal_voc": _VOC | dict(iterations=30_000, lr=2e-4),  # iterations are open; DeepLabv3's
-    # Sect. 2.3.2, "manually reduced in half about every 30K iterations"; how many there are is open
+    # Sect. 2.3.2: "manually reduced in half about every 30K iterations"; how many is open.
     "ade20k": _COMMON | dict(iterations=150_000, lr=2e-3, halve_every=30_000),
-    # Sect. 2.3.1.5 says the crops alone; iterations and lr are open: DeepLabv3's, the lr that of
-    # VOC
+    # Sect. 2.3.1.5 says the crops alone. Iterations and lr are open: DeepLabv3's, the lr that of
+    # VOC.
     "cityscapes": _COMMON | dict(iterations=90_000, lr=7e-3, crop_size=769),
 }
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):
-    """A KSACNet; `options` are its keywords. ValueError for an unknown one."""
+    """A KSACNet. `options` are its keywords; ValueError for an unknown one."""
     return KSACNet(num_classes, backbone, weights, **backbones.check_options(KSACNet, options))

@@ -392,7 +392,7 @@ class SpecializeAndFuse(nn.Module):
         """(semantic logits of each level `[N, C, h, w]`, unity probabilities of all but the finest
         `[N, h, w]`).
         """
-        maps = self.backbone(images)
+        maps = self.backbone(images, extend=False)  # they were resized, as Sect. 5 says
         maps = maps if self.decoder is None else self.decoder(maps)
         how = dict(size=maps[0].shape[2:], mode="bilinear", align_corners=False)
         # X  [N, D, H/4, W/4]

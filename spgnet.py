@@ -31,7 +31,7 @@ Where the paper is silent, chosen so that the parameters which its tables print 
   here over an extent of 8 (GE-θ⁻ of its paper).
 - Hard pixels (the paper cites others for them) are those whose true class has a probability below
   0.7, and in each image at least the hardest 15 %, DeeperLab's share.
-- Image and feature maps are aligned as at crops of 513 and 769 pixels: backbones.on_grid and
+- Image and feature maps are aligned as at crops of 513 and 769 pixels: backbones.extended and
   backbones.upsample.
 - Batch norm, synchronized by train.py, in place of In-place ABN (the same but for memory and a
   leaky ReLU).
@@ -118,9 +118,7 @@ class UpsampleModule(nn.Module):
 
     def forward(self, encoder_map, decoder_map):
         x = self.reduce(encoder_map)
-        return self.fuse(
-            x + F.interpolate(decoder_map, size=x.shape[2:], mode="bilinear", align_corners=True)
-        )
+        return self.fuse(x + backbones.resize(decoder_map, x))
 
 
 class CrossStageAggregation(nn.Module):
@@ -216,12 +214,7 @@ class GatherExcite(nn.Module):
     def forward(self, x):
         # around every eighth position
         gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
-        return (
-            x
-            * F.interpolate(
-                gathered, size=x.shape[2:], mode="bilinear", align_corners=True
-            ).sigmoid()
-        )
+        return x * backbones.resize(gathered, x).sigmoid()
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -303,7 +296,7 @@ class SPGNet(nn.Module):
 
     def forward(self, images, labels=None):
         loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
-        x, maps, losses = backbones.on_grid(images, 32), None, {}
+        x, maps, losses = backbones.extended(images, 32), None, {}
         for i, stage in enumerate(self.stages):
             maps = stage(x, maps)
             x_d = maps[1][0]
@@ -335,7 +328,7 @@ class SPGNet(nn.Module):
         guide = self.guides[0] if self.guides else None
         if not isinstance(guide, SemanticPredictionGuidance) or guide.excite == "sum":
             return {}
-        x_d = self.stages[0](backbones.on_grid(image, 32))[1][0]
+        x_d = self.stages[0](backbones.extended(image, 32))[1][0]
         m = guide.mask(guide.logits(x_d))[0]  # [D, h, w]
         weights = guide.attention.weight[:, :, 0, 0].T  # [classes, D]
         maps = torch.stack(

@@ -57,12 +57,8 @@ def test_networks_of_patches_have_four_maps_of_images_of_multiples_of_32(name, s
     with torch.device("meta"):
         net = backbones.build(name, stride)
         maps = net(torch.zeros(2, 3, 64, 96))
-    assert (
-        net.strides == (4, 8, 16, stride)
-        and net.grid == 32
-        and not net.corners
-        and backbones.build("resnet18").corners
-    )
+    assert net.strides == (4, 8, 16, stride) and net.coarsest == 32
+    assert net.patches and not backbones.build("resnet18").patches
     assert net.channels[-1] == (
         2048 if stride == 8 else {"t": 768, "s": 768, "b": 1024, "l": 1536}[name.split("_")[1][0]]
     )
@@ -232,7 +228,7 @@ def test_hrnet_has_four_maps_at_once_and_its_parameters(name):
     with torch.device("meta"):
         net = backbones.build(name)
         maps = net(torch.zeros(2, 3, 65, 97))
-    assert net.strides == (4, 8, 16, 32) and net.corners
+    assert net.strides == (4, 8, 16, 32) and not net.patches
     assert [tuple(m.shape) for m in maps] == [
         (2, c, -(-65 // s), -(-97 // s)) for c, s in zip(net.channels, net.strides)
     ]
@@ -606,7 +602,7 @@ def test_torchvision_weights_give_torchvision_features(tmp_path, name, classifie
                 x = layer(x)
                 if i in (3, 6, 13, 17):  # 18 widens to 1280 for the classifier
                     expected.append(x)
-        for ours, theirs in zip(net(images), expected, strict=True):
+        for ours, theirs in zip(net(images, extend=False), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
@@ -866,47 +862,89 @@ def test_positional_arguments_are_no_options():
         backbones.check_options(Network, {"backbone": "resnet18"})
 
 
+SIZES = [(513, 769), (160, 180), (33, 34), (48, 17), (1, 16), (64, 96)]
+
+
+def ramp_of(size):
+    """An image whose pixel (i, j) is 3·i + j."""
+    return torch.arange(float(size[0]))[:, None] * 3 + torch.arange(float(size[1]))
+
+
 @pytest.mark.equation
-@pytest.mark.parametrize("size", [(513, 769), (160, 180), (33, 34), (48, 17), (1, 16)])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])
-def test_position_i_of_a_map_lies_at_pixel_i_times_stride(size, stride):
-    ramp = torch.arange(float(size[0]))[:, None] * 3 + torch.arange(float(size[1]))
-    images = backbones.on_grid(ramp[None, None], stride)
-    assert all(
-        side % stride == 1 and 0 <= side - before < stride
-        for side, before in zip(images.shape[2:], size)
-    )
-    assert (
-        torch.equal(images[0, 0, : size[0], : size[1]], ramp)
-        and images[0, 0, -1, -1] == ramp[-1, -1]
-    )
-    rows, columns = (torch.arange(0, side, stride) for side in images.shape[2:])
-    sampled = (rows[:, None] * 3.0 + columns)[
-        None, None
-    ]  # what a strided convolution of the ramp reads
-    assert torch.allclose(backbones.upsample(sampled, stride, size)[0, 0], ramp, atol=1e-3)
+@pytest.mark.parametrize("patches", [False, True])
+def test_images_are_extended_to_the_next_size_that_aligns(size, stride, patches):
+    ramp = ramp_of(size)
+    images = backbones.extended(ramp[None, None], stride, patches)
+    for side, before in zip(images.shape[2:], size):
+        assert side % stride == (0 if patches else 1) and 0 <= side - before < stride
+    assert torch.equal(images[0, 0, : size[0], : size[1]], ramp)
+    assert images[0, 0, -1, -1] == ramp[-1, -1]  # the border is repeated
 
 
 @pytest.mark.equation
-@pytest.mark.parametrize("size", [(64, 96), (33, 50), (1, 32)])
-@pytest.mark.parametrize("stride", [4, 32])
-def test_without_corners_position_i_covers_the_pixels_from_i_times_stride_on(size, stride):
-    ramp = torch.arange(float(size[0]))[:, None] * 3 + torch.arange(float(size[1]))
-    images = backbones.on_grid(ramp[None, None], stride, corners=False)
-    assert all(
-        side % stride == 0 and 0 <= side - before < stride
-        for side, before in zip(images.shape[2:], size)
-    )
-    rows, columns = (torch.arange(0, side, stride) + (stride - 1) / 2 for side in images.shape[2:])
-    sampled = (rows[:, None] * 3 + columns)[None, None]  # the mean of the ramp over each patch
-    found = backbones.upsample(sampled, stride, size, corners=False)[0, 0]
-    inner = found[
-        stride // 2 : images.shape[2] - stride // 2, stride // 2 : images.shape[3] - stride // 2
-    ]
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stride", [4, 8, 16, 32])
+@pytest.mark.parametrize("patches", [False, True])
+def test_what_is_sampled_at_its_positions_is_upsampled_to_the_pixels(size, stride, patches):
+    images = backbones.extended(ramp_of(size)[None, None], stride, patches)
+    h, w = (side // stride + (not patches) for side in images.shape[2:])
+    rows, columns = (backbones.positions(stride, n, patches) for n in (h, w))
+    # of a patch, which has no middle pixel, what a mean over it gives
+    half = 0.5 if patches else 0
+    sampled = (rows[:, None] - half) * 3.0 + (columns - half)
+    found = backbones.upsample(sampled[None, None], stride, size, patches)[0, 0]
     assert found.shape == size
-    assert torch.allclose(
-        inner, ramp[stride // 2 :, stride // 2 :][: inner.shape[0], : inner.shape[1]], atol=1e-3
-    )
+    rim = stride // 2 if patches else 0  # outside the outermost middles nothing is known
+    inner = [slice(rim, min(side, n * stride - rim)) for side, n in zip(size, (h, w))]
+    assert torch.allclose(found[inner[0], inner[1]], ramp_of(size)[inner[0], inner[1]], atol=2e-3)
+
+
+@pytest.mark.equation
+def test_positions_by_hand():
+    assert backbones.positions(4, 3).tolist() == [0, 4, 8]
+    assert backbones.positions(4, 3, patches=True).tolist() == [2, 6, 10]
+    # pixel 2 is as near to 0 as to 4: the greater one
+    assert backbones.nearest(backbones.positions(4, 3), 9).tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2]
+    middles = backbones.positions(4, 2, patches=True)
+    assert backbones.nearest(middles, 8).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert backbones.nearest(backbones.positions(8, 1), 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.equation
+def test_resizing_keeps_positions_in_place():
+    ramp = torch.arange(4.0).expand(1, 1, 2, 4)
+    finer = torch.zeros(1, 5, 3, 7)
+    for like in (2, finer):
+        assert backbones.resize(ramp, like)[0, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    # the halves of a patch are a quarter to the left and to the right of its middle
+    expected = [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    for like in (2, torch.zeros(1, 5, 4, 8)):
+        assert backbones.resize(ramp, like, patches=True)[0, 0, 0].tolist() == expected
+    assert backbones.resize(ramp.to(torch.bfloat16), 2).dtype == torch.bfloat16
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name, patches", [("resnet18", False), ("swin_t", True)])
+def test_a_backbone_aligns_as_its_kind_does(name, patches):
+    with torch.device("meta"):
+        net = backbones.build(name)
+        assert [tuple(m.shape[2:]) for m in net(torch.zeros(1, 3, 40, 70))] == (
+            [(16, 24), (8, 12), (4, 6), (2, 3)] if patches else [(17, 25), (9, 13), (5, 7), (3, 4)]
+        )
+    x = torch.randn(1, 2, 3, 4)
+    assert torch.equal(net.upsample(x, 8, (17, 20)), backbones.upsample(x, 8, (17, 20), patches))
+    assert torch.equal(net.resize(x, 2), backbones.resize(x, 2, patches))
+    assert torch.equal(net.positions(8, 3), backbones.positions(8, 3, patches))
+
+
+@pytest.mark.network
+def test_without_extending_the_body_sees_the_image_as_it_is():
+    with torch.device("meta"):
+        net = backbones.build("resnet18")
+        maps = net(torch.zeros(1, 3, 64, 96), extend=False)
+    assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
 
 @pytest.mark.equation
@@ -941,6 +979,6 @@ def test_a_backbone_answers_to_a_mark_at_pixel_i_times_stride_with_position_i(ou
     images = torch.zeros(1, 3, 33 * 8, 33 * 8)
     images[:, :, 128, 96] = 1
     with torch.no_grad():
-        answer = net(backbones.on_grid(images, output_stride))[-1].sum(1)[0]
+        answer = net(images)[-1].sum(1)[0]
     row, column = divmod(answer.argmax().item(), answer.shape[1])
     assert (row, column) == (128 // output_stride, 96 // output_stride)

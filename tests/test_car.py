@@ -3,6 +3,7 @@ float64.
 """
 
 import copy
+import functools
 import math
 from itertools import product
 
@@ -529,7 +530,7 @@ def test_labels_are_read_where_the_positions_lie(side, stride):
     grids = (
         (side - 2) // stride + 2,
         (side - 2) // 32 * (32 // stride) + 32 // stride + 1,
-    )  # on_grid of the stride, of 32
+    )  # of images extended for the stride, for 32
     for length in (*grids, -(-side // stride), -(-side // 32) * 32 // stride):  # …, plain, patches
         at = [min(i * stride, side - 1) for i in range(length)]
         assert car.pixels_of(side, length).tolist() == [i * stride for i in range(length)]
@@ -693,17 +694,16 @@ def test_losses_are_those_of_the_logits_and_the_auxiliary_logits(backbone, head)
         torch.testing.assert_close(
             losses["cross_entropy"], F.cross_entropy(logits, labels, ignore_index=255)
         )
-        corners = net.backbone.corners
-        maps = net.backbone(backbones.on_grid(images, net.backbone.strides[-1], corners))
+        maps = net.backbone(images)
         if head == "ocr":  # the regions are found on the level before the last
             coarse, stride = net.head.regions(maps[-2]), net.backbone.strides[-2]
         else:
             coarse, stride = net.auxiliary(maps[-1]), net.backbone.strides[-1]
-        coarse = backbones.upsample(coarse, stride, (50, 70), corners)
+        coarse = net.backbone.upsample(coarse, stride, (50, 70))
         expected = 0.4 * F.cross_entropy(coarse, labels, ignore_index=255)
         torch.testing.assert_close(losses["auxiliary"], expected)
         features = caught(net, "classifier", images)
-        expected = backbones.upsample(net.classifier(features), net.stride, (50, 70), corners)
+        expected = net.backbone.upsample(net.classifier(features), net.stride, (50, 70))
         torch.testing.assert_close(logits, expected)
 
 
@@ -839,7 +839,7 @@ def test_self_attention_is_the_unscaled_softmax_with_a_residual():
 def test_ocr_is_its_papers_equations():
     head = car.OCR(5, 4, 3).eval()
     x, before = torch.randn(1, 5, 2, 3), torch.randn(1, 4, 2, 3)
-    features, coarse = head(x, before)
+    features, coarse = head(x, before, backbones.resize)
     pixels = head.pixels(x)[0].flatten(1)  # [512, hw]
     assert torch.equal(coarse, head.regions(before))
     m = torch.softmax(coarse[0].flatten(1), dim=1)  # [K, hw]
@@ -867,12 +867,12 @@ def test_ocr_is_its_papers_equations():
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("corners", [True, False])
-def test_uper_level_by_level(corners):
-    head = car.UPer((4, 6, 8, 10), corners).eval()
+@pytest.mark.parametrize("patches", [True, False])
+def test_uper_level_by_level(patches):
+    head = car.UPer((4, 6, 8, 10)).eval()
     x4, x8, x16, x32 = (torch.randn(1, c, s, s + 1) for c, s in zip((4, 6, 8, 10), (17, 9, 5, 7)))
 
-    def up(x, like, corners=corners):
+    def up(x, like, corners=not patches):
         return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=corners)
 
     pooled = [
@@ -884,7 +884,9 @@ def test_uper_level_by_level(corners):
     y8 = head.lateral[1](x8) + up(y16, x8)
     y4 = head.lateral[0](x4) + up(y8, x4)
     pyramid = [head.smooth[0](y4), head.smooth[1](y8), head.smooth[2](y16), y32]
-    torch.testing.assert_close(head([x4, x8, x16, x32]), torch.cat([up(y, x4) for y in pyramid], 1))
+    resize = functools.partial(backbones.resize, patches=patches)
+    found = head([x4, x8, x16, x32], resize)
+    torch.testing.assert_close(found, torch.cat([up(y, x4) for y in pyramid], 1))
 
 
 @pytest.mark.network

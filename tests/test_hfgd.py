@@ -2,6 +2,7 @@
 written here anew.
 """
 
+import functools
 import math
 
 import pytest
@@ -241,7 +242,7 @@ def test_blocks_of_ultra_semantic_fpn_by_hand(stride, counts):
     assert kernel_sizes(ultra.leading) == [3, 3, 3, 3]
 
 
-def literal_fpn(net, maps, corners, blocks):
+def literal_fpn(net, maps, patches, blocks):
     """The pyramid as Sect. 3.3 and its source say it, with the weights of `net` and untouched batch
     norms.
     """
@@ -253,8 +254,8 @@ def literal_fpn(net, maps, corners, blocks):
 
     def twice(x):
         h, w = x.shape[2:]
-        size = (2 * h - 1, 2 * w - 1) if corners else (2 * h, 2 * w)
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=corners)
+        size = (2 * h, 2 * w) if patches else (2 * h - 1, 2 * w - 1)
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=not patches)
 
     convs = [[m for m in branch.modules() if isinstance(m, nn.Conv2d)] for branch in net.branches]
     total, above = 0, None
@@ -271,28 +272,29 @@ def literal_fpn(net, maps, corners, blocks):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize("patches", [True, False])
 @pytest.mark.parametrize("stride", [None, 4, 2, 1])
-def test_semantic_fpn_equals_its_words(stride, corners):
+def test_semantic_fpn_equals_its_words(stride, patches):
     channels = (3, 4, 5, 6)
     if stride is None:
-        net = hfgd.SemanticFPN(channels, corners)
+        net = hfgd.SemanticFPN(channels)
     else:
-        net = hfgd.UltraSemanticFPN(channels, stride, corners)
+        net = hfgd.UltraSemanticFPN(channels, stride)
+    resize = functools.partial(backbones.resize, patches=patches)
     net = net.double().eval()
-    sizes = ((9, 17), (5, 9), (3, 5), (2, 3)) if corners else ((8, 16), (4, 8), (2, 4), (1, 2))
+    sizes = ((8, 16), (4, 8), (2, 4), (1, 2)) if patches else ((9, 17), (5, 9), (3, 5), (2, 3))
     maps = [
         torch.randn(1, c, *size, dtype=torch.double, requires_grad=True)
         for c, size in zip(channels, sizes)
     ]
     blocks = {None: 0, 4: 0, 2: 1, 1: 2}[stride]
-    found, expected = net(maps), literal_fpn(net, maps, corners, blocks)
+    found, expected = net(maps, resize), literal_fpn(net, maps, patches, blocks)
     h, w = sizes[0]
     scale = 2**blocks
     assert found.shape == (
         1,
         256,
-        *((scale * (s - 1) + 1 if corners else scale * s) for s in (h, w)),
+        *((scale * s if patches else scale * (s - 1) + 1) for s in (h, w)),
     )
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(found)
@@ -300,23 +302,6 @@ def test_semantic_fpn_equals_its_words(stride, corners):
     for a, b in zip(ours, theirs):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.equation
-def test_twice_keeps_positions_in_place():
-    ramp = torch.arange(4.0).expand(1, 1, 2, 4)
-    assert hfgd.Twice(corners=True)(ramp)[0, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3]
-    # patches: their halves lie a quarter to the left and to the right
-    assert hfgd.Twice(corners=False)(ramp)[0, 0, 0].tolist() == [
-        0,
-        0.25,
-        0.75,
-        1.25,
-        1.75,
-        2.25,
-        2.75,
-        3,
-    ]
 
 
 @pytest.mark.network
@@ -364,7 +349,7 @@ def test_every_encoder_stands_under_every_upsampler(encoder, upsampler):
 def test_identity_is_the_last_map_itself():
     net = network(encoder="identity", upsampler=None).eval()
     maps, seen = net.backbone(torch.randn(1, 3, 65, 65)), seen_by(net.classifier)
-    z, _ = net.encoder(maps)
+    z, _ = net.encoder(maps, net.backbone.resize)
     assert z is maps[-1] and not list(net.encoder.parameters())
     images = torch.randn(1, 3, 65, 65)
     net(images)
@@ -428,15 +413,11 @@ def test_regions_of_ocr_are_compared_at_stride_16_with_weight_0_4(backbone, stri
     net.encoder.body.register_forward_hook(lambda module, inputs, output: regions.append(output[1]))
     with torch.no_grad():
         loss = net(images, labels)["auxiliary"]
-    corners = backbone == "resnet18"
-    assert (
-        regions[0].shape[2:] == ((5, 7) if corners else (4, 6))
-        and net.encoder.body.corners == corners
-    )
-    size = (65, 97) if corners else (64, 96)
-    logits = F.interpolate(regions[0], size=size, mode="bilinear", align_corners=corners)[
-        :, :, :64, :96
-    ]
+    patches = backbone != "resnet18"
+    assert regions[0].shape[2:] == ((4, 6) if patches else (5, 7))
+    size = (64, 96) if patches else (65, 97)
+    logits = F.interpolate(regions[0], size=size, mode="bilinear", align_corners=not patches)
+    logits = logits[:, :, :64, :96]
     assert loss.item() == pytest.approx(
         0.4 * F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5
     )
@@ -482,10 +463,8 @@ def test_patches_lie_where_they_are(upsampler):
         fine = F.conv2d(u[0], net.classifier.weight, net.classifier.bias)
         whole = F.interpolate(fine, scale_factor=4, mode="bilinear", align_corners=False)
         torch.testing.assert_close(logits, whole[:, :, :45, :70])
-        image = backbones.on_grid(images, 32, corners=False)
-        coarse = F.conv2d(
-            net.encoder(net.backbone(image))[0], net.classifier.weight, net.classifier.bias
-        )
+        z = net.encoder(net.backbone(images), net.backbone.resize)[0]
+        coarse = F.conv2d(z, net.classifier.weight, net.classifier.bias)
         coarse = F.interpolate(coarse, scale_factor=32, mode="bilinear", align_corners=False)[
             :, :, :45, :70
         ]
@@ -641,7 +620,7 @@ def test_figures_show_the_coarse_and_the_fine_prediction():
     ]
     assert torch.equal(pictures["stride 2"], net(image[None]).argmax(1)[0])
     x = F.conv2d(
-        net.encoder(net.backbone(backbones.on_grid(image[None], 32)))[0],
+        net.encoder(net.backbone(image[None]), net.backbone.resize)[0],
         net.classifier.weight,
         net.classifier.bias,
     )

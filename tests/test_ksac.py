@@ -1,6 +1,5 @@
 """ksac.py against Algorithm 1 of the thesis, written here literally, in float64."""
 
-from functools import partial
 from itertools import product
 
 import pytest
@@ -12,9 +11,7 @@ import backbones
 import ksac
 import train
 
-shared_atrous = partial(
-    ksac.shared_atrous, rearranged=True
-)  # the default for so few channels is F.conv2d
+shared_atrous = ksac.rearranged  # for so few channels ksac.shared_atrous takes ksac.separate
 RATES = [(1,), (1, 2), (6, 12, 18), (1, 6, 12, 18, 24), (3, 3)]
 OPTIONS = [
     dict(),
@@ -61,12 +58,31 @@ def test_line_4_by_hand():
     # below.
     weight = torch.tensor([[[[0.0, 0, 0], [10, 1, 0], [0, 100, 0]]]])
     x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]]])
-    one, two, three = shared_atrous(x, weight, (1, 2, 3))
-    assert one[0, 0].tolist() == [[401, 512, 623], [704, 845, 956], [7, 78, 89]]
-    assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
-    assert (
-        three[0, 0].tolist() == x[0, 0].tolist()
-    )  # the rate exceeds the map: only the centre is inside
+    for form in (ksac.separate, ksac.rearranged, ksac.shared_atrous):
+        one, two, three = form(x, weight, (1, 2, 3))
+        assert one[0, 0].tolist() == [[401, 512, 623], [704, 845, 956], [7, 78, 89]]
+        assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
+        # The rate exceeds the map: only the centre is inside.
+        assert three[0, 0].tolist() == x[0, 0].tolist()
+
+
+@pytest.mark.equation
+def test_algorithm_1_by_hand_with_two_rates_norm_and_relu():
+    # T is 1 2 | 3 4 in image 0, 5 6 | 7 8 in image 1, K takes 1 of the position, 1 of the one r to
+    # its right. Rate 1: T' = 3 2 | 7 4 and 11 6 | 15 8, rate 2 = T itself (the tap is outside).
+    # Mean 7 and variance 16.5 for rate 1; 4.5 and 5.25 for rate 2. Norm 1 has weight √16.5, bias 1,
+    # norm 2 weight -√5.25, bias 0:
+    # B_1 = T' - 6 = -3 -4 | 1 -2 and 5 0 | 9 2;  B_2 = 4.5 - T = 3.5 2.5 | 1.5 0.5 and < 0
+    head = ksac.KSAC(1, (1, 2), channels=1)
+    T = torch.tensor([[[[1.0, 2], [3, 4]]], [[[5.0, 6], [7, 8]]]])
+    with torch.no_grad():
+        head.kernel.copy_(torch.tensor([[[[0.0, 0, 0], [0, 1, 1], [0, 0, 0]]]]))
+        for norm, weight, bias in zip(head.norms, (16.5**0.5, -(5.25**0.5)), (1.0, 0.0)):
+            norm.weight.fill_(weight)
+            norm.bias.fill_(bias)
+        found = sum(head.pyramid(T))
+    expected = torch.tensor([[[[3.5, 2.5], [2.5, 0.5]]], [[[5.0, 0], [9, 2]]]])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.equation
@@ -127,7 +143,8 @@ def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
 
 @pytest.mark.equation
 @pytest.mark.parametrize(
-    "channels, rates, folds", [(256, (1, 2), 2), (255, (1, 2), 0), (256, (2,), 0)]
+    "channels, rates, folds",
+    [(768, (1, 2), 2), (767, (1, 2), 0), (384, (1, 2, 3), 3), (383, (1, 2, 3), 0), (2048, (2,), 0)],
 )
 def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(
     channels, rates, folds, monkeypatch
@@ -147,8 +164,8 @@ def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(
 def test_pyramid_of_many_channels_is_that_of_separate_convolutions(rates):
     torch.manual_seed(0)
     head, x = (
-        ksac.KSAC(256, rates, channels=4).double().eval(),
-        torch.randn(1, 256, 5, 6, dtype=torch.float64),
+        ksac.KSAC(800, rates, channels=4).double().eval(),
+        torch.randn(1, 800, 5, 6, dtype=torch.float64),
     )
     for y, r, norm in zip(head.pyramid(x), rates, head.norms):
         assert torch.allclose(
@@ -382,7 +399,7 @@ def test_decoder_reads_the_features_of_stride_4():
     torch.manual_seed(0)
     net = ksac.build(3, "resnet18", decoder=True).eval()
     seen = []
-    net.decoder.register_forward_hook(lambda _, inputs, out: seen.extend([*inputs, out]))
+    net.decoder.register_forward_hook(lambda _, inputs, out: seen.extend([*inputs[:2], out]))
     net(torch.randn(1, 3, 65, 33))
     assert [tuple(x.shape[1:]) for x in seen] == [(256, 5, 3), (64, 17, 9), (256, 17, 9)]
 
@@ -438,8 +455,21 @@ def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="head='psp': it is 'ksac', 'aspp' or 'fcn'"):
         ksac.build(3, "resnet18", head="psp")
     for rates in ((), (0, 6), (1.5,), 6, (True,)):
-        with pytest.raises(ValueError, match="expected whole numbers of at least 1"):
+        with pytest.raises(ValueError, match=r"^rates=.*: expected whole numbers from 1 on"):
             ksac.build(3, "resnet18", rates=rates)
+    for rates in ((0,), (1.5,), 24):
+        with pytest.raises(ValueError, match=r"^extra_rates=.*: expected whole numbers from 1 on"):
+            ksac.build(3, "resnet18", extra_rates=rates)
+
+
+@pytest.mark.network
+def test_extra_rates_are_ksacs_alone():
+    with torch.device("meta"):
+        options = dict(extra_rates=(1, 24))
+        five = ksac.build(3, "resnet18", **options)
+        three = ksac.build(3, "resnet18", head="aspp", **options)
+    assert five.head.rates == (1, 6, 12, 18, 24) and len(five.head.norms) == 5
+    assert three.head.rates == (6, 12, 18)  # Table 2.1's ASPP with the recipe of VOC
 
 
 @pytest.mark.network
@@ -449,7 +479,7 @@ def test_figures_are_the_first_25_maps_of_each_rate():
         net, image = ksac.build(3, "resnet18", head=head).eval(), torch.randn(3, 60, 90)
         figures = net.figures(image)
         assert list(figures) == ["rate 6", "rate 12", "rate 18"]
-        x = net.backbone(backbones.on_grid(image[None], 16))[-1]  # 65 x 97 pixels, 5 x 7 positions
+        x = net.backbone(image[None])[-1]  # 65 x 97 pixels, 5 x 7 positions
         for m, y in zip(figures.values(), net.head.pyramid(x)):
             assert m.shape == (5 * 6, 5 * 8) and m.min() >= 0 and m.max() <= 1
             seventh = y[0, 7].detach()  # second row, third column
@@ -473,34 +503,85 @@ def test_saved_weights_reproduce_the_outputs(tmp_path):
     assert torch.equal(a(images), b(images))
 
 
+STATED = {  # the thesis, section by section; what is not here is open
+    "coco_voc": dict(iterations=300_000, lr=1e-3),
+    "pascal_voc_aug": dict(iterations=40_000, lr=4e-4),
+    "pascal_voc": dict(lr=2e-4),
+    "ade20k": dict(lr=2e-3, momentum=0.9, halve_every=30_000, weights="imagenet"),
+    "cityscapes": dict(crop_size=769),
+}
+
+
 @pytest.mark.system
-def test_recipes_are_those_of_sect_2_3():
-    first, second, third = (
-        ksac.RECIPES[name] for name in ("coco_voc", "pascal_voc_aug", "pascal_voc")
+@pytest.mark.parametrize("dataset", STATED)
+def test_recipes_have_what_sect_2_3_states(dataset):
+    stated = dict(optimizer="sgd", batch_size=16, scale=(0.5, 2.0), scale_step=0.25)
+    stated |= dict(crop_size=513, backbone="xception65", output_stride=16) | STATED[dataset]
+    recipe = ksac.RECIPES[dataset]
+    assert {key: recipe[key] for key in stated} == stated
+    voc = "voc" in dataset  # Table 2.2's five rates
+    expected = dict(decoder=True, extra_rates=(1, 24)) if voc else dict(decoder=True)
+    assert recipe["option"] == expected and set(ksac.RECIPES) == set(STATED)
+
+
+def settled(net):
+    """In double, in evaluation mode, with batch norms far from where they start."""
+    for module in net.double().eval().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for x, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.5, 0.5),
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+            ):
+                nn.init.uniform_(x, low, high)
+    return net
+
+
+def normed(norm, y):
+    """Batch norm of the running statistics, ReLU."""
+    mean, var, gamma, beta = (
+        v[:, None, None] for v in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     )
-    assert [(r["lr"], r["iterations"]) for r in (first, second)] == [
-        (1e-3, 300_000),
-        (4e-4, 40_000),
-    ]
-    assert third["lr"] == 2e-4
-    assert first["option"] == dict(decoder=True, rates=(1, 6, 12, 18, 24))
-    assert (third["iterations"], first["weight_decay"], first["bn_momentum"]) == (
-        30_000,
-        4e-5,
-        0.0003,
+    return ((y - mean) / torch.sqrt(var + 1e-5) * gamma + beta).clamp(min=0)
+
+
+def layer(conv, norm, x):
+    """Convolution without bias, batch norm, ReLU, written out."""
+    assert conv.bias is None
+    return normed(norm, F.conv2d(x, conv.weight, padding=conv.weight.shape[2] // 2))
+
+
+@pytest.mark.network
+def test_head_layer_by_layer():
+    torch.manual_seed(0)
+    head, x = settled(ksac.KSAC(6, (1, 2), channels=4)), torch.randn(2, 6, 5, 5).double()
+    assert [head.pointwise[0].kernel_size, head.project[0][0].kernel_size] == [(1, 1), (1, 1)]
+    assert head.kernel.shape == (4, 6, 3, 3) and head.project[1].p == 0.1
+    pyramid = sum(
+        normed(norm, loop_conv2d(x, r, head.kernel)) for r, norm in zip((1, 2), head.norms)
     )
-    ade, city = ksac.RECIPES["ade20k"], ksac.RECIPES["cityscapes"]
-    assert (ade["lr"], ade["momentum"], ade["halve_every"], ade["iterations"]) == (
-        2e-3,
-        0.9,
-        30_000,
-        150_000,
-    )
-    assert (city["crop_size"], city["iterations"], city["lr"]) == (769, 90_000, 7e-3)
-    for recipe in ksac.RECIPES.values():
-        names = ("backbone", "batch_size", "scale", "scale_step", "output_stride")
-        assert [recipe[name] for name in names] == ["xception65", 16, (0.5, 2.0), 0.25, 16]
-        assert recipe["option"]["decoder"] is True
+    pooled = head.image_level[1]
+    image = layer(pooled[0], pooled[1], x.mean((2, 3), keepdim=True)).repeat(1, 1, 5, 5)
+    parts = torch.cat([layer(head.pointwise[0], head.pointwise[1], x), pyramid, image], 1)
+    project = head.project[0]
+    torch.testing.assert_close(head(x), layer(project[0], project[1], parts))
+
+
+@pytest.mark.network
+def test_fcn_and_decoder_layer_by_layer():
+    torch.manual_seed(0)
+    head, x = settled(ksac.FCN(5, 4)), torch.randn(2, 5, 3, 4).double()
+    assert head[0][0].kernel_size == (1, 1) and head[1].p == 0.1
+    torch.testing.assert_close(head(x), layer(head[0][0], head[0][1], x))
+    decoder = settled(backbones.Decoder(4, 3))
+    low = torch.randn(2, 3, 5, 7).double()
+    up = F.interpolate(x[:, :4], size=(5, 7), mode="bilinear", align_corners=True)
+    y = torch.cat([up, layer(decoder.low[0], decoder.low[1], low)], 1)
+    for conv, norm, _ in decoder.fuse:
+        assert conv.kernel_size == (3, 3)
+        y = layer(conv, norm, y)
+    torch.testing.assert_close(decoder(x[:, :4], low, backbones.resize), y)
 
 
 @pytest.mark.network

@@ -184,7 +184,7 @@ def test_losses_are_those_of_the_logits_at_the_images_size():
     torch.testing.assert_close(
         losses["cross_entropy"], F.cross_entropy(net(images), labels, ignore_index=255)
     )
-    x_d = net.stages[0](backbones.on_grid(images, 32))[1][0]
+    x_d = net.stages[0](backbones.extended(images, 32))[1][0]
     first = backbones.upsample(net.guides[0].logits(x_d), 4, images.shape[2:])
     torch.testing.assert_close(losses["stage_1"], F.cross_entropy(first, labels, ignore_index=255))
     hard = tiny().eval()
@@ -340,7 +340,7 @@ def test_one_stage_is_its_encoder_decoder():
     images, labels = scene()
     net = tiny(backbones=resnets(18), hard_examples=False).eval()
     stage = net.stages[0]
-    x, encoded = stage.stem(backbones.on_grid(images, 32)), []
+    x, encoded = stage.stem(backbones.extended(images, 32)), []
     for level in stage.levels:
         x = level(x)
         encoded.append(x)
@@ -567,7 +567,7 @@ def test_fig_4_takes_the_15_channels_of_the_class():
     figures = net.figures(image)
     assert list(figures) == [0, 1, 2, 3]
     guide = net.guides[0]
-    m = guide.mask(guide.logits(net.stages[0](backbones.on_grid(image[None], 32))[1][0]))[0]
+    m = guide.mask(guide.logits(net.stages[0](backbones.extended(image[None], 32))[1][0]))[0]
     for c, found in figures.items():
         largest = sorted(range(32), key=lambda d: -guide.attention.weight[d, c].item())[:15]
         norm = torch.sqrt(sum(m[d] ** 2 for d in largest))
