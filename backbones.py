@@ -21,7 +21,6 @@ To copy: this file stands alone.
 
 import inspect
 import re
-import warnings
 from collections import OrderedDict
 from urllib.error import URLError
 
@@ -98,9 +97,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.patches, self.coarsest = nodes is _PATCHES, strides[-1]
         self.channels_last = isinstance(model, models.SwinTransformer)
-        with warnings.catch_warnings():  # "nodes are not present in eval mode": they are not needed
-            warnings.simplefilter("ignore")
-            self.body = create_feature_extractor(model, list(nodes)) if nodes else model
+        self.body = _with_levels(model, nodes) if nodes else model
         eps = 1e-5 if self.channels_last else 1e-6
         norms = [nn.LayerNorm(c, eps=eps) for c in channels] if self.patches else None
         self.norms = nn.ModuleList(norms) if self.patches else None
@@ -133,6 +130,38 @@ class Backbone(nn.Module):
     def positions(self, stride, length):
         """The function `positions` of this file, for this backbone."""
         return positions(stride, length, self.patches)
+
+
+class _Levels(nn.Sequential):
+    """Layers one after another; the list of the outputs of those named in `ends`."""
+
+    def __init__(self, layers, ends):
+        super().__init__(OrderedDict(layers))
+        self.ends = ends
+
+    def forward(self, x):
+        maps = []
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in self.ends:
+                maps.append(x)
+        return maps
+
+
+def _with_levels(model, nodes):
+    """`model` without what is after its last level, as a module that returns the four levels.
+
+    The parameters keep their names. (torchvision's create_feature_extractor does the same for any
+    model, but its tracing takes longer than building the model.)
+    """
+    if nodes[0].startswith("entry_flow"):  # within the layers of an Xception
+        return create_feature_extractor(model, list(nodes))
+    features = nodes[0].startswith("features")
+    layers = list((model.features if features else model).named_children())
+    ends = [node.removeprefix("features.") for node in nodes]
+    last = [name for name, _ in layers].index(ends[-1])
+    levels = _Levels(layers[: last + 1], ends)
+    return nn.Sequential(OrderedDict(features=levels)) if features else levels
 
 
 def build(name, output_stride=32, weights=None, multi_grid=None):

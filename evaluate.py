@@ -282,33 +282,35 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def load(checkpoint):
-    """The trained network in a checkpoint, in evaluation mode."""
-    s = checkpoint["settings"]
-    net = network(
-        s["method"],
-        len(checkpoint["classes"]),
-        s["backbone"],
-        None,
-        s["output_stride"],
-        s["option"],
-    )
-    restore(net, checkpoint)
+def load(checkpoint, output_stride=None, options=None):
+    """The trained network in a checkpoint, in evaluation mode.
+
+    output_stride, options: evaluate so and not as trained, where that changes no weight. Mistake
+    where it does, or where the method's file has changed.
+    """
+    settings, changed = checkpoint["settings"], output_stride is not None or bool(options)
+    output_stride = settings["output_stride"] if output_stride is None else output_stride
+    options = settings["option"] | (options or {})
+    classes = len(checkpoint["classes"])
+    method, backbone = settings["method"], settings["backbone"]
+    net = network(method, classes, backbone, None, output_stride, options)
+    restore(net, checkpoint, changed)
     return net.eval()
 
 
-def restore(net, checkpoint):
-    """The checkpoint's weights into `net`; Mistake where they do not fit, as after a change of the
-    method's file.
-    """
+def restore(net, checkpoint, changed=False):
+    """The checkpoint's weights into `net`; Mistake where they do not fit."""
     try:
         net.load_state_dict(checkpoint["net"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise Mistake(
-            f"the checkpoint does not fit {checkpoint['settings']['method']}.py as it is now "
-            f"({reason})"
-        ) from None
+        if changed:
+            raise Mistake(
+                "with these --option and --output-stride the network has other weights than the "
+                f"checkpoint; only what changes no weight can be changed ({reason})"
+            ) from None
+        method = checkpoint["settings"]["method"]
+        raise Mistake(f"the checkpoint does not fit {method}.py as it is now ({reason})") from None
 
 
 def processes(device=None):
@@ -674,66 +676,75 @@ def parse_options(pairs):
     return options
 
 
+DEFAULTS = dict(
+    checkpoint=None, method=None, images=None, cost=False, speed=False, json=None, device=None,
+    dataset=None, data_root=None, split="val", scales=[1.0], flip=False, window=None,
+    save_predictions=None, figures=None, pixel=None, amp="auto", workers=2,
+    backbone="resnet50", output_stride=None, option=[], classes=59, crop_size=[513], batch_size=2,
+)  # fmt: skip
+VIEWS = {"scales", "flip", "window", "save_predictions", "figures", "pixel", "amp"}
+# What is done -> the flags that it uses. A flag without effect is refused.
+USES = {
+    "checkpoint": {"output_stride", "option"},
+    "method": {"backbone", "classes", "output_stride", "option"},
+    "a whole split": {"dataset", "data_root", "split", "workers"} | VIEWS,
+    "images": VIEWS,
+    "cost": {"crop_size"},
+    "speed": {"crop_size", "batch_size", "amp"},
+}
+
+
 def _arguments(arguments):
+    """The flags, those that were given over DEFAULTS. Mistake for one that has no effect."""
     parser = argparse.ArgumentParser(
-        description="Metrics, predictions, figures, cost and speed of a network."
+        argument_default=argparse.SUPPRESS,
+        description="Metrics, predictions, figures, cost and speed of a network.",
     )
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="a last.pt or best.pt of train.py")
-    add("--dataset", help="the data to evaluate on (the checkpoint's)")
-    add("--data-root", metavar="DIR", help="its folder (the checkpoint's)")
-    add("--split", default="val")
-    add(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="average over these scales of the image",
-    )
-    add("--flip", action="store_true", help="and over the mirrored image")
+    add("--dataset", help="dataset to evaluate on [the checkpoint's]")
+    add("--data-root", metavar="DIR", help="folder of the dataset [the checkpoint's]")
+    add("--split", help="split of the dataset [val]")
+    add("--scales", type=float, nargs="+", help="average over these scales of the image [1]")
+    add("--flip", action="store_true", help="average over the mirrored image too")
     add("--window", type=int, metavar="N", help="sliding windows of N x N pixels")
-    add(
-        "--save-predictions",
-        metavar="DIR",
-        help="for every image a palette PNG of ids, those of the benchmark's own label files",
-    )
+    text = "a palette PNG of ids for each image, the ids as in the benchmark's label files"
+    add("--save-predictions", metavar="DIR", help=text)
     text = "sheets of eight images, with the method's own figures; the split's class dependency"
     add("--figures", metavar="DIR", help=text)
-    add(
-        "--pixel",
-        type=int,
-        nargs=2,
-        metavar=("ROW", "COLUMN"),
-        help="the pixel those figures are about (the centre)",
-    )
-    add("--images", nargs="+", metavar="FILE", help="any photographs, no labels needed")
-    add("--json", metavar="FILE", help="write all numbers there")
-    add("--cost", action="store_true", help="parameters and multiply-adds")
-    add(
-        "--speed",
-        action="store_true",
-        help="images per second and peak memory, forward and training step",
-    )
-    add("--method", help="for --cost and --speed without a checkpoint: the method's file")
-    add("--backbone", default="resnet50", help=f"with --method: {', '.join(backbones.NAMES)}")
-    add("--output-stride", type=int, help="with --method (the method's default)")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="with --method: its options",
-    )
-    add(
-        "--classes", type=int, default=59, help="with --method: how many (59, as in Pascal Context)"
-    )
-    text = "for --cost and --speed: the side of the image, or height and width (513)"
-    add("--crop-size", type=int, nargs="+", default=[513], metavar="N", help=text)
-    add("--batch-size", type=int, default=2, help="for --speed: images at a time (2)")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto")
-    add("--workers", type=int, default=2)
-    add("--device", help="cpu, cuda, cuda:1 (a GPU if there is one)")
-    return parser.parse_args(arguments)
+    text = "pixel that the figures are about [the centre]"
+    add("--pixel", type=int, nargs=2, metavar=("ROW", "COLUMN"), help=text)
+    add("--images", nargs="+", metavar="FILE", help="photographs without labels")
+    add("--json", metavar="FILE", help="file for all numbers")
+    add("--cost", action="store_true", help="count parameters and multiply-adds")
+    text = "images per second and peak memory of a forward pass and a training step"
+    add("--speed", action="store_true", help=text)
+    add("--method", help="file of the method, for --cost and --speed without a checkpoint")
+    add("--backbone", help=f"with --method: {', '.join(backbones.NAMES)} [resnet50]")
+    text = "output stride; of a checkpoint: evaluated so, not as trained"
+    add("--output-stride", type=int, help=text)
+    text = "option of the method, may be repeated; of a checkpoint: one that changes no weight"
+    add("--option", action="append", metavar="KEY=VALUE", help=text)
+    add("--classes", type=int, help="with --method: number of classes [59, as in Pascal Context]")
+    text = "for --cost and --speed: side of the image, or height and width [513]"
+    add("--crop-size", type=int, nargs="+", metavar="N", help=text)
+    add("--batch-size", type=int, help="for --speed: images at a time [2]")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision [auto: on CUDA]")
+    add("--workers", type=int, help="loader processes [2]")
+    add("--device", help="cpu, cuda or cuda:1 [a GPU if there is one]")
+    given = vars(parser.parse_args(arguments))
+    done = {name for name in USES if name in given}
+    if not done & {"images", "cost", "speed"}:
+        done.add("a whole split")
+    used = {"json", "device", *done}.union(*(USES[name] for name in done))
+    for name in given:
+        if name not in used:
+            fits = [f"--{use}" if use in DEFAULTS else use for use in USES if name in USES[use]]
+            flag = name.replace("_", "-")
+            raise Mistake(f"--{flag} has no effect here: it is for {', '.join(fits)}; leave it out")
+    if "pixel" in given and "figures" not in given:
+        raise Mistake("--pixel has no effect without --figures DIR")
+    return argparse.Namespace(**DEFAULTS | given)
 
 
 def _run(args):
@@ -743,8 +754,8 @@ def _run(args):
         raise Mistake("give --checkpoint FILE, or --method NAME with --cost or --speed")
     if args.method and (args.images or not (args.cost or args.speed)):
         raise Mistake(
-            "--method alone has no trained weights: it goes with --cost or --speed; else give "
-            "--checkpoint"
+            "--method alone has no trained weights: it goes with --cost or --speed; "
+            "else give --checkpoint"
         )
     for flag, value in (("window", args.window), ("classes", args.classes)):
         at_least(1, flag, value)
@@ -759,10 +770,12 @@ def _run(args):
             "--cost, --speed and --images are for one process: start them without torchrun"
         )
     checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
+    options = parse_options(args.option)
     if checkpoint:
-        net, classes = load(checkpoint), len(checkpoint["classes"])
+        net = load(checkpoint, args.output_stride, options)
+        classes = len(checkpoint["classes"])
     else:
-        options, classes = parse_options(args.option), args.classes
+        classes = args.classes
         net = network(args.method, classes, args.backbone, None, args.output_stride, options)
     net.to(device, memory_format=torch.channels_last)
     how, numbers = dict(scales=args.scales, flip=args.flip, window=args.window), {}
@@ -845,6 +858,8 @@ def _split(net, checkpoint, device, rank, args, how):
     if rank == 0:
         mode = f"scales {' '.join(f'{s:g}' for s in args.scales)}{', flip' if args.flip else ''}"
         mode += f", windows of {args.window}" if args.window else ""
+        mode += f", output stride {args.output_stride}" if args.output_stride else ""
+        mode += "".join(f", {pair}" for pair in args.option)
         print(
             f"{args.checkpoint} (step {checkpoint['step']}) on {name} {args.split}, {len(dataset)} "
             f"images, {mode}"
@@ -874,13 +889,9 @@ def _split(net, checkpoint, device, rank, args, how):
         if getattr(net, "unity", None) is not None:  # a pyramid of outputs
             result["levels"] = levels(net, dataset, device, args.amp, args.workers)
         print(f"figures: {folder}")
-    about = dict(
-        checkpoint=str(args.checkpoint),
-        step=checkpoint["step"],
-        dataset=name,
-        split=args.split,
-        images=len(dataset),
-    )
+    about = dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name)
+    about |= dict(split=args.split, images=len(dataset))
+    about |= dict(output_stride=args.output_stride, option=args.option)
     return result | {"IoU": dict(zip(dataset.classes, result["IoU"]))} | about | how
 
 
@@ -937,8 +948,7 @@ def guarded(script, work):
 
 def main(arguments=None):
     """Exit status 0, or 2 after a mistake."""
-    args = _arguments(arguments)
-    return guarded("evaluate.py", lambda: _run(args))
+    return guarded("evaluate.py", lambda: _run(_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -108,8 +108,7 @@ class KSAC(nn.Module):
 
 
 class ASPP(deeplabv3.ASPP):
-    """The baseline, a kernel for each rate (Sect. 2.2.1): torchvision's, with dropout 0.1 as KSAC.
-    """
+    """The baseline, a kernel for each rate (Sect. 2.2.1): torchvision's, with dropout 0.1."""
 
     def __init__(self, in_channels, rates=(6, 12, 18), channels=256):
         super().__init__(in_channels, rates, channels)

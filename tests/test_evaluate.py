@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import caa
 import data
 import evaluate
 import train
@@ -430,6 +431,48 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     )
 
 
+def test_a_checkpoint_is_evaluated_at_another_stride_and_with_options_that_change_no_weight(
+    trained, tmp_path, capsys
+):
+    _, checkpoint, root = trained
+    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", "0"]
+    changes = ["--output-stride", "16", "--option", "activation=relu"]
+    found = tmp_path / "n.json"
+    assert evaluate.main([*flags, *changes, "--json", str(found)]) == 0
+    assert "scales 1, output stride 16, activation=relu" in capsys.readouterr().out
+    numbers = json.loads(found.read_text())
+    assert (numbers["output_stride"], numbers["option"]) == (16, ["activation=relu"])
+    saved = evaluate.read_checkpoint(checkpoint)
+    net = caa.build(3, "resnet18", output_stride=16, activation="relu").eval()
+    net.load_state_dict(saved["net"])
+    val, matrix = data.dataset("folder", root, "val"), evaluate.ConfusionMatrix(3)
+    for image, label in val:
+        with torch.no_grad():
+            logits = net(data.normalise(image[None]))
+        matrix.update(logits.argmax(1), label[None])
+    assert numbers["mIoU"] == matrix.result()["mIoU"]
+    other = evaluate.load(saved)(data.normalise(val[0][0][None]))
+    assert not torch.allclose(other, net(data.normalise(val[0][0][None])))
+    line = mistake(capsys, *flags[:2], "--option", "channelization=False")
+    assert "only what changes no weight can be changed" in line and "gate_col" in line
+
+
+def test_flags_without_effect_are_refused(trained, capsys):
+    _, checkpoint, _ = trained
+    net, cost = ["--checkpoint", checkpoint], ["--method", "caa", "--cost"]
+    for flags, words in (
+        ([*net, "--backbone", "resnet50"], "--backbone has no effect here: it is for --method"),
+        ([*net, "--classes", "7"], "--classes has no effect here: it is for --method"),
+        ([*net, "--crop-size", "65"], "--crop-size has no effect here: it is for --cost, --speed"),
+        ([*net, "--images", "a.jpg", "--dataset", "camvid"], "it is for a whole split"),
+        ([*net, "--cost", "--scales", "1"], "--scales has no effect here"),
+        ([*cost, "--batch-size", "4"], "--batch-size has no effect here: it is for --speed"),
+        ([*cost, "--split", "train"], "--split has no effect here"),
+        ([*net, "--pixel", "1", "2"], "--pixel has no effect without --figures DIR"),
+    ):
+        assert words in mistake(capsys, *flags)
+
+
 def test_wrong_label_in_a_loader_process_is_one_line_too_and_the_command_ends(trained, tmp_path):
     _, checkpoint, root = trained
     copy = tmp_path / "copy"
@@ -521,6 +564,7 @@ def test_submissions_have_the_label_files_own_ids(tmp_path, monkeypatch):
         "--save-predictions",
     ]
     assert evaluate.main([*flags, str(tmp_path / "split")]) == 0
+    flags = [flag for flag in flags if flag not in ("--workers", "0")]
     assert evaluate.main([*flags, str(tmp_path / "photos"), "--images", str(image)]) == 0
     with torch.no_grad():
         net = evaluate.load(evaluate.read_checkpoint(tmp_path / "net.pt"))
