@@ -155,10 +155,9 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels, width=128, layers=5, activation="leaky_relu"):
         super().__init__()
-        if layers < 1 or width < 1:
-            raise ValueError(f"a gate of {layers} layers of {width} channels: it has at least one")
-        if activation not in ("leaky_relu", "relu"):
-            raise ValueError(f"activation={activation!r}: it is 'leaky_relu' or 'relu'")
+        if layers < 1 or width < 1 or activation not in ("leaky_relu", "relu"):
+            given = f"layers={layers}, width={width}, activation={activation!r}"
+            raise ValueError(f"{given}: at least one layer and channel, 'leaky_relu' or 'relu'")
         sizes = [channels] + [width] * layers + [channels]
         # No biases and a slope of 0.2, as in the released code.
         self.fc = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
@@ -199,11 +198,9 @@ class SpatialAttention(nn.Module):
 
     @staticmethod
     def query(channels, query_channels, released):
-        """θ or φ: "a 1x1 convolution layer" (Sect. 3.3.1.1), into which batch norm folds.
-
-        After the released code's ReLU no product is below 0, so a query of large norm attends to
-        unrelated positions.
-        """
+        """θ or φ: "a 1x1 convolution layer" (Sect. 3.3.1.1), into which batch norm folds."""
+        # After the released code's ReLU no product is below 0, so a query of large norm attends to
+        # unrelated positions.
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
@@ -228,10 +225,7 @@ class SpatialAttention(nn.Module):
 
 
 class CAA(nn.Module):
-    """The head, `[N, in_channels, H, W] -> [N, 256, H, W]`, as in the released code.
-
-    attention=None leaves out the attention and keeps all else.
-    """
+    """The head, `[N, in_channels, H, W] -> [N, 256, H, W]`; attention=None leaves attention out."""
 
     def __init__(self, in_channels, attention="axial", channelization=True, se=False,
                  released=False, **gate):  # fmt: skip
@@ -263,9 +257,8 @@ class DualAttention(nn.Module):
     attention. `[N, in_channels, H, W]` -> (features `[N, 512, H, W]`, dict of the branches' logits
     `[N, K, H, W]`): "spatial" and "channel" (Sect. 3.2.1), or "channel" with its gradient stopped.
 
-    The layout is DANet's. The spatial attention is this file's, so that the designs of Fig. 3.1
-    differ only in the place of channel attention; DANet's has separate queries and keys, and values
-    without norm.
+    The layout is DANet's, but the spatial attention is this file's: so the designs of Fig. 3.1
+    differ only in the place of channel attention. (DANet has separate queries and keys, no norms.)
     """
 
     def __init__(self, in_channels, num_classes, design="parallel", attention="axial",
@@ -276,8 +269,7 @@ class DualAttention(nn.Module):
         self.design, self.channels = design, 512
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
         self.attention = SpatialAttention(512, attention, channelization=False, released=released)
-        self.gamma_spatial = nn.Parameter(torch.zeros(()))
-        self.gamma_channel = nn.Parameter(torch.zeros(()))
+        self.gamma_spatial, self.gamma_channel = (nn.Parameter(torch.zeros(())) for _ in range(2))
         self.after = Conv2dNormActivation(512, 512, 3)
         self.channel_logits = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(512, num_classes, 1))
         if design == "parallel":
@@ -393,8 +385,7 @@ class CAANet(nn.Module):
 def attended(attention, x, i, j):
     """What position (i, j) of x `[1, C, H, W]` attends to in a SpatialAttention: maps `[H, W]`.
 
-    "column, then row" is A_row(ij, in) · A_col(in, mn) at (m, n): in two steps a position reaches
-    every other.
+    "column, then row" is A_row(ij, in) · A_col(in, mn) at (m, n): two steps reach every position.
     """
     H, W = x.shape[2:]
     col, row = attention.maps(x)
@@ -418,9 +409,8 @@ _COMMON = dict(
 RECIPES = {
     "pascal_context": _COMMON | dict(iterations=40_000),  # Sect. 3.4.2
     "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3; its "172 classes" are 171
-    # Sects. 3.4.1.3, 3.4.4
-    "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
-    # Sect. 3.4.5 names the backbone. Iterations are open: SegFormer's, with whom it compares.
+    "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),  # 3.4.4
+    # Sect. 3.4.5 names the backbone. Iterations are open; SegFormer's.
     "coco_stuff164k": _COMMON | dict(iterations=80_000, backbone="efficientnet_b5"),
 }
 

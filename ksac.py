@@ -190,7 +190,7 @@ class KSACNet(nn.Module):
         """Fig. 2.4, of one image `[3, H, W]` or `[1, 3, H, W]`: the first 25 feature maps of each
         rate.
 
-        They are laid out five by five, `[5·(h + 1), 5·(w + 1)]`: that branch of the head after
+        They are arranged five by five, `[5·(h + 1), 5·(w + 1)]`: that branch of the head after
         ReLU, its channels scaled to 0…1 one by one. (The figure does not say which 25 it shows.)
         Their names have the rates at this output stride. Empty for head="fcn". ValueError in
         training mode.
