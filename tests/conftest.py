@@ -20,8 +20,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """On maps this small several threads are slower, and on a busy machine much slower."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,12 +51,8 @@ def quick_weights():
 
 
 @pytest.fixture
-def one_seed_and_one_thread():  # several threads are slower on maps this small
+def one_seed():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import backbones
 SMALL = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
 
 
-pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
+pytestmark = pytest.mark.usefixtures("one_seed")
 
 
 def kernels(module):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import backbones
 import caa
 
+pytestmark = pytest.mark.usefixtures("one_seed")
+
 R = math.sqrt(math.log(3))  # exp(R * R) = 3
 SIZES = [(3, 4), (4, 2), (1, 3), (3, 1)]
 OPTIONS = [
@@ -119,15 +121,6 @@ def assert_same(fast, literal, wanted):
     ):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more cost time on maps this small
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------ by hand

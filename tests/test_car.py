@@ -25,7 +25,7 @@ NONE = dict(intra=False, inter_c2c=False, inter_c2p=False)
 HEADS = ("self_attention", "fcn", "deeplabv3", "uper", "ocr", "caa")
 
 
-pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
+pytestmark = pytest.mark.usefixtures("one_seed")
 
 
 def scene(n=2, c=3, h=2, w=3, classes=3):

@@ -16,7 +16,7 @@ import car
 import evaluate
 import hfgd
 
-pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
+pytestmark = pytest.mark.usefixtures("one_seed")
 
 CAR = ["inter_c2c", "inter_c2p", "intra_c2p"]
 ENCODERS = ("ours", "identity", "aspp", "ocr", "self_attention")

@@ -11,7 +11,7 @@ import backbones
 import evaluate
 import pyramid_fuse as pf
 
-pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
+pytestmark = pytest.mark.usefixtures("one_seed")
 
 
 X = 255

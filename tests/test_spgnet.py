@@ -12,7 +12,7 @@ import backbones
 import evaluate
 import spgnet
 
-pytestmark = pytest.mark.usefixtures("one_seed_and_one_thread")
+pytestmark = pytest.mark.usefixtures("one_seed")
 
 
 def resnets(*depths):
