@@ -278,7 +278,6 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_
         "--workers",
         "1",
     ]
-    torch.set_num_threads(1)  # as in the process that is killed
     assert train.main([*flags, "--output", str(whole)]) == 0
     process = start([*flags, "--output", str(parts)], method)
     while not (parts / "last.pt").exists():
@@ -289,7 +288,6 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_
     assert 0 < torch.load(parts / "last.pt", weights_only=True)["step"] < 200
     (parts / "log.jsonl").open("a").write('{"step": 9')  # a line that the kill cut short
     assert train.main(["--output", str(parts), "--resume"]) == 0
-    torch.set_num_threads(2)
     assert same(weights(whole), weights(parts))
     logs = [
         [(line["step"], line.get("loss"), line.get("mIoU")) for line in train.read_log(folder)]
