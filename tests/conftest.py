@@ -86,6 +86,7 @@ def two_processes(tmp_path_factory):
 
 
 def process(rank, folder, pipe):
+    torch.set_num_threads(1)
     how = dict(init_method=f"file://{folder}/store", timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", rank=rank, world_size=2, **how)
     while (share := pipe.recv()) is not None:

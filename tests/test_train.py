@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -323,15 +325,24 @@ def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
     assert results[0] == pytest.approx(results[1], abs=0.01)
 
 
-def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, capsys):
+def run_in_group(arguments, method, rank):
+    """The exit status of train.py in one of two processes that are a process group already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(method)
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(dist, "init_process_group", lambda _: dist.barrier())
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        return train.main(arguments)
+
+
+def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, two_processes):
     one, two, without = tmp_path / "one", tmp_path / "two", tmp_path / "without"
     flags = [*flags, "--option", "drop=0.0"]
     assert train.main([*flags, "--output", str(without)]) == 0
     flags.append("--car")
     assert train.main([*flags, "--output", str(one)]) == 0
-    process = start([*flags, "--output", str(two)], method, processes=2)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    arguments = [*flags, "--output", str(two)]
+    assert two_processes(partial(run_in_group, arguments, method)) == [0, 0]
     a, b, c = weights(one), weights(two), weights(without)
     assert list(a) == list(c) and not torch.allclose(a["conv.weight"], c["conv.weight"], atol=1e-4)
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
