@@ -13,6 +13,7 @@ from torch import nn
 import caa
 import data
 import evaluate
+import pyramid_fuse
 import train
 from data import Mistake
 
@@ -635,7 +636,9 @@ def test_levels_are_printed_and_without_nan(capsys):
     assert "stride        8       4" in out and out.count("\n") == 7
 
 
-def test_figures_of_a_pyramid_tell_of_its_levels(photos, tmp_path, capsys):
+def test_figures_of_a_pyramid_tell_of_its_levels(photos, tmp_path, capsys, monkeypatch):
+    narrow = (8, 16, 32, 64)  # else the checkpoint has 60 million weights
+    monkeypatch.setattr(pyramid_fuse.ResNetDecoder, "channels", narrow)
     net = evaluate.network(
         "pyramid_fuse", 3, "resnet18", options={"strides": (8, 4), "context": None}
     )

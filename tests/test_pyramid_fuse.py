@@ -455,9 +455,15 @@ EXPERIMENTS = dict(
 )
 
 
+@pytest.fixture
+def narrow_decoder(monkeypatch):
+    """A sixth of the decoder's channels: its 50 million weights are most of a small network."""
+    monkeypatch.setattr(pf.ResNetDecoder, "channels", (8, 16, 32, 64))
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_of_table_a_trains_every_parameter(name):
+def test_every_experiment_of_table_a_trains_every_parameter(name, narrow_decoder):
     net = pf.build(4, "resnet18", **EXPERIMENTS[name]).train()
     images, labels = torch.randn(2, 3, 64, 32), torch.randint(4, (2, 64, 32))
     for side, top in ((32, 0), (16, 32), (8, 48)):  # every level has unity-cells of its own
@@ -485,7 +491,7 @@ def test_every_experiment_of_table_a_trains_every_parameter(name):
 
 
 @pytest.mark.network
-def test_losses_are_of_the_relabelled_pyramids():
+def test_losses_are_of_the_relabelled_pyramids(narrow_decoder):
     images, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
     labels[:, :40, :70] = 1
     for policy in pf.POLICIES:
@@ -545,7 +551,7 @@ def test_auxiliary_levels_weigh_two_fifths_of_their_mean():
     "size, fitted",
     [((64, 96), (64, 96)), ((50, 79), (64, 64)), ((47, 33), (32, 32)), ((5, 1), (32, 32))],
 )
-def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted):
+def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted, narrow_decoder):
     net = pf.build(4, "resnet18", context=None).eval()
     images, labels = torch.randn(1, 3, *size), torch.randint(4, (1, *size))
     assert net.fitted(images).shape[2:] == fitted
@@ -560,7 +566,7 @@ def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted):
 
 
 @pytest.mark.network
-def test_sides_half_way_between_are_enlarged():
+def test_sides_half_way_between_are_enlarged(narrow_decoder):
     net = pf.build(4, "resnet18", output="single", context=None)
     assert [net.fitted(torch.zeros(1, 3, side, 32)).shape[2] for side in (48, 80, 79)] == [
         64,
