@@ -340,8 +340,8 @@ class _XceptionUnit(nn.Module):
         relu = nn.ReLU if activated else None
         self.skip, self.activated = skip, activated
         for i, (a, b, rate) in enumerate(zip([inputs, *outputs], outputs, rates), 1):
-            how = dict(stride=stride if i == 3 else 1, dilation=rate, groups=a)
-            setattr(self, f"separable_conv{i}_depthwise", _normed(a, a, 3, relu, **how))
+            kwargs = dict(stride=stride if i == 3 else 1, dilation=rate, groups=a)
+            setattr(self, f"separable_conv{i}_depthwise", _normed(a, a, 3, relu, **kwargs))
             setattr(self, f"separable_conv{i}_pointwise", _normed(a, b, 1, relu))
         if skip == "conv":
             self.shortcut = _normed(inputs, outputs[-1], 1, stride=stride)
@@ -638,16 +638,17 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 
 # ---------------------------------------------------------------------------------------- alignment
 #
-# Where the positions of a map are on the image. A convolution of stride s and padding k//2 computes
-# its output i around pixel i·s. So k + 1 positions span k·s + 1 pixels, for stride 4:
+# Where the positions of a map are on the image. A convolution of stride s, kernel size K and
+# padding K//2 computes its output i around pixel i·s. So n + 1 positions span n·s + 1 pixels, for
+# stride 4:
 #
 #     pixel       0   1   2   3   4   5   6   7   8          2·4 + 1 pixels
 #     position    0               1               2          3 positions
 #
 # The papers' crops have such sides: 513 = 16·32 + 1, 769 = 24·32 + 1. Images of other sides are
-# extended to the next k·s + 1 by repeating their border, s being the coarsest stride. Then the
+# extended to the next n·s + 1 by repeating their border, s being the coarsest stride. Then the
 # outermost positions of all maps are on the outermost pixels, so maps are resized with
-# align_corners=True. Without that, map and image would drift apart by up to a stride. It costs a
+# align_corners=True. Otherwise map and image drift apart by up to a stride. The extension adds a
 # row and a column of positions where a side is a multiple of s.
 #
 # Swin Transformers and ConvNeXts cut the image into patches of s x s pixels. A position is the
@@ -672,15 +673,15 @@ def extended(images, stride, patches=False):
 def upsample(logits, stride, size, patches=False):
     """Logits `[N, K, h, w]` at `stride` -> float32 `[N, K, *size]`, bilinear; size: the image's."""
     sides = (n * stride if patches else (n - 1) * stride + 1 for n in logits.shape[2:])
-    how = dict(mode="bilinear", align_corners=not patches)
-    full = F.interpolate(logits.float(), size=tuple(sides), **how)
+    kwargs = dict(mode="bilinear", align_corners=not patches)
+    full = F.interpolate(logits.float(), size=tuple(sides), **kwargs)
     return full[:, :, : size[0], : size[1]]
 
 
 def resize(x, like, patches=False):
     """Map `[N, C, h, w]` -> `[N, C, h', w']`, bilinear, of the same dtype.
 
-    like: the map whose size it takes, or a number: that many times as fine.
+    like: the map whose size it takes, or a whole number: x's stride divided by it.
     """
     if isinstance(like, int):
         size = [n * like if patches else (n - 1) * like + 1 for n in x.shape[2:]]
@@ -692,7 +693,10 @@ def resize(x, like, patches=False):
 
 
 def positions(stride, length, patches=False):
-    """The pixel of each of the `length` positions of a map at `stride`, along one side, int64."""
+    """The pixel of each of the `length` positions of a map at `stride`, along one side, int64.
+
+    patches: the middle of the patch, rounded up.
+    """
     return torch.arange(length) * stride + (stride // 2 if patches else 0)
 
 
@@ -706,7 +710,7 @@ def nearest(positions, side):
 
 
 def one_image(net, image):
-    """What a network's `figures` is given, `[3, H, W]` or `[1, 3, H, W]`, as `[1, 3, H, W]`.
+    """The image given to a network's `figures`, `[3, H, W]` or `[1, 3, H, W]`, as `[1, 3, H, W]`.
 
     ValueError for a batch of several, and where `net` is in training mode: figures show what it
     predicts.
@@ -722,13 +726,13 @@ def one_pixel(pixel, size):
     """(row, column) of the pixel that a figure is about: `pixel`, or the centre of an image of
     `size` if None.
 
-    ValueError where it lies outside.
+    ValueError where it is outside.
     """
     H, W = size
     row, column = (H // 2, W // 2) if pixel is None else pixel
     if not (0 <= row < H and 0 <= column < W):
         raise ValueError(
-            f"pixel ({row}, {column}) lies outside the image: it has {H} rows and {W} columns"
+            f"pixel ({row}, {column}) is outside the image: it has {H} rows and {W} columns"
         )
     return row, column
 

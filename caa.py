@@ -22,15 +22,16 @@ in row i and column j, m is another row, n another column, ⊙ multiplies channe
     gate_i = Sigmoid(ReLU( Σ_m,j α_ijm / (H·W) · ω_c1) ω_c2) [N, H, C]    (3.9) -> ChannelAttention
     z_ij   = Σ_m gate_i ⊙ α_ijm                             [N, C, H, W]        -> channelized
 
-    row step, on the result z of the column step
+    row step: values from z, queries and keys from x
     A_row(ij, in) = softmax_n( φ(x_ij)ᵀ φ(x_in) )           [N, H, W, W]  (3.4) -> row_attention
-    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7)
+    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7), of the gated z
     gate_j = Sigmoid(ReLU( Σ_i,n β_ijn / (H·W) · ω_r1) ω_r2) [N, W, C]   (3.10) -> ChannelAttention
     y_ij   = Σ_n gate_j ⊙ β_ijn                             [N, C, H, W] (3.11) -> SpatialAttention
 
-Others: self-attention, (3.1), (3.2) -> SpatialAttention(attention="self"); axial attention without
-gates, (3.5), (3.8) -> channelized(gate=None); Algorithm 2 -> channelized_grouped; the conflicts of
-Sect. 3.2 -> DualAttention.
+The weights ω_c1, ω_r1 are [C, 128], ω_c2, ω_r2 [128, C]. `channelized` computes the means of the
+gates. Others: self-attention, (3.1), (3.2) -> SpatialAttention(attention="self"); axial attention
+without gates, (3.5), (3.8) -> channelized(gate=None); Algorithm 2 -> channelized_grouped; the
+conflicts of Sect. 3.2 -> DualAttention.
 
 Read first `column_attention`, then `channelized_grouped`, which is Algorithm 2 as it is printed,
 then `channelized`, which computes the same much faster. Tests: tests/test_caa.py.
@@ -50,12 +51,13 @@ import backbones
 def column_attention(query):
     """Eq. (3.3): how much each row attends to each other row, in every column.
 
-    query `[N, c, H, W]`, which is the key as well -> `[N, W, H, H]`: column j, row i of the query,
-    attended row m; it sums to 1 over m. float32 (float64 for float64), also under autocast: an
-    unscaled product of 64 channels can exceed float16's largest number.
+    query `[N, c, H, W]`, which is the key as well -> `[N, W, H, H]`, indexed [n, j, i, m]: in
+    column j, query row i attends to row m. Sums to 1 over m. float32 (float64 for float64), also
+    under
+    autocast: an unscaled product of 64 channels can exceed float16's largest number.
     """
     if query.requires_grad:
-        # PyTorch's batch norm on the CPU misreads a permuted gradient of a map one position wide.
+        # On the CPU, batch norm's backward pass misreads permuted gradients of one-column maps.
         query.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
     with torch.autocast(query.device.type, enabled=False):
         query = query.to(torch.promote_types(query.dtype, torch.float32))
@@ -79,33 +81,32 @@ def axial_attention(query, axis):
 def channelized_grouped(attention, value, gate, axis, groups):
     """Algorithm 2: the column step, Eqs. (3.6), (3.9), (3.11), one group of query rows at a time.
 
-    attention `[N, W, H, H]` of `column_attention`, value `[N, C, H, W]`; gate: a callable from
-    `[N, L, C]` to `[N, L, C]` in 0…1, or None for plain axial attention, Eq. (3.5) -> `[N, C, H,
-    W]`. axis="row" is the row step, Eqs. (3.7), (3.10): attention `[N, H, W, W]`.
+    attention `[N, W, H, H]` of `column_attention`, value `[N, C, H, W]` -> `[N, C, H, W]`. gate: a
+    callable `[N, L, C] -> [N, L, C]` with values in 0…1, L the number of rows; None is plain axial
+    attention, Eq. (3.5). axis="row" is the row step, Eqs. (3.7), (3.10), (3.11): attention `[N, H,
+    W, W]` of `row_attention`, L the number of columns.
 
-    For reading and comparing: the weighted features α take N·H/groups·H·W·C numbers at a time, and
-    in training, where all of them are kept, groups times that.
+    For reading and comparing: α takes N·H/groups·H·W·C numbers, in training groups times that.
     """
     if axis == "row":  # the algorithm is printed for columns
         return channelized_grouped(attention, value.mT, gate, "column", groups).mT
     N, C, H, W = value.shape
-    padding = -H % groups  # line 1 prints H % groups, with which line 5 cannot be done
-    A = attention.to(value.dtype).permute(2, 0, 3, 1)  # line 2: query row first  [H, N, H, W]
+    padding = -H % groups  # line 1 prints H % groups: of 5 rows and 3 groups 2, where 1 is missing
+    # Line 2: query row first. (The thesis' A is [N, H, H, W], the column last.)
+    A = attention.to(value.dtype).permute(2, 0, 3, 1)  # [H, N, H, W]
     A = F.pad(A, (0, 0, 0, 0, 0, 0, 0, padding))  # lines 3, 4  [H+, N, H, W]
     A = A.reshape(groups, -1, N, H, W)  # line 5  [G, H+/G, N, H, W]
     Y = []
     for A_g in A:  # lines 6 to 8: the channelization of one group
-        # Eq. (3.6). It prints g(x_mn), values of another column than the map's. Summed so, it would
-        # cost H²W²C and not the O(H²W) of Sect. 3.3.1.2. The shapes of the algorithm, Fig. 3.5 and
-        # the released code have one column.
+        # Eq. (3.6) prints g(x_mn), values of another column than the map's. That would cost
+        # O(H²W²), not Sect. 3.3.1.2's O(H²W). Fig. 3.5 and the released code have one column.
         alpha = A_g[:, :, None] * value  # [H+/G, N, C, H, W]
         if gate is not None:
             pooled = alpha.sum(dim=(3, 4)) / (H * W)  # Σ_m,j α / HW  [H+/G, N, C]
             weight = gate(pooled.transpose(0, 1)).transpose(0, 1)  # Eq. (3.9)  [H+/G, N, C]
             alpha = weight.to(alpha.dtype)[..., None, None] * alpha
         Y.append(alpha.sum(dim=3))  # Σ_m  [H+/G, N, C, W]
-    # Lines 9 and 10 print a stack over 0 … G and a reshape. G groups concatenated are the same.
-    Y = torch.cat(Y)[:H]  # lines 9 to 11  [H, N, C, W]
+    Y = torch.cat(Y)[:H]  # lines 9 to 11; line 9 counts one group too many, 0 … G  [H, N, C, W]
     return Y.permute(1, 2, 0, 3)  # line 12  [N, C, H, W]
 
 
@@ -126,7 +127,7 @@ def channelized(attention, value, gate, axis):
     value = value.permute(0, 3, 2, 1)  # [N, W, H, C]
     z = attention.to(value.dtype) @ value  # Σ_m α  [N, W, H, C]
     if gate is not None:
-        # In float32: divided by H, half-precision features would fall below the normal numbers.
+        # The mean is float32: dividing half-precision features by H would underflow.
         pooled = z.mean(dim=1, dtype=torch.promote_types(z.dtype, torch.float32)) / z.shape[2]
         z = gate(pooled)[:, None].to(z.dtype) * z  # Eq. (3.9)  [N, 1, H, C] · [N, W, H, C]
     return z.permute(0, 3, 2, 1)  # [N, C, H, W]
@@ -148,7 +149,7 @@ def channel_map(x):
 class ChannelAttention(nn.Module):
     """The gate of Eqs. (3.9), (3.10): `[N, L, C] -> [N, L, C]` in 0…1, in its weights' precision.
 
-    layers hidden layers of `width` channels, activation "leaky_relu" or "relu" (Sect. 3.3.2.3).
+    `layers` hidden layers of `width` channels each; activation "leaky_relu" or "relu".
     With layers=1, activation="relu" it is as printed: fc[0] is ω_c1 or ω_r1, fc[1] ω_c2 or ω_r2.
     Raises ValueError for other values.
     """
@@ -179,7 +180,8 @@ class SpatialAttention(nn.Module):
     """Attention over positions, `[N, C, H, W] -> [N, C, H, W]`.
 
     attention: "axial", Eq. (3.11), or "self", Eq. (3.1) with one gate for each pixel.
-    channelization: with gates, `gate` are their keywords. released: see CAANet.
+    channelization: use gates, **gate are keywords of ChannelAttention. released: see CAANet. The
+    sizes here and in CAA are the released code's.
     """
 
     def __init__(self, channels=512, attention="axial", channelization=True, query_channels=64,
@@ -190,21 +192,21 @@ class SpatialAttention(nn.Module):
         self.axial = attention == "axial"
         self.theta = self.query(channels, query_channels, released)
         self.phi = self.query(channels, query_channels, released) if self.axial else None
-        self.g = Conv2dNormActivation(channels, channels, 1)  # with ReLU, as in the released code
-        nn.init.dirac_(self.g[0].weight)  # the head starts as one without attention
+        self.g = Conv2dNormActivation(channels, channels, 1)  # its ReLU is the released code's
+        nn.init.dirac_(self.g[0].weight)  # so the output starts near a multiple of x
         gates = channelization, channelization and self.axial
         gates = [ChannelAttention(channels, **gate) if wanted else None for wanted in gates]
         self.gate_col, self.gate_row = gates
 
     @staticmethod
     def query(channels, query_channels, released):
-        """θ or φ: "a 1x1 convolution layer" (Sect. 3.3.1.1), into which batch norm folds."""
-        # After the released code's ReLU no product is below 0, so a query of large norm attends to
-        # unrelated positions.
+        """θ or φ: "a 1x1 convolution layer" (Sect. 3.3.1.1), into which its batch norm folds."""
+        # After the released code's ReLU all products are at least 0, so a position with a large
+        # norm attracts attention from unrelated positions.
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-        # With 0.7 a query's product with itself is near 64 · 0.7² = 32, as after a ReLU.
+        # A query's product with itself starts near 64 · 0.7² = 31; after a ReLU it is 32.
         nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
         return layer
 
@@ -233,16 +235,14 @@ class CAA(nn.Module):
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
         self.attention = nn.Identity()
         if attention is not None:
-            kwargs = dict(channelization=channelization, released=released, **gate)
-            self.attention = SpatialAttention(512, attention, **kwargs)
+            self.attention = SpatialAttention(512, attention, channelization, 64, released, **gate)
         # Table 3.2, "+ SE": with SENet's reduction of 16, as the thesis does not say.
         self.se = SqueezeExcitation(512, 512 // 16) if se else nn.Identity()
         self.after = Conv2dNormActivation(512, 512, 1)
         nn.init.dirac_(self.after[0].weight)
         # No batch norm: after pooling there is one value per channel and image.
         self.image_level = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(512, 512, 1), nn.ReLU())
-        self.project = Conv2dNormActivation(1024, 256, 1)
-        self.channels = 256
+        self.project, self.channels = Conv2dNormActivation(1024, 256, 1), 256
 
     def forward(self, x):
         x = self.reduce(x)  # [N, 512, H, W]
@@ -254,11 +254,11 @@ class DualAttention(nn.Module):
     """The two earlier designs of Fig. 3.1, whose branches can conflict (Sect. 3.2).
 
     "parallel", (a): spatial + channel attention; "sequential", (b): channel, then spatial
-    attention. `[N, in_channels, H, W]` -> (features `[N, 512, H, W]`, dict of the branches' logits
-    `[N, K, H, W]`): "spatial" and "channel" (Sect. 3.2.1), or "channel" with its gradient stopped.
+    attention. `[N, in_channels, H, W]` -> (features `[N, 512, H, W]`, the branches' logits by name,
+    `[N, K, H, W]`): "spatial" and "channel" (Sect. 3.2.1); of "sequential" "channel" alone.
 
-    The layout is DANet's, but the spatial attention is this file's: so the designs of Fig. 3.1
-    differ only in the place of channel attention. (DANet has separate queries and keys, no norms.)
+    The layout is DANet's, the spatial attention this file's: the designs differ in the place of
+    channel attention alone. (DANet has separate queries and keys, and no norms.)
     """
 
     def __init__(self, in_channels, num_classes, design="parallel", attention="axial",
@@ -287,7 +287,7 @@ class DualAttention(nn.Module):
     def forward(self, x):
         if self.design == "sequential":
             channel = self.channel(self.reduce(x))
-            logits = self.channel_logits(channel.detach())  # it must not train the rest
+            logits = self.channel_logits(channel.detach())  # Sect. 3.2.1: it trains no more
             return self.after(self.spatial(channel)), {"channel": logits}
         spatial = self.after(self.spatial(self.reduce(x)))
         channel = self.after_channel(self.channel(self.reduce_channel(x)))
@@ -306,12 +306,12 @@ class CAANet(nn.Module):
     "auxiliary", and with `dual` those of the branches (of weight 1, as DANet's).
 
     option           values                           default        thesis
-    attention        "axial", "self", None (FCN)      "axial"        Table 3.3, Figs. 3.6 to 3.8
+    attention        "axial", "self", None: without   "axial"        Table 3.3, Figs. 3.6 to 3.8
     channelization   False: without the gates         True           Tables 3.1 to 3.3, 3.5
     channel_layers   hidden layers of a gate          5              Table 3.1
     channel_width    their channels                   128            Table 3.1
-    activation       "leaky_relu", "relu": printed    "leaky_relu"   Sect. 3.3.2.3
-    se               True: SE after the attention     False          Table 3.2 (no channelization)
+    activation       "relu": as Eq. (3.9) prints it   "leaky_relu"   Sect. 3.3.2.3
+    se               True: SE after the attention     False          Table 3.2, no channelization
     dual             "parallel", "sequential"         None           Fig. 3.1 (a), (b), without CAA
     auxiliary        True: a loss on the last map     True           Table 3.4 (Aux)
     decoder          True: DeepLabv3+'s               False          Table 3.7
@@ -328,13 +328,14 @@ class CAANet(nn.Module):
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, *_, high = self.backbone.channels
         if dual is not None:
+            if attention is None or se:
+                raise ValueError("dual has attention='axial' or 'self', and no se")
             self.head = DualAttention(high, num_classes, dual, attention, released)
         else:
             gate = dict(layers=channel_layers, width=channel_width, activation=activation)
             self.head = CAA(high, attention, channelization, se, released, **gate)
         self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
-        self.stride = self.backbone.strides[-1]
-        self.dropout = nn.Dropout(0.1)
+        self.stride, self.dropout = self.backbone.strides[-1], nn.Dropout(0.1)
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
         layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         self.auxiliary = nn.Sequential(*layers) if auxiliary else None
@@ -363,9 +364,9 @@ class CAANet(nn.Module):
     def figures(self, image, pixel=None):
         """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`, each `[H, W]`; see `attended`.
 
-        Of CAA what the position at `pixel` (row, column; the centre if None) attends to before the
-        gates, in 0…1. Of dual attention the label maps of its branches and of the whole (Figs. 3.3,
-        3.4). None for attention=None. ValueError in training mode, and for a pixel outside.
+        CAA: what the position at `pixel` (row, column; None: the centre) attends to, before the
+        gates, in 0…1. Dual attention: label maps of its branches and of the prediction (Figs. 3.3,
+        3.4). Empty for attention=None. ValueError in training mode, and for a pixel outside.
         """
         image = backbones.one_image(self, image)
         size, x = image.shape[2:], self.backbone(image)[-1]
@@ -387,8 +388,7 @@ def attended(attention, x, i, j):
 
     "column, then row" is A_row(ij, in) · A_col(in, mn) at (m, n): two steps reach every position.
     """
-    H, W = x.shape[2:]
-    col, row = attention.maps(x)
+    (H, W), (col, row) = x.shape[2:], attention.maps(x)
     if row is None:
         return {"self-attention": col[0, 0, i * W + j].reshape(H, W)}
     column, across = col.new_zeros(H, W), col.new_zeros(H, W)
@@ -399,13 +399,13 @@ def attended(attention, x, i, j):
 
 _COMMON = dict(
     # Sect. 3.4.1.1; stride 8 to compare with others, 16 for the ablations
-    **dict(backbone="resnet101", weights="imagenet", output_stride=8),
+    backbone="resnet101", weights="imagenet", output_stride=8,
     # Sect. 3.4.1.3; augmentation is "the most basic"
-    **dict(optimizer="sgd", lr=0.01, power=0.9, batch_size=16, color="none"),
-    # Open; the released configuration's. Batch norm's momentum is 0.9997 in Keras.
-    **dict(crop_size=513, scale=(0.5, 2.0), scale_step=0.1),
-    **dict(momentum=0.9, weight_decay=1e-4, bn_momentum=0.0003),
-)
+    optimizer="sgd", lr=0.01, power=0.9, batch_size=16, color="none",
+    # Open; the released configuration's. Its decay of 0.9997 is PyTorch's momentum 0.0003.
+    crop_size=513, scale=(0.5, 2.0), scale_step=0.1, momentum=0.9, weight_decay=1e-4,
+    bn_momentum=0.0003,
+)  # fmt: skip
 RECIPES = {
     "pascal_context": _COMMON | dict(iterations=40_000),  # Sect. 3.4.2
     "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3; its "172 classes" are 171

@@ -58,10 +58,11 @@ def rearranged(x, weight, rates):
         T'_r[p] = Σ_k K_k T[p + r·k] = Σ_k (K_k T)[p + r·k]
 
     so they are computed once, as 1x1 convolutions. Each rate then sums nine shifted maps, which is
-    what `fold` does: it adds (K_k T)[q] to position q + r·k. The kernel is flipped for the sign.
+    what `fold` does. It adds a product at q to position q + r·k; the formula needs q - r·k, so the
+    kernel is flipped.
     """
-    taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # [9·C, I]
-    products = taps @ x.flatten(2)  # K_k T  [N, 9·C, H·W]
+    taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # [C·9, I], as fold wants it
+    products = taps @ x.flatten(2)  # K_k T  [N, C·9, H·W]
     return [F.fold(products, x.shape[2:], 3, dilation=r, padding=r) for r in rates]  # Σ_k
 
 
@@ -90,7 +91,7 @@ class KSAC(nn.Module):
         self.image_level = nn.Sequential(nn.AdaptiveAvgPool2d(1), pooled)
         self.kernel = nn.Parameter(nn.Conv2d(in_channels, channels, 3).weight.detach())  # line 2
         # One for each rate: line 2 makes K before the loop, line 5 calls BATCHNORM inside. Sect.
-        # 2.4.3 says that more rates add no parameters; these are 2·channels a rate.
+        # 2.4.3 says that more rates add no parameters; these are 2·channels per rate.
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in self.rates)
         # Concatenated, projected, dropout 0.1: the thesis does not say; as in DeepLabv3+.
         self.project = nn.Sequential(
@@ -121,7 +122,7 @@ class ASPP(deeplabv3.ASPP):
 
 
 class FCN(nn.Sequential):
-    """No context (Table 2.1's first row): a 1x1 convolution, which is what that row costs."""
+    """No context (Table 2.1's first row): a 1x1 convolution, which agrees with that row's cost."""
 
     def __init__(self, in_channels, channels=256):
         super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
@@ -140,8 +141,8 @@ class KSACNet(nn.Module):
 
     option          values                                default        thesis
     head            "ksac", "aspp", "fcn"                 "ksac"         Table 2.1
-    rates           of both pyramids, at output stride 16 (6, 12, 18)    Table 2.1
-    extra_rates     more, of KSAC alone: (1, 24)          ()             Table 2.2
+    rates           of KSAC or ASPP, for output stride 16 (6, 12, 18)    Table 2.1
+    extra_rates     further rates, KSAC only: (1, 24)     ()             Table 2.2
     decoder         True: DeepLabv3+'s                    False          Table 2.1 (D)
     output_stride   of the backbone: 8, 16, 32            16             Table 2.1 (OS)
     """
@@ -161,7 +162,7 @@ class KSACNet(nn.Module):
         low, *_, high = self.backbone.channels
         if head == "ksac":
             rates = sorted([*rates, *extra_rates])
-        # At output stride 8 the rates double, as in DeepLabv3+. Table 2.1's multiply-adds agree.
+        # In proportion to the map: at output stride 8 they double, as in DeepLabv3+ and Table 2.1.
         rates = [max(1, rate * 16 // output_stride) for rate in rates]
         self.head = FCN(high) if head == "fcn" else {"ksac": KSAC, "aspp": ASPP}[head](high, rates)
         self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
@@ -187,21 +188,22 @@ class KSACNet(nn.Module):
 
     @torch.no_grad()
     def figures(self, image):
-        """Fig. 2.4, of one image `[3, H, W]` or `[1, 3, H, W]`: the first 25 feature maps of each
-        rate.
+        """Fig. 2.4 for one image `[3, H, W]` or `[1, 3, H, W]`: 25 feature maps of each rate.
 
-        They are arranged five by five, `[5·(h + 1), 5·(w + 1)]`: that branch of the head after
-        ReLU, its channels scaled to 0…1 one by one. (The figure does not say which 25 it shows.)
-        Their names have the rates at this output stride. Empty for head="fcn". ValueError in
-        training mode.
+        Each picture `[5·(h + 1), 5·(w + 1)]` is a 5x5 grid of the first maps of that rate after
+        ReLU, each scaled to 0…1. (The thesis does not say which 25 it shows.) Keys are the rates at
+        this output stride. Empty for head="fcn". ValueError in training mode.
         """
         image = backbones.one_image(self, image)
         if isinstance(self.head, FCN):
             return {}
-        x = self.backbone(image)[-1]
-        return {
-            f"rate {r}": tiled(y[0, :25]) for r, y in zip(self.head.rates, self.head.pyramid(x))
-        }
+        figures, x = {}, self.backbone(image)[-1]
+        for rate, y in zip(self.head.rates, self.head.pyramid(x)):
+            name = f"rate {rate}"
+            while name in figures:  # equal rates, as of a large output stride
+                name += "'"
+            figures[name] = tiled(y[0, :25])
+        return figures
 
 
 def tiled(maps):
@@ -213,9 +215,9 @@ def tiled(maps):
 
 _COMMON = dict(
     backbone="xception65",  # Table 2.1's best
-    # ImageNet's (Sect. 2.3.2 says so of ADE20K). torchvision has none of Xception: --weights PATH.
+    # Sect. 2.3.2 says ImageNet for ADE20K. torchvision has no weights of Xception: --weights PATH.
     weights="imagenet",
-    output_stride=16,  # Sect. 2.4.4: as good as 8 with the decoder
+    output_stride=16,  # Sect. 2.4.4: with the decoder nearly as good as 8
     option=dict(decoder=True),
     optimizer="sgd",  # Sect. 2.3.2
     batch_size=16,  # Sect. 2.3.2, with Xception; 32 with MobileNetV2
@@ -226,7 +228,7 @@ _COMMON = dict(
     momentum=0.9,  # Sect. 2.3.2, said of ADE20K
     power=0.9,  # open; DeepLab's
     weight_decay=4e-5,  # open; DeepLabv3+'s with Xception
-    bn_momentum=0.0003,  # open; DeepLab's 0.9997
+    bn_momentum=0.0003,  # open; DeepLab's decay of 0.9997
 )
 _VOC = _COMMON | dict(option=dict(decoder=True, extra_rates=(1, 24)))  # Table 2.2's best
 RECIPES = {
@@ -237,8 +239,7 @@ RECIPES = {
     "pascal_voc": _VOC | dict(iterations=30_000, lr=2e-4),  # iterations are open; DeepLabv3's
     # Sect. 2.3.2: "manually reduced in half about every 30K iterations"; how many is open.
     "ade20k": _COMMON | dict(iterations=150_000, lr=2e-3, halve_every=30_000),
-    # Sect. 2.3.1.5 says the crops alone. Iterations and lr are open: DeepLabv3's, the lr that of
-    # VOC.
+    # Sect. 2.3.1.5 gives the crop size only. Iterations and lr are DeepLabv3's, its lr that of VOC.
     "cityscapes": _COMMON | dict(iterations=90_000, lr=7e-3, crop_size=769),
 }
 

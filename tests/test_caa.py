@@ -979,8 +979,9 @@ def test_without_attention_the_head_is_the_rest_of_it():
     whole = small(attention=None).eval()
     assert not [name for name in whole.state_dict() if name.startswith("head.attention")]
     assert whole.figures(torch.randn(3, 40, 40)) == {}
-    with pytest.raises(ValueError, match="'axial' or 'self'"):
-        small(attention=None, dual="parallel")
+    for options in (dict(attention=None), dict(se=True)):
+        with pytest.raises(ValueError, match="dual has attention='axial' or 'self', and no se"):
+            small(dual="parallel", **options)
 
 
 @pytest.mark.network

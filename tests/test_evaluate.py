@@ -419,7 +419,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     assert "--window 0: expected a number of at least 1" in mistake(
         capsys, "--checkpoint", checkpoint, "--window", "0"
     )
-    assert "lies outside the image" in mistake(
+    assert "is outside the image" in mistake(
         capsys, "--checkpoint", checkpoint, "--figures", str(tmp_path), "--pixel", "99", "0"
     )
     photos = [str(root / "images" / split / "0.png") for split in ("train", "val")]

@@ -486,6 +486,8 @@ def test_figures_are_the_first_25_maps_of_each_rate():
             tile = m[6:11, 16:23]
             assert torch.allclose(tile, seventh / seventh.max().clamp(min=1e-6), atol=1e-6)
             assert m[5].abs().sum() == 0 and m[:, 7].abs().sum() == 0  # between the tiles
+    net = ksac.build(3, "resnet18", rates=(1, 2, 6), output_stride=32).eval()
+    assert list(net.figures(image)) == ["rate 1", "rate 1'", "rate 3"]  # 1/2 and 1 are both 1
     assert ksac.build(3, "resnet18", head="fcn").eval().figures(image) == {}
     with pytest.raises(ValueError, match="of one image, not of a batch"):
         net.figures(image.expand(2, -1, -1, -1))
