@@ -1,4 +1,6 @@
+import contextlib
 import gc
+import io
 import json
 import os
 import shutil
@@ -103,6 +105,17 @@ def start(arguments, method, processes=1, **how):
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
     )
+
+
+def run_in_group(arguments, method, rank):
+    """train.py in one of two processes that are a process group already: its status and output."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.syspath_prepend(method)
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(dist, "init_process_group", lambda _: dist.barrier())
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        return train.main(arguments), output.getvalue()
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -299,7 +312,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_
     assert len(logs[0]) == len(logs[1])
 
 
-def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
+def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path, two_processes):
     one, two = tmp_path / "one", tmp_path / "two"
     flags = [
         *flags,
@@ -313,10 +326,10 @@ def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
         "idle=true",
     ]  # as the norms of a Swin Transformer's finer maps, where nothing reads those
     assert train.main([*flags, "--output", str(one)]) == 0
-    process = start([*flags, "--output", str(two)], method, processes=2)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert out.count("best mIoU") == 1
+    run = partial(run_in_group, [*flags, "--output", str(two)], method)
+    (first, printed), (second, nothing) = two_processes(run)
+    assert first == second == 0
+    assert printed.count("best mIoU") == 1 and nothing == ""
     a, b = weights(one), weights(two)
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
     results = [
@@ -325,24 +338,14 @@ def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path):
     assert results[0] == pytest.approx(results[1], abs=0.01)
 
 
-def run_in_group(arguments, method, rank):
-    """The exit status of train.py in one of two processes that are a process group already."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(method)
-        patch.setenv("WORLD_SIZE", "2")
-        patch.setattr(dist, "init_process_group", lambda _: dist.barrier())
-        patch.setattr(dist, "destroy_process_group", lambda: None)
-        return train.main(arguments)
-
-
 def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, two_processes):
     one, two, without = tmp_path / "one", tmp_path / "two", tmp_path / "without"
     flags = [*flags, "--option", "drop=0.0"]
     assert train.main([*flags, "--output", str(without)]) == 0
     flags.append("--car")
     assert train.main([*flags, "--output", str(one)]) == 0
-    arguments = [*flags, "--output", str(two)]
-    assert two_processes(partial(run_in_group, arguments, method)) == [0, 0]
+    run = partial(run_in_group, [*flags, "--output", str(two)], method)
+    assert [status for status, _ in two_processes(run)] == [0, 0]
     a, b, c = weights(one), weights(two), weights(without)
     assert list(a) == list(c) and not torch.allclose(a["conv.weight"], c["conv.weight"], atol=1e-4)
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
