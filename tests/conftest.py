@@ -31,15 +31,18 @@ def quick_weights():
 
     The block's length is a prime, so no two rows of a weight are equal.
     """
-    drawn = {name: getattr(torch.Tensor, name) for name in ("uniform_", "normal_")}
+    block, drawn = 10_007, {name: getattr(torch.Tensor, name) for name in ("uniform_", "normal_")}
 
     def filled(draw):
         def fill(tensor, *args, **kwargs):
-            if tensor.numel() < 200_000 or tensor.device.type != "cpu":
+            repeats = tensor.numel() // block
+            if repeats < 2 or tensor.device.type != "cpu" or not tensor.is_contiguous():
                 return draw(tensor, *args, **kwargs)
-            block = draw(tensor.new_empty(100_003), *args, **kwargs)
-            flat = block.repeat(tensor.numel() // len(block) + 1)[: tensor.numel()]
-            return tensor.copy_(flat.view(tensor.shape))
+            flat = tensor.view(-1)
+            first = draw(flat[:block], *args, **kwargs)
+            flat[block : repeats * block].view(repeats - 1, block).copy_(first)
+            flat[repeats * block :] = first[: tensor.numel() - repeats * block]
+            return tensor
 
         return fill
 

@@ -600,7 +600,7 @@ def test_regularize_changes_nothing_at_inference():
     ]
 
 
-@pytest.mark.system
+@pytest.mark.network
 @pytest.mark.parametrize("method", [caa, ksac])
 def test_regularize_takes_the_losses_of_this_repositorys_networks(method):
     net = method.build(4, "resnet18", output_stride=16).train()

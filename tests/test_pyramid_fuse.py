@@ -166,7 +166,7 @@ def test_nothing_below_a_dont_care_cell_is_relabelled():
         assert torch.equal(found[3][0, :2, :2], semantic[3][0, :2, :2]) and found[3][0, 0, 0] == 0
 
 
-@pytest.mark.network
+@pytest.mark.equation
 def test_unknown_policy_is_named():
     semantic, unity = pf.pyramid_labels(MAP, STRIDES)
     with pytest.raises(
