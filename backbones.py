@@ -22,7 +22,6 @@ To copy: this file stands alone.
 import inspect
 import re
 from collections import OrderedDict
-from urllib.error import URLError
 
 import torch
 import torch.distributed as dist
@@ -230,12 +229,7 @@ def _torchvision(name, weights):
         return _loaded(models.get_model(name, weights=None), name, weights)
     try:
         return models.get_model(name, weights="IMAGENET1K_V1")
-    except (
-        URLError,
-        TimeoutError,
-        ConnectionError,
-        RuntimeError,
-    ) as error:  # RuntimeError: cut short
+    except (OSError, RuntimeError) as error:  # URLError and others; RuntimeError: cut short
         raise ValueError(
             f"the ImageNet weights of {name} could not be downloaded ({error}); "
             "give the path of a state dict instead, or leave the weights out"
@@ -320,9 +314,9 @@ class JointPyramidUpsampling(nn.Module):
         return torch.cat([layer(x) for layer in self.dilated], dim=1)
 
 
-def _normed(inputs, outputs, kernel, activation=None, **how):
+def _normed(inputs, outputs, kernel, activation=None, **kwargs):
     """Convolution, batch norm with TensorFlow's ε, activation."""
-    layer = Conv2dNormActivation(inputs, outputs, kernel, activation_layer=activation, **how)
+    layer = Conv2dNormActivation(inputs, outputs, kernel, activation_layer=activation, **kwargs)
     layer[1].eps = 1e-3
     return layer
 
