@@ -1,3 +1,4 @@
+import gc
 import traceback
 from datetime import timedelta
 
@@ -17,6 +18,11 @@ def pytest_collection_modifyitems(items):
     if wrong:
         expected = ", ".join(sorted(MARKS))
         raise pytest.UsageError(f"not one mark of {expected}: {', '.join(wrong[:5])}")
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look at it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
