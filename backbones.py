@@ -98,8 +98,8 @@ class Backbone(nn.Module):
         self.channels_last = isinstance(model, models.SwinTransformer)
         self.body = _with_levels(model, nodes) if nodes else model
         eps = 1e-5 if self.channels_last else 1e-6
-        norms = [nn.LayerNorm(c, eps=eps) for c in channels] if self.patches else None
-        self.norms = nn.ModuleList(norms) if self.patches else None
+        normed = channels if self.patches else ()
+        self.norms = nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in normed)
         self.jpu = JointPyramidUpsampling(channels[1:]) if jpu else None
         self.channels = (*channels[:3], self.jpu.channels) if jpu else channels
         self.strides = (*strides[:3], strides[1]) if jpu else strides
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         x = extended(images, self.coarsest, self.patches) if extend else images
         maps = self.body(x)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
-        if self.norms is not None:
+        if self.patches:
             maps = maps if self.channels_last else [m.permute(0, 2, 3, 1) for m in maps]
             maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps)]
         return maps if self.jpu is None else [*maps[:3], self.jpu(maps[1:])]
@@ -655,7 +655,7 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 
 
 def extended(images, stride, patches=False):
-    """Images `[N, C, H, W]`, extended at the right and the bottom to the next k·stride + 1 pixels.
+    """Images `[N, C, H, W]`, extended at the right and the bottom to the next n·stride + 1 pixels.
 
     patches: to the next multiple of `stride`.
     """

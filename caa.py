@@ -52,9 +52,8 @@ def column_attention(query):
     """Eq. (3.3): how much each row attends to each other row, in every column.
 
     query `[N, c, H, W]`, which is the key as well -> `[N, W, H, H]`, indexed [n, j, i, m]: in
-    column j, query row i attends to row m. Sums to 1 over m. float32 (float64 for float64), also
-    under
-    autocast: an unscaled product of 64 channels can exceed float16's largest number.
+    column j, query row i attends to row m. Sums to 1 over m. Always float32 (float64 for float64),
+    under autocast too: a product over 64 channels can exceed float16's largest number.
     """
     if query.requires_grad:
         # On the CPU, batch norm's backward pass misreads permuted gradients of one-column maps.

@@ -129,8 +129,7 @@ def not_found(name, split, root, looked_for):
         )
     return Mistake(
         f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' "
-        f"there is: {found}; "
-        f"expected there: {layout.tree}; download it from {layout.source}"
+        f"there is: {found}; expected there: {layout.tree}; download it from {layout.source}"
     )
 
 
@@ -172,18 +171,21 @@ class Pairs(Dataset):
         return image, torch.from_numpy(to_train_ids(ids))
 
     def __getitem__(self, key):
-        index, position = key if isinstance(key, tuple) else (key, key)
-        if self.transform is None:
-            return self.raw(index)
-        return _augmented(self, position, *self._read(index))
+        return _sample(self, key)
 
 
-def _augmented(data, position, *sample):
-    """`sample`, transformed by randomness that depends on (seed, position) alone."""
+def _sample(data, key):
+    """A sample of `data`, transformed by randomness that depends on (seed, position) alone.
+
+    key: (index, position), or an index, which is then the position too.
+    """
+    index, position = key if isinstance(key, tuple) else (key, key)
+    if data.transform is None:
+        return data.raw(index)
     # The CPU's generator alone: torch.manual_seed would reseed the GPUs as well.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(data.seed, position))
-        return data.transform(*sample)
+        return data.transform(*data._read(index))
 
 
 def seed_of(*numbers):
@@ -589,29 +591,7 @@ _COCO_STUFF = """
 """
 _COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
 # COCO's id of each VOC class
-_COCO_OF_VOC = (
-    0,
-    5,
-    2,
-    16,
-    9,
-    44,
-    6,
-    3,
-    17,
-    62,
-    21,
-    67,
-    18,
-    19,
-    4,
-    1,
-    64,
-    20,
-    63,
-    7,
-    72,
-)
+_COCO_OF_VOC = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
 
 
 def _coco_ids():
@@ -828,9 +808,9 @@ def augment(
         image = _DISTORT(image)
     if torch.rand(()) < 0.5:
         image, label = image.flip(2), label.flip(1)
-    color = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
+    mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
     padded = torch.empty(*crop_size, 3, dtype=torch.uint8).permute(2, 0, 1)
-    padded[:, :height, :width], padded[:, height:], padded[:, :, width:] = image, color, color
+    padded[:, :height, :width], padded[:, height:], padded[:, :, width:] = image, mean, mean
     padded_label = torch.full(crop_size, IGNORE, dtype=torch.uint8)
     padded_label[:height, :width] = label
     return padded, padded_label
@@ -863,10 +843,8 @@ class PositionSampler(Sampler):
                 f"multiple of {world}"
             )
         self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
-        self.seed, self.share = (
-            seed,
-            range(rank * batch_size // world, (rank + 1) * batch_size // world),
-        )
+        self.seed = seed
+        self.share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __len__(self):
         return self.stop - self.start
@@ -953,12 +931,12 @@ class Shapes(Dataset):
     def name(self, index):
         return f"{self.split}_{index:06d}"
 
-    def __getitem__(self, key):
-        index, position = key if isinstance(key, tuple) else (key, key)
-        if self.transform is None:
-            return self.raw(index)
+    def _read(self, index):
         image, label = self.raw(index)
-        return _augmented(self, position, image, label.numpy())
+        return image, label.numpy()
+
+    def __getitem__(self, key):
+        return _sample(self, key)
 
     def raw(self, index):
         """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for each index."""
