@@ -130,6 +130,10 @@ class Backbone(nn.Module):
         """The function `positions` of this file, for this backbone."""
         return positions(stride, length, self.patches)
 
+    def stride_of(self, side, length):
+        """The function `stride_of` of this file, for this backbone."""
+        return stride_of(side, length, self.coarsest, self.patches)
+
 
 class _Levels(nn.Sequential):
     """Layers one after another; the list of the outputs of those named in `ends`."""
@@ -694,6 +698,16 @@ def positions(stride, length, patches=False):
     return torch.arange(length) * stride + (stride // 2 if patches else 0)
 
 
+def stride_of(side, length, coarsest=32, patches=False):
+    """The stride of a map of `length` positions along an image's `side`, None if it is no stride.
+
+    coarsest: the stride for which the image is extended.
+    """
+    side = extended(torch.empty(1, 1, 1, side), coarsest, patches).shape[3]
+    span, gaps = (side, length) if patches else (side - 1, length - 1)
+    return span // gaps if gaps and span % gaps == 0 and span // gaps <= coarsest else None
+
+
 def nearest(positions, side):
     """For each of `side` pixels the index of the nearest of the positions, int64 `[side]`."""
     middles = (positions[1:] + positions[:-1]) / 2
@@ -731,11 +745,11 @@ def one_pixel(pixel, size):
     return row, column
 
 
-def check_options(network, options):
-    """`options`, if each is a keyword-only argument of the class `network`; else a ValueError that
-    lists those.
+def check_options(network, options, *parts):
+    """`options`, if each is a keyword-only argument of the class `network`, or of one of the
+    classes `parts`, to which it hands them on; else a ValueError that lists those.
     """
-    parameters = inspect.signature(network).parameters.values()
+    parameters = [p for c in (network, *parts) for p in inspect.signature(c).parameters.values()]
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -336,6 +336,9 @@ class CAANet(nn.Module):
         self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
         self.stride, self.dropout = self.backbone.strides[-1], nn.Dropout(0.1)
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
+        # car.py acts on what enters the last batch norm; `dual` adds two maps after theirs.
+        last = "dropout" if dual else "head.project.1"
+        self.regularized = "decoder.fuse.1.1" if decoder else last
         layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         self.auxiliary = nn.Sequential(*layers) if auxiliary else None
 

@@ -533,13 +533,12 @@ def read_all(dataset, device, workers, what):
 
 
 def class_dependency(net, dataset, device, amp, workers):
-    """car.class_dependency of a network of this repository, over all of `dataset`: `[K, K]` in 0…1,
+    """car.class_dependency of what enters the classifier, over all of `dataset`: `[K, K]` in 0…1,
     on the CPU.
     """
     with autocast(device, amp):
         pairs = read_all(dataset, device, workers, "class dependency")
-        name = getattr(net, "regularized", "classifier")
-        return method_file("car").class_dependency(net, pairs, dataset.num_classes, name).cpu()
+        return method_file("car").class_dependency(net, pairs, dataset.num_classes).cpu()
 
 
 def levels(net, dataset, device, amp, workers):

@@ -174,8 +174,8 @@ class ContextAugmentedEncoder(nn.Module):
         W]`, 255 = ignored.
         """
         if self.car is not None:
-            shift = car.first_pixel(backbone, self.stride)
-            return self.car(seen, car.labels_at(labels, seen.shape[2:], shift, self.stride))
+            pixels = [backbone.positions(self.stride, n) for n in seen.shape[2:]]
+            return self.car(seen, car.labels_at(labels, seen.shape[2:], pixels))
         if not isinstance(self.body, car.OCR):
             return {}
         regions = backbone.upsample(seen, self.stride // 2, labels.shape[1:])

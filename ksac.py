@@ -168,6 +168,9 @@ class KSACNet(nn.Module):
         self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
         self.stride = 4 if decoder else self.backbone.strides[-1]
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
+        # car.py acts on what enters the last batch norm.
+        last = {"ksac": "head.project.0.1", "aspp": "head.project.1", "fcn": "head.0.1"}[head]
+        self.regularized = "decoder.fuse.1.1" if decoder else last
 
     def forward(self, images, labels=None):
         if self.training and len(images) == 1 and not isinstance(self.head, FCN):

@@ -387,6 +387,7 @@ class SpecializeAndFuse(nn.Module):
             nn.Conv2d(512, num_classes, 1) for _ in range(coarser)
         )
         self.classifier = nn.Conv2d(512, num_classes, 1)  # of the finest level
+        self.regularized = f"semantic.project.{coarser}.1"  # car.py acts on what enters it
 
     def pyramids(self, images):
         """(semantic logits of each level `[N, C, h, w]`, unity probabilities of all but the finest

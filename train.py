@@ -61,10 +61,7 @@ SETTINGS = {
         "of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1 (the method's own)",
     ),
     "option": ({}, "an option of the method's build, may be repeated"),
-    "car": (
-        None,
-        "class-aware regularization of what enters the classifier (car.py): paper, or released",
-    ),
+    "car": (None, "class-aware regularization (car.py); paper: Eq. (4.11) as printed; released"),
     "init": (None, "start from the weights of this checkpoint"),
     # how long, how fast
     "iterations": (140, "optimizer steps"),
@@ -123,7 +120,7 @@ def arguments(argv=None):
             parser.add_argument(flag, nargs="+", type=int, metavar="N", **known)
         elif name == "car":
             parser.add_argument(
-                flag, nargs="?", const="paper", choices=("paper", "released"), **known
+                flag, nargs="?", const="default", choices=("default", "paper", "released"), **known
             )
         elif name == "decay_norms":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **known)
@@ -551,19 +548,16 @@ def make_net(s, num_classes, resumes, device, world):
     return net.to(device, memory_format=torch.channels_last), note
 
 
-def regularized(net, s, num_classes):
+def regularized(net, s, num_classes, rank):
     """--car: the terms of car.py join in training; what is saved and evaluated is `net`."""
-    car = evaluate.method_file("car")
-    if any(isinstance(module, car.ClassAwareRegularization) for module in net.modules()):
-        raise Mistake(
-            f"--car: this network of {s['method']} has CAR's terms already; leave --car out"
-        )
+    form = {"paper": {"literal": True}, "released": {"released": True}}.get(s["car"], {})
     try:
-        return car.regularize(net, "classifier", num_classes, released=s["car"] == "released")
+        model = evaluate.method_file("car").regularize(net, "classifier", num_classes, **form)
     except ValueError as error:
-        raise Mistake(
-            f"--car: {error}; it needs the network's final 1x1 convolution as .classifier"
-        ) from error
+        raise Mistake(f"--car: {error}") from error
+    if rank == 0 and not hasattr(net, "regularized"):
+        print("--car acts on what enters .classifier, because the network names no .regularized")
+    return model
 
 
 def run(given, output, resume):
@@ -614,7 +608,7 @@ def run(given, output, resume):
             rewind_log(folder, state.step, state.evaluated)
             print(f"goes on after step {state.step} of {s['iterations']}")
 
-    model = regularized(net, s, train_set.num_classes) if s["car"] else net
+    model = regularized(net, s, train_set.num_classes, rank) if s["car"] else net
     if world > 1:
         # Some weights never learn, as the norms of finer maps that nothing reads: a static graph
         # finds out which, once (torch.compile cannot have one).

@@ -1,10 +1,10 @@
 """car.py against the equations of the thesis, chapter 4, written here over their indices, in
-float64.
+float64; its layers against literal compositions; `regularize` with networks of many kinds.
 """
 
 import copy
-import functools
 import math
+from collections import OrderedDict
 from itertools import product
 
 import pytest
@@ -19,11 +19,13 @@ import backbones
 import caa
 import car
 import ksac
+import pyramid_fuse
+import spgnet
 
 TERMS = ("intra_c2p", "inter_c2c", "inter_c2p")
 NONE = dict(intra=False, inter_c2c=False, inter_c2p=False)
-HEADS = ("self_attention", "fcn", "deeplabv3", "uper", "ocr", "caa")
-
+HEADS = ("self_attention", "fcn", "uper", "ocr")
+FORMS = [{}, {"literal": True}, {"released": True}]
 
 pytestmark = pytest.mark.usefixtures("one_seed")
 
@@ -93,8 +95,8 @@ def loop_c2c(centers, epsilon, released):
     return sum(s**2 for s in sums) / K
 
 
-def loop_c2p(features, labels, centers, epsilon, released):
-    """Eqs. (4.8)-(4.14); (4.10) with the own class's energy replaced."""
+def loop_c2p(features, labels, centers, epsilon, released=False, literal=False):
+    """Eqs. (4.8)-(4.14); the own class's energy is replaced, the energies are divided by √C."""
     N, C, H, W = features.shape
     K, sums = centers.shape[-2], []
     for n, i, j in product(range(N), range(H), range(W)):
@@ -103,7 +105,7 @@ def loop_c2p(features, labels, centers, epsilon, released):
         for k in range(K):
             other = features[n, :, i, j] if labels[n, i, j] != k else mu[k]
             e = sum(mu[k, c] * other[c] for c in range(C))
-            energy.append(e / math.sqrt(C) if released else e)
+            energy.append(e if literal else e / math.sqrt(C))
         total = sum(torch.exp(e) for e in energy)
         above = [
             torch.clamp(torch.exp(energy[k]) / total - epsilon / (K - 1), min=0)
@@ -153,66 +155,90 @@ def test_eq_4_1_equals_the_loop_with_gradients():
     same_with_gradients((centers * pull).sum(), (expected * pull).sum(), features)
 
 
-# ---------------------------------------------------------------------------------- the three terms
+# --------------------------------------------------------------------------------- the three losses
+
+
+def one_row(*rows):
+    """One row of pixels per image: `[N, C, 1, W]` of the pixels' features."""
+    return torch.tensor(rows, dtype=torch.float64).permute(0, 2, 1)[:, :, None]
 
 
 @pytest.mark.equation
 def test_eqs_4_2_4_3_intra_by_hand():
-    # distances (1 1), (0 2), and an ignored pixel that is far away: squares 1 + 1 + 0 + 4 over 3
-    # pixels x 2 channels
-    features, labels = maps((2, 3), (5, 9), (100, 100)), torch.tensor([[[0, 1, 255]]])
+    # |μ - X|: (1 1), (0 2); an ignored pixel that is far away, (0 3)
+    features = one_row([(2, 3), (5, 9)], [(100, 100), (1, 5)])
+    labels = torch.tensor([[[0, 1]], [[255, 0]]])
     centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]])
-    assert car.intra_center_to_pixel(features, labels, centers).item() == pytest.approx(6 / 6)
-    assert car.intra_center_to_pixel(
-        features, labels, centers, released=True
-    ).item() == pytest.approx((4 / 6) ** 2)
+    loss = car.intra_center_to_pixel(features, labels, centers)
+    assert loss.item() == (1 + 1 + 0 + 4 + 0 + 0 + 0 + 9) / (4 * 2)  # 4 pixels of 2 channels
+    loss = car.intra_center_to_pixel(features, labels, centers, released=True)
+    assert loss.item() == ((1 + 1 + 2 + 3) / 8) ** 2
+    # centres of each image: those of the second are moved by (0 3)
+    centers = torch.stack([centers, centers + torch.tensor([0, 3])])
+    loss = car.intra_center_to_pixel(features, labels, centers)
+    assert loss.item() == (1 + 1 + 0 + 4) / 8
 
 
 @pytest.mark.equation
 def test_eqs_4_4_to_4_7_between_centres_by_hand():
-    # energies ln 3 against 0 and ln 7 against 0: A = (3/4, 1/4), (1/8, 7/8); above 1/16: 3/16 and
-    # 1/16
-    centers = torch.diag(
-        torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt()
-    )[:2]
+    # √C = 2. Energies ln 3 against 0 and ln 7 against 0: A = (3/4, 1/4), (1/8, 7/8); above 1/16:
+    # 3/16 and 1/16
+    norms = torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt()
+    centers = torch.diag(norms)[:2]
     loss = car.inter_center_to_center(centers, epsilon=1 / 16)
     assert loss.item() == pytest.approx((3**2 + 1) / 16**2 / 2)
-    assert car.inter_center_to_center(
-        centers, epsilon=1 / 16, released=True
-    ).item() == pytest.approx((2 / 16) ** 2)
+    loss = car.inter_center_to_center(centers, epsilon=1 / 16, released=True)
+    assert loss.item() == pytest.approx((2 / 16) ** 2)
+    # a second image, whose centres are in one place: A = 1/2; above 1/16: 7/16 twice
+    loss = car.inter_center_to_center(torch.stack([centers, 0 * centers + 1]), epsilon=1 / 16)
+    assert loss.item() == pytest.approx((9 + 1 + 49 + 49) / 16**2 / 4)
     # three centres in one place: A = 1/3 each; above ε_0/2 = 1/4 twice 1/12
-    assert car.inter_center_to_center(torch.ones(3, 5)).item() == pytest.approx(
-        (1 / 6) ** 2, rel=1e-5
-    )
+    loss = car.inter_center_to_center(torch.ones(3, 5))
+    assert loss.item() == pytest.approx((1 / 6) ** 2, rel=1e-5)
+
+
+def between_centres_and_pixels():
+    """Two classes, √C = 2, |μ_0|² = 2 ln 3 and |μ_1|² = 2 ln 7."""
+    a, b = math.sqrt(2 * math.log(3)), math.sqrt(2 * math.log(7))
+    centers = torch.tensor([[a, 0, 0, 0], [0, b, 0, 0]], dtype=torch.float64)
+    # Λ_c2p with the other class: 0 and 2 ln 3; 0 and, ignored, 0 with both
+    features = one_row([(7, 0, 0, 0), (0, 2 * math.log(3) / b, 0, 0)], [(0, 9, 0, 0), (0, 0, 0, 0)])
+    return features, torch.tensor([[[0, 0]], [[1, 255]]]), centers
 
 
 @pytest.mark.equation
 def test_eqs_4_8_to_4_14_between_centres_and_pixels_by_hand():
-    # The pixel is of class 0: its own energy is replaced by |μ_0|² = ln 3, to class 1 it is 0: A =
-    # (3/4, 1/4)
-    centers = torch.zeros(2, 4, dtype=torch.float64)
-    centers[0, 0], centers[1, 1] = math.sqrt(math.log(3)), 1
-    features, labels = maps((7, 0, 0, 0), (0, 0, 0, 0)), torch.tensor([[[0, 255]]])
-    assert car.inter_center_to_pixel(
-        features, labels, centers, epsilon=1 / 8
-    ).item() == pytest.approx((1 / 8) ** 2 / 2)
-    # released: energies halved (√C = 2), 1/(1 + √3) to class 1; the ignored pixel is 1/2 on both,
-    # none of which is its own
-    first, second = 1 / (1 + math.sqrt(3)) - 1 / 8, 2 * (1 / 2 - 1 / 8)
-    loss = car.inter_center_to_pixel(features, labels, centers, epsilon=1 / 8, released=True)
-    assert loss.item() == pytest.approx(((first + second) / 2) ** 2)
+    # Own energies are replaced: (ln 3, 0), (ln 3, ln 3); (ln 7, 0). A of the other class: 1/4, 1/2;
+    # 1/8. Above 1/16: 3/16, 7/16; 1/16, and 0 where it is ignored.
+    loss = car.inter_center_to_pixel(*between_centres_and_pixels(), epsilon=1 / 16)
+    assert loss.item() == pytest.approx((3**2 + 7**2 + 1) / 16**2 / 4)
 
 
 @pytest.mark.equation
-@pytest.mark.parametrize("released", [False, True])
+def test_eq_4_11_as_printed_has_no_root_of_c():
+    # Energies are twice as large: (2 ln 3, 0), (2 ln 3, 2 ln 3); (2 ln 7, 0). A: 1/10, 1/2; 1/50
+    loss = car.inter_center_to_pixel(*between_centres_and_pixels(), epsilon=1 / 16, literal=True)
+    assert loss.item() == pytest.approx(((1 / 10 - 1 / 16) ** 2 + (7 / 16) ** 2) / 4)
+
+
+@pytest.mark.equation
+def test_released_inter_c2p_counts_ignored_pixels_and_squares_the_mean():
+    # the ignored pixel is 1/2 on both classes, neither of which is its own: 7/16 twice
+    loss = car.inter_center_to_pixel(*between_centres_and_pixels(), epsilon=1 / 16, released=True)
+    assert loss.item() == pytest.approx(((3 + 7 + 1 + 14) / 16 / 4) ** 2)
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scope", ["batch", "image"])
-def test_terms_equal_the_loops_with_gradients(released, scope):
+def test_losses_equal_the_loops_with_gradients(form, scope):
+    released = form.get("released", False)
     features, labels = scene()
     centers, _ = car.class_centers(features, labels, 3, scope)
     loss = car.intra_center_to_pixel(features, labels, centers, released)
     same_with_gradients(loss, loop_intra(features, labels, centers, released), features)
-    loss = car.inter_center_to_pixel(features, labels, centers, 0.25, released)
-    same_with_gradients(loss, loop_c2p(features, labels, centers, 0.25, released), features)
+    loss = car.inter_center_to_pixel(features, labels, centers, 0.25, **form)
+    same_with_gradients(loss, loop_c2p(features, labels, centers, 0.25, **form), features)
     centers = centers.detach().requires_grad_()
     loss = car.inter_center_to_center(centers, 0.5, released)
     if scope == "batch":
@@ -281,12 +307,12 @@ def test_gradient_of_intra_through_the_centres_cancels():
 
 
 @pytest.mark.equation
-@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("centers", ["batch", "image", "moving"])
 @pytest.mark.parametrize(
     "case", ["all ignored", "one class", "one position", "all classes absent but one pixel"]
 )
-def test_losses_and_gradients_stay_finite(case, centers, released):
+def test_losses_and_gradients_stay_finite(case, centers, form):
     features, labels = scene(n=1, c=4, h=5, w=3, classes=6)
     if case == "one position":
         features, labels = scene(n=1, c=4, h=1, w=1, classes=6)
@@ -296,14 +322,41 @@ def test_losses_and_gradients_stay_finite(case, centers, released):
         labels[0, 2, 1] = 255 if case == "all ignored" else 5
     else:
         labels[:] = 2
-    module = car.ClassAwareRegularization(6, 4, centers=centers, released=released).double()
+    module = car.ClassAwareRegularization(6, 4, centers=centers, **form).double()
     losses = module(features, labels)
     (gradient,) = torch.autograd.grad(sum(losses.values()), features)
-    assert (
-        all(loss.isfinite() and loss >= 0 for loss in losses.values()) and gradient.isfinite().all()
-    )
-    if case == "all ignored" and not released:
+    assert all(loss.isfinite() and loss >= 0 for loss in losses.values())
+    assert gradient.isfinite().all()
+    if case == "all ignored" and "released" not in form:
         assert losses["intra_c2p"] == losses["inter_c2p"] == 0 and not gradient.any()
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("wrong", [3, -1, 254])
+def test_labels_that_are_no_class_are_named(wrong):
+    features, labels = scene()
+    labels[1, 0, 0] = wrong
+    centers = torch.zeros(3, 3)
+    message = rf"labels \[{wrong}\] with num_classes=3: expected 0 to 2, or 255 = ignored"
+    for call in (
+        lambda: car.class_centers(features, labels, 3),
+        lambda: car.intra_center_to_pixel(features, labels, centers),
+        lambda: car.inter_center_to_pixel(features, labels, centers),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.equation
+def test_labels_of_the_image_are_refused_with_the_advice_to_take_them_at_the_positions():
+    features, labels = scene()
+    large = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    message = r"labels \[2, 8, 12\] do not match \[2, 3, 2, 3\]: expected \[2, 2, 3\]; .*labels_at\("
+    for function in (car.class_centers, car.ClassAwareRegularization.__call__):
+        first = [] if function is car.class_centers else [car.ClassAwareRegularization(3)]
+        with pytest.raises(ValueError, match=message):
+            function(*first, features, large, *([3] if not first else []))
+    assert torch.equal(car.labels_at(large, (2, 3)), labels)  # and the advice is right
 
 
 @pytest.mark.equation
@@ -371,13 +424,13 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.equation
 @pytest.mark.parametrize("centers", ["batch", "image", "moving"])
-def test_nothing_of_pixels_times_classes_times_channels_is_laid_out(centers):
+def test_nothing_of_pixels_times_classes_times_channels_is_materialised(centers):
     N, C, h, w, K = 2, 24, 12, 12, 20
     features, labels = torch.randn(N, C, h, w, requires_grad=True), torch.randint(K, (N, h, w))
     with Largest() as largest:
         losses = car.ClassAwareRegularization(K, C, centers=centers)(features, labels)
         sum(losses.values()).backward()
-    assert N * h * w * max(K, C) <= largest.numbers <= N * h * w * max(K + 1, C)
+    assert N * h * w * max(K, C) <= largest.numbers <= N * h * w * max(K, C)
 
 
 # --------------------------------------------------------------------------------------- the module
@@ -409,6 +462,10 @@ def test_module_gives_the_terms_that_are_on():
     assert thresholds["inter_c2p"].item() == pytest.approx(
         car.inter_center_to_pixel(features, labels, centers, 0.2).item()
     )
+    printed = car.ClassAwareRegularization(3, literal=True)(features, labels)
+    expected = car.inter_center_to_pixel(features, labels, centers, literal=True).item()
+    assert printed["inter_c2p"].item() == pytest.approx(expected)
+    assert abs(expected - losses["inter_c2p"].item()) > 1e-3
 
 
 @pytest.mark.equation
@@ -417,7 +474,7 @@ def test_moving_average_by_hand():
 
     def averaged(first, second, labels=(0, 1)):
         centers, counts = car.class_centers(
-            maps((first,), (second,)).float(), torch.tensor([[labels]]), 3
+            one_row([(first,), (second,)]).float(), torch.tensor([[labels]]), 3
         )
         return module.moving_average(centers, counts > 0).flatten().tolist()
 
@@ -454,6 +511,7 @@ def test_gradient_flows_through_the_new_part_of_the_moving_average():
         (dict(num_classes=2, centers="class"), "'batch', 'image' or 'moving'"),
         (dict(num_classes=2, decay=1.0), "below 1"),
         (dict(num_classes=2, centers="moving"), "needs channels"),
+        (dict(num_classes=2, literal=True, released=True), "exclude each other"),
     ],
 )
 def test_module_says_what_it_expects(options, message):
@@ -463,7 +521,7 @@ def test_module_says_what_it_expects(options, message):
 
 # -------------------------------------------------------------------------------- several processes
 
-CASES = [dict(centers=c, released=r) for c in ("batch", "image", "moving") for r in (False, True)]
+CASES = [dict(centers=c, **form) for c in ("batch", "image", "moving") for form in FORMS]
 
 
 def joint_batch():
@@ -522,104 +580,310 @@ def test_two_processes_have_the_centres_losses_and_gradients_of_one_with_the_joi
 # ----------------------------------------------------------------------------- where the labels are
 
 
+def numbered(height, width):
+    """Labels that tell where they are: 1000 · row + column."""
+    return (1000 * torch.arange(height)[:, None] + torch.arange(width))[None]
+
+
 @pytest.mark.equation
-@pytest.mark.parametrize("side", [513, 512, 360, 160, 97, 50, 33])
-@pytest.mark.parametrize("stride", [4, 8, 16])
-def test_labels_are_read_where_the_positions_lie(side, stride):
-    labels = torch.arange(side)[None, :, None].expand(1, side, side) + 1000 * torch.arange(side)
-    grids = (
-        (side - 2) // stride + 2,
-        (side - 2) // 32 * (32 // stride) + 32 // stride + 1,
-    )  # of images extended for the stride, for 32
-    for length in (*grids, -(-side // stride), -(-side // 32) * 32 // stride):  # …, plain, patches
-        at = [min(i * stride, side - 1) for i in range(length)]
-        assert car.pixels_of(side, length).tolist() == [i * stride for i in range(length)]
-        found = car.labels_at(labels, (length, length))[0]
-        assert found.tolist() == [[row + 1000 * column for column in at] for row in at]
+def test_labels_are_resized_by_nearest_neighbour():
+    for sides, size in (
+        ((16, 24), (2, 3)),
+        ((224, 100), (16, 60)),
+        ((7, 5), (7, 5)),
+        ((40, 9), (1, 9)),
+    ):
+        labels = numbered(*sides)
+        expected = F.interpolate(labels[None].double(), size=size, mode="nearest-exact")[0].long()
+        assert torch.equal(car.labels_at(labels, size), expected)
+    assert car.labels_at(numbered(8, 8), (2, 2)).tolist() == [[[2002, 2006], [6002, 6006]]]
+
+
+@pytest.mark.equation
+def test_labels_are_read_at_the_pixels_given_and_at_the_last_beyond():
+    rows, columns = torch.tensor([0, 4, 8]), torch.tensor([2, 6])
+    found = car.labels_at(numbered(7, 6), (3, 2), [rows, columns])
+    assert found.tolist() == [[[2, 5], [4002, 4005], [6002, 6005]]]
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("side", [513, 512, 360, 97, 64, 50, 34, 33, 2])
+@pytest.mark.parametrize("name, output_stride", [("resnet18", 32), ("resnet18", 8), ("swin_t", 32)])
+def test_networks_of_this_repository_know_where_their_positions_are(name, output_stride, side):
+    with torch.device("meta"):
+        net = nn.Module()
+        net.backbone, net.regularized = backbones.build(name, output_stride), "classifier"
+        maps = net.backbone(torch.empty(1, 3, 64, side))
+    for stride, x in zip(net.backbone.strides, maps):
+        expected = [net.backbone.positions(stride, n).tolist() for n in x.shape[2:]]
+        assert [p.tolist() for p in car.pixels_of(net, (64, side), x.shape[2:])] == expected
 
 
 @pytest.mark.equation
 def test_positions_of_other_maps_are_spread_evenly():
-    assert car.pixels_of(224, 16).tolist() == [7 + 14 * i for i in range(16)]  # patches of 14
-    assert car.pixels_of(100, 60).tolist() == [int((i + 0.5) * 100 / 60) for i in range(60)]
-    assert car.pixels_of(300, 200).tolist() == [int((i + 0.5) * 1.5) for i in range(200)]
-    assert car.pixels_of(7, 7).tolist() == list(range(7)) and car.pixels_of(40, 1).tolist() == [0]
+    other = nn.Module()
+    assert [p.tolist() for p in car.pixels_of(other, (16, 9), (2, 3))] == [[4, 12], [1, 4, 7]]
+    ours = nn.Module()  # a map of another size: resized images, as in Specialize and Fuse
+    ours.backbone, ours.regularized = (
+        backbones.Backbone(nn.Identity(), None, [3], [32]),
+        "classifier",
+    )
+    assert [p.tolist() for p in car.pixels_of(ours, (48, 33), (2, 3))] == [[12, 36], [5, 16, 27]]
 
 
 # -------------------------------------------------------------------------------------- any network
 
 
 class Other(nn.Module):
-    """Somebody's network: no losses of its own, logits at half the size."""
+    """Somebody's network: no losses of its own, logits at half the size, `returned` as told."""
 
-    def __init__(self):
+    def __init__(self, returned=lambda logits: logits):
         super().__init__()
         self.body, self.unused = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 3, 1)
         self.seg = nn.ModuleDict({"cls": nn.Conv2d(8, 4, 1)})
+        self.returned = returned
 
     def forward(self, x):
-        return self.seg["cls"](self.body(x).relu())
+        return self.returned(self.seg["cls"](self.body(x).relu()))
+
+
+class WithLosses(Other):
+    """Somebody's network that returns what it is told when it is called with labels."""
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.seg["cls"](self.body(pixel_values).relu())
+        return self.returned(logits) if labels is not None else logits
+
+
+class ModelOutput(OrderedDict):
+    """As Hugging Face's: a dict whose entries are attributes too."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
+
+def batch(size=(16, 24)):
+    return torch.randn(2, 3, *size), torch.randint(4, (2, *size))
 
 
 @pytest.mark.network
-def test_regularize_adds_the_terms_of_what_enters_the_classifier():
+def test_regularize_adds_the_losses_of_what_enters_the_classifier():
     net = Other()
-    images, labels = torch.randn(2, 3, 16, 24), torch.randint(4, (2, 16, 24))
+    images, labels = batch()
+    labels[0, :5] = 255
     losses = car.regularize(net, "seg.cls", 4, inter_c2c=False)(images, labels)
     assert list(losses) == ["cross_entropy", "intra_c2p", "inter_c2p"]
-    features, small = net.body(images).relu(), labels[:, ::2, ::2]
+
+    features, small = net.body(images).relu(), labels[:, 1::2, 1::2]  # the middles, rounded up
     expected = car.ClassAwareRegularization(4, inter_c2c=False)(features, small)
-    assert all(torch.equal(losses[name], expected[name]) for name in expected)
     logits = F.interpolate(net.seg["cls"](features), size=(16, 24), mode="bilinear")
-    torch.testing.assert_close(losses["cross_entropy"], F.cross_entropy(logits, labels))
+    expected["cross_entropy"] = F.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(losses, {name: expected[name] for name in losses})
     sum(losses.values()).backward()
-    alone = torch.autograd.grad(sum(losses_of(net, images, labels, small)), net.body.weight)[0]
+    alone = torch.autograd.grad(sum(expected.values()), net.body.weight)[0]
     torch.testing.assert_close(net.body.weight.grad, alone)
-
-
-def losses_of(net, images, labels, small):
-    features = net.body(images).relu()
-    logits = F.interpolate(net.seg["cls"](features), size=labels.shape[1:], mode="bilinear")
-    return [
-        F.cross_entropy(logits, labels),
-        *car.ClassAwareRegularization(4, inter_c2c=False)(features, small).values(),
-    ]
 
 
 @pytest.mark.network
 def test_regularize_changes_nothing_at_inference():
     net = Other()
-    images, labels = torch.randn(2, 3, 16, 24), torch.randint(4, (2, 16, 24))
+    images, labels = batch()
     before, names = net(images), list(net.state_dict())
     wrapped = car.regularize(net, "seg.cls", 4)
     wrapped(images, labels)
     assert torch.equal(wrapped(images), before) and list(wrapped.net.state_dict()) == names
-    assert not any(module._forward_pre_hooks for module in net.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
     assert [name for name, _ in wrapped.named_parameters()] == [
         f"net.{name}" for name, _ in net.named_parameters()
     ]
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("method", [caa, ksac])
-def test_regularize_takes_the_losses_of_this_repositorys_networks(method):
-    net = method.build(4, "resnet18", output_stride=16).train()
-    images, labels = torch.randn(2, 3, 40, 33), torch.randint(4, (2, 40, 33))
+def test_patches_of_anyones_network_are_labelled_in_the_middle():
+    net = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 4, 1))
+    images, labels = batch()
+    losses = car.regularize(net, "1", 4)(images, labels)
+    expected = car.ClassAwareRegularization(4)(net[0](images), labels[:, 2::4, 2::4])
+    torch.testing.assert_close({name: losses[name] for name in TERMS}, expected)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("inplace", [False, True])
+def test_regularize_takes_the_features_before_dropout(inplace):
+    class Dropped(nn.Sequential):
+        """Dropout before the classifier, and another that has nothing to do with it."""
+
+    layers = nn.Conv2d(3, 8, 1), nn.Dropout(0.3), nn.Conv2d(8, 8, 1), nn.Dropout2d(0.5, inplace)
+    net = Dropped(*layers, nn.Conv2d(8, 4, 1)).train()
+    images, labels = batch()
     torch.manual_seed(1)
-    own = net(images, labels)
-    torch.manual_seed(1)  # dropout
-    losses = car.regularize(net, "classifier", 4)(images, labels)
-    assert list(losses) == [*own, *TERMS] and all(
-        torch.equal(losses[name], own[name]) for name in own
-    )
+    losses = car.regularize(net, "4", 4)(images, labels)
+    torch.manual_seed(1)
+    features = net[2](net[1](net[0](images)))
+    expected = car.ClassAwareRegularization(4)(features, labels)
+    torch.testing.assert_close({name: losses[name] for name in TERMS}, expected)
+
+
+def scalars(logits):
+    return {"own": logits.square().mean(), "more": logits.abs().mean()}
+
+
+def model_output(logits):
+    return ModelOutput(loss=logits.square().mean(), logits=logits)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "returned, expected",
+    [
+        (scalars, scalars),
+        (lambda y: y.square().mean(), lambda y: {"loss": y.square().mean()}),
+        (lambda y: y.square().mean().reshape(1), lambda y: {"loss": y.square().mean()}),
+        (model_output, lambda y: {"loss": y.square().mean()}),
+    ],
+)
+def test_regularize_takes_the_losses_of_a_network_that_has_its_own(returned, expected):
+    net = WithLosses(returned)
+    images, labels = batch()
+    losses = car.regularize(net, "seg.cls", 4)(images, labels)
+    expected = expected(net(images))
+    assert list(losses) == [*expected, *TERMS]
+    torch.testing.assert_close({name: losses[name] for name in expected}, expected)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (lambda y: y, r"Tensor \[2, 4, 8, 12\]; expected a scalar"),
+        (
+            lambda y: {"loss": y.mean(), "logits": y},
+            r"dict \{'loss': \[\], 'logits': \[2, 4, 8, 12\]",
+        ),
+        (lambda y: (y.mean(), y), r"tuple \[\[\], \[2, 4, 8, 12\]\]"),
+        (lambda y: [y.mean()], r"list \[\[\]\]"),
+        (lambda y: ModelOutput(loss=None, logits=y), r"ModelOutput \{'loss': 'NoneType', 'logits'"),
+        (lambda y: None, "NoneType"),
+    ],
+)
+def test_what_is_no_loss_is_refused_and_named(returned, message):
+    with pytest.raises(ValueError, match="called with labels, the network returned " + message):
+        car.regularize(WithLosses(returned), "seg.cls", 4)(*batch())
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda y: y,
+        lambda y: (y, torch.zeros(2, 3)),  # segmentation_models.pytorch with aux_params
+        lambda y: {"out": y},
+        lambda y: ModelOutput(out=y, features=y),
+    ],
+)
+def test_regularize_finds_the_logits(returned):
+    net = Other(returned)
+    images, labels = batch()
+    losses = car.regularize(net, "seg.cls", 4)(images, labels)
+    assert list(losses) == ["cross_entropy", *TERMS]
+    logits = net.seg["cls"](net.body(images).relu())
+    expected = F.cross_entropy(F.interpolate(logits, size=(16, 24), mode="bilinear"), labels)
+    torch.testing.assert_close(losses["cross_entropy"], expected)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (
+            lambda y: [y, y],
+            r"list \[\[2, 4, 8, 12\], \[2, 4, 8, 12\]\]; expected logits \[N, K, h, w\]",
+        ),
+        (lambda y: {"logits": y}, r"dict \{'logits': \[2, 4, 8, 12\]\}"),
+        (lambda y: (), r"tuple \[\]"),
+        (lambda y: y.mean(), r"Tensor \[\]"),
+    ],
+)
+def test_what_is_no_logits_is_refused_and_named(returned, message):
+    with pytest.raises(ValueError, match="called with images, the network returned " + message):
+        car.regularize(Other(returned), "seg.cls", 4)(*batch())
+
+
+class Staged(nn.Module):
+    """A stage, a Dropout, and a classifier of 7 classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage, self.dropout = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), nn.Dropout(0.1)
+        self.classifier = nn.Conv2d(8, 7, 1)
+
+    def forward(self, x):
+        return self.classifier(self.dropout(self.stage(x)))
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "name, K, message",
+    [
+        (
+            "dropout",
+            7,
+            "'dropout' gives 8 channels, but num_classes=7; layers that give 7: classifier",
+        ),
+        ("stage", 7, "'stage' gives 8 channels, but num_classes=7; layers that give 7: classifier"),
+        (
+            "stage.0",
+            7,
+            "'stage.0' gives 8 channels, but num_classes=7; layers that give 7: classifier",
+        ),
+        ("classifier", 21, "'classifier' gives 7 channels, but num_classes=21; .* 21: none"),
+    ],
+)
+def test_a_submodule_that_is_not_the_classifier_is_refused(name, K, message):
+    images, labels = batch()
+    with pytest.raises(ValueError, match=message):
+        car.regularize(Staged(), name, K)(images, labels)
+
+
+@pytest.mark.network
+def test_regularize_says_what_it_expects():
+    images, labels = batch((8, 8))
+    with pytest.raises(
+        ValueError, match="Other has no 'classifier'; its last layers: body, unused, seg.cls"
+    ):
+        car.regularize(Other(), "classifier", 4)
+    with pytest.raises(ValueError, match="Other has no 'neck'"):
+        car.regularize(Other(), "seg.cls", 4, regularized="neck")
+    with pytest.raises(ValueError, match="'unused' was not called in the forward pass"):
+        car.regularize(Other(), "seg.cls", 4, regularized="unused")(images, labels)
+    with pytest.raises(ValueError, match="no option epsilon"):
+        car.regularize(Other(), "seg.cls", 4, epsilon=0.5)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (4, 1, 1)))
+    with pytest.raises(ValueError, match=r"what enters '1' is no feature map .* but \[2, 192\]"):
+        car.regularize(flat, "1", 4)(images, labels)
+    with pytest.raises(ValueError, match="this CARNet has CAR's losses already"):
+        car.regularize(car.build(4, "resnet18"), "classifier", 4)
+    wrapped = car.regularize(Other(), "seg.cls", 4)
+    with pytest.raises(ValueError, match=r"labels \[2, 4, 4\] do not match \[2, 3, 8, 8\]"):
+        wrapped(images, labels[:, ::2, ::2])
+    with pytest.raises(ValueError, match=r"labels \[4\] with num_classes=4"):
+        wrapped(images, labels.clone().fill_(4))
+
+
+@pytest.mark.network
+def test_regularize_keeps_a_moving_average_of_what_it_acts_on():
+    assert car.regularize(Other(), "seg.cls", 4, centers="moving").car.mu.shape == (4, 8)
+    net = caa.build(4, "resnet18")
+    assert car.regularize(net, "classifier", 4, centers="moving").car.mu.shape == (4, 256)
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_regularize_takes_torchvisions_networks(name):
-    net = segmentation.__dict__[name](
-        weights=None, weights_backbone=None, num_classes=4, aux_loss=True
-    ).train()
+    kwargs = dict(weights=None, weights_backbone=None, num_classes=4)
+    net = segmentation.__dict__[name](**kwargs, aux_loss=True).train()
     for dropout in (module for module in net.modules() if isinstance(module, nn.Dropout)):
         dropout.p = 0.0
     images, labels = torch.randn(2, 3, 33, 33), torch.randint(4, (2, 33, 33))
@@ -632,33 +896,45 @@ def test_regularize_takes_torchvisions_networks(name):
         torch.testing.assert_close(losses[name], expected, rtol=1e-4, atol=1e-5)
     sum(losses.values()).backward()
     assert net.backbone["conv1"].weight.grad.abs().sum() > 0
-    assert torch.equal(
-        car.regularize(net.eval(), "classifier.4", 4)(images)["out"], net(images)["out"]
-    )
+    wrapped = car.regularize(net.eval(), "classifier.4", 4)
+    assert torch.equal(wrapped(images)["out"], net(images)["out"])
+
+
+OURS = [
+    (caa, {}, "head.project"),
+    (caa, dict(decoder=True, output_stride=16), "decoder.fuse.1"),
+    (caa, dict(dual="parallel"), None),
+    (ksac, {}, "head.project.0"),
+    (ksac, dict(head="aspp"), "head.project"),
+    (ksac, dict(head="fcn"), "head.0"),
+    (ksac, dict(decoder=True), "decoder.fuse.1"),
+    (spgnet, {}, None),
+    (pyramid_fuse, {}, "semantic.project.3"),
+    (pyramid_fuse, dict(output="single"), "semantic.project.0"),
+]
 
 
 @pytest.mark.network
-def test_regularize_says_what_it_expects():
-    images, labels = torch.randn(1, 3, 8, 8), torch.randint(4, (1, 8, 8))
-    with pytest.raises(
-        ValueError,
-        match="Other has no submodule 'classifier'; its last layers are body, unused, seg.cls",
-    ):
-        car.regularize(Other(), "classifier", 4)
-    with pytest.raises(ValueError, match="'unused' took no part"):
-        car.regularize(Other(), "unused", 4)(images, labels)
-    with pytest.raises(ValueError, match="no option epsilon"):
-        car.regularize(Other(), "seg.cls", 4, epsilon=0.5)
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (4, 1, 1)))
-    with pytest.raises(
-        ValueError, match=r"what enters '1' is no feature map \[N, C, h, w\] but \[1, 192\]"
-    ):
-        car.regularize(flat, "1", 4)(images, labels)
-
-
-@pytest.mark.network
-def test_regularize_keeps_a_moving_average_of_the_classifiers_input():
-    assert car.regularize(Other(), "seg.cls", 4, centers="moving").car.mu.shape == (4, 8)
+@pytest.mark.parametrize("method, options, last", OURS)
+def test_every_network_names_the_linear_output_of_its_last_convolution(method, options, last):
+    """Or, where it has none, its features before dropout (R3)."""
+    backbone = {} if method is spgnet else {"backbone": "resnet18"}
+    options = options | (dict(backbones=("resnet18",), channels=32) if method is spgnet else {})
+    net = method.build(4, **backbone, **options).eval()
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64))
+    with torch.no_grad():
+        _, X, _ = car.watch(net, net.regularized, "classifier", images)
+        _, features, _ = car.watch(net, "classifier", "classifier", images)
+    if last is None:
+        assert torch.equal(X, features)
+    else:
+        norm = net.get_submodule(last)[1]
+        assert isinstance(norm, nn.BatchNorm2d) and net.get_submodule(net.regularized) is norm
+        torch.testing.assert_close(norm(X).relu(), features)  # no dropout in between
+    torch.manual_seed(1)
+    own = net(images, labels)
+    losses = car.regularize(net, "classifier", 4)(images, labels)
+    assert list(losses) == [*own, *TERMS] and all(torch.equal(losses[k], own[k]) for k in own)
 
 
 # ---------------------------------------------------------------------------------------- the heads
@@ -702,9 +978,14 @@ def test_losses_are_those_of_the_logits_and_the_auxiliary_logits(backbone, head)
         coarse = net.backbone.upsample(coarse, stride, (50, 70))
         expected = 0.4 * F.cross_entropy(coarse, labels, ignore_index=255)
         torch.testing.assert_close(losses["auxiliary"], expected)
-        features = caught(net, "classifier", images)
+        features = entering(net, "classifier", images)
         expected = net.backbone.upsample(net.classifier(features), net.stride, (50, 70))
         torch.testing.assert_close(logits, expected)
+
+
+def entering(net, name, images):
+    """What enters the submodule `name` of `net`."""
+    return car.watch(net, name, name, images)[1]
 
 
 @pytest.mark.network
@@ -715,45 +996,25 @@ def test_every_option_reaches_its_place():
         return net, net.car
 
     net, terms = parts()
-    assert (terms.epsilon_0, terms.epsilon_1, terms.centers, terms.released) == (
-        0.5,
-        0.25,
-        "batch",
-        False,
-    )  # Sect. 4.4.1
-    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, True, True) and net.last[
-        0
-    ].out_channels == 512
-    assert [block.conv2.dilation[0] for block in net.backbone.body.layer4.children()] == [
-        4,
-        8,
-        16,
-    ]  # multi-grid (1, 2, 4)
+    found = terms.epsilon_0, terms.epsilon_1, terms.centers, terms.literal, terms.released
+    assert found == (0.5, 0.25, "batch", False, False)  # Sect. 4.4.1
+    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, True, True)
+    dilations = [block.conv2.dilation[0] for block in net.backbone.body.layer4.children()]
+    assert dilations == [4, 8, 16]  # multi-grid (1, 2, 4)
     _, terms = parts(centers="moving", decay=0.8, epsilon_0=0.25, epsilon_1=0.125, inter_c2c=False)
-    assert (terms.centers, terms.decay, terms.epsilon_0, terms.epsilon_1) == (
-        "moving",
-        0.8,
-        0.25,
-        0.125,
-    )
-    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (
-        True,
-        False,
-        True,
-    ) and terms.mu.shape == (4, 512)
-    assert parts(channels=256)[0].classifier.in_channels == 256
+    found = terms.centers, terms.decay, terms.epsilon_0, terms.epsilon_1
+    assert found == ("moving", 0.8, 0.25, 0.125) and terms.mu.shape == (4, 512)
+    assert (terms.intra, terms.inter_c2c, terms.inter_c2p) == (True, False, True)
+    assert parts(literal=True)[1].literal
+    net, terms = parts(channels=256, centers="moving")
+    assert net.classifier.in_channels == 256 and terms.mu.shape == (4, 256)
+    assert parts(channels=256, centers="moving", place="input")[1].mu.shape == (4, 512)
     net, terms = parts(head="uper", released=True, centers="moving")
-    assert terms.released and terms.mu.shape == (4, 512) and net.linear.out_channels == 512
+    assert terms.released and terms.mu.shape == (4, 512) and net.released_conv.out_channels == 512
     assert net.backbone.strides == (4, 8, 16, 32) and net.head.top[0].kernel_size == (3, 3)
-    assert [
-        conv.dilation[0]
-        for conv in net.backbone.body.layer4.modules()
-        if isinstance(conv, nn.Conv2d)
-    ] == [1] * 10
+    convs = [m for m in net.backbone.body.layer4.modules() if isinstance(m, nn.Conv2d)]
+    assert all(conv.dilation == (1, 1) for conv in convs)
     assert parts(head="uper", pool_pointwise=True)[0].head.top[0].kernel_size == (1, 1)
-    for stride, rates in ((8, [12, 24, 36]), (16, [6, 12, 18])):
-        branches = parts(head="deeplabv3", output_stride=stride)[0].head.convs[1:-1]
-        assert [branch[0].dilation[0] for branch in branches] == rates
 
 
 @pytest.mark.system
@@ -765,7 +1026,7 @@ def test_recipes_are_the_papers():
 
 
 @pytest.mark.network
-def test_without_terms_it_is_the_baseline():
+def test_without_losses_it_is_the_baseline():
     net = car.build(4, "resnet18", **NONE).train()
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(4, (2, 32, 32))
     assert list(net(images, labels)) == ["cross_entropy"]
@@ -773,35 +1034,39 @@ def test_without_terms_it_is_the_baseline():
 
 @pytest.mark.network
 @pytest.mark.parametrize("head", HEADS)
-def test_pointwise_makes_the_last_convolution_1x1(head):
+@pytest.mark.parametrize("pointwise", [True, False])
+def test_the_last_convolution_is_1x1_or_3x3_with_batch_norm_and_relu(head, pointwise):
     with torch.device("meta"):
-        kernels = [
-            car.build(4, "resnet50", head=head, pointwise=p).last[0].kernel_size[0]
-            for p in (True, False)
-        ]
-    assert kernels == [1, 1 if head in ("ocr", "caa") else 3]
+        net = car.build(4, "resnet50", head=head, pointwise=pointwise)
+    conv, norm, relu = net.last
+    assert conv.kernel_size[0] == (1 if pointwise or head == "ocr" else 3) and conv.bias is None
+    assert isinstance(norm, nn.BatchNorm2d) and isinstance(relu, nn.ReLU)
+    assert net.classifier.kernel_size == (1, 1)
 
 
-def caught(net, name, images):
-    with car.inputs_of(net, name) as seen:
-        net(images)
-    return seen[0]
+PLACES = ["input", "linear", "norm", "relu"]
 
 
 @pytest.mark.network
-def test_terms_act_before_the_classifier_or_released_on_the_linear_convolution():
+@pytest.mark.parametrize("place", [*PLACES, None, "released"])
+def test_the_losses_act_where_place_says(place):
     images, labels = torch.randn(2, 3, 33, 41), torch.randint(4, (2, 33, 41))
-    for released, name in ((False, "classifier"), (True, "last")):
-        net = car.build(4, "resnet18", released=released).eval()
-        features = caught(net, name, images)
-        expected = net.car(features, labels[:, ::8, ::8])
-        losses = net(images, labels)
-        assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
-        assert (
-            features.min() < 0
-        ) == released and net.car.released == released  # after ReLU, or linear
-    linear = net.linear
-    assert isinstance(linear, nn.Conv2d) and linear.bias is not None and linear.out_channels == 512
+    options = {None: {}, "released": dict(released=True)}.get(place, dict(place=place))
+    net = car.build(4, "resnet18", **options).eval()
+    x = net.head(net.backbone(images)[-1])
+    if place == "released":
+        assert net.released_conv.bias is not None and net.released_conv.out_channels == 512
+        x = F.conv2d(x, net.released_conv.weight, net.released_conv.bias)
+    linear = F.conv2d(x, net.last[0].weight)
+    norm = F.batch_norm(linear, net.last[1].running_mean, net.last[1].running_var)
+    steps = dict(zip(PLACES, (x, linear, norm, norm.relu())))
+    X = steps[{None: "linear", "released": "input"}.get(place, place)]
+    expected = net.car(X, labels[:, ::8, ::8])
+    losses = net(images, labels)
+    torch.testing.assert_close({term: losses[term] for term in TERMS}, expected)
+    torch.testing.assert_close(entering(net, net.regularized, images), X)
+    logits = F.conv2d(norm.relu(), net.classifier.weight, net.classifier.bias)
+    torch.testing.assert_close(net(images), net.backbone.upsample(logits, 8, (33, 41)))
 
 
 @pytest.mark.network
@@ -811,7 +1076,7 @@ def test_terms_act_before_the_classifier_or_released_on_the_linear_convolution()
 def test_upers_features_are_averaged_to_stride_8_and_labelled_in_the_middle(backbone, size, start):
     images, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
     net = car.build(4, backbone, head="uper").eval()
-    features = F.avg_pool2d(caught(net, "classifier", images), 2, ceil_mode=True)
+    features = F.avg_pool2d(entering(net, "last.1", images), 2, ceil_mode=True)
     assert features.shape[2:] == size
     rows, columns = (
         [min(start + 8 * i, side - 1) for i in range(n)] for side, n in zip((64, 96), size)
@@ -819,6 +1084,40 @@ def test_upers_features_are_averaged_to_stride_8_and_labelled_in_the_middle(back
     expected = net.car(features, labels[:, rows][:, :, columns])
     losses = net(images, labels)
     assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
+
+
+def layers(module):
+    """(kernel size, inputs, outputs, ReLU or not) of its convolutions; each has batch norm."""
+    found = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU))]
+    kinds = "".join({nn.Conv2d: "c", nn.BatchNorm2d: "n", nn.ReLU: "r"}[type(m)] for m in found)
+    convs = [m for m in found if isinstance(m, nn.Conv2d)]
+    return kinds, [(conv.kernel_size[0], conv.in_channels, conv.out_channels) for conv in convs]
+
+
+@pytest.mark.network
+def test_the_heads_layers():
+    with torch.device("meta"):
+        head = car.SelfAttention(6)
+        assert layers(head.reduce) == ("cnr", [(3, 6, 512)])
+        convs = [head.query, head.key, head.value]
+        assert [(c.kernel_size[0], c.out_channels, c.bias is not None) for c in convs] == [
+            (1, 64, True), (1, 64, True), (1, 512, True)]  # fmt: skip
+        head = car.OCR(6, 5, 4)
+        assert layers(head.pixels) == ("cnr", [(3, 6, 512)])
+        assert layers(head.regions) == ("cnrc", [(3, 5, 512), (1, 512, 4)])
+        for transform in (head.phi, head.psi):
+            assert layers(transform) == ("cnrcnr", [(1, 512, 256), (1, 256, 256)])
+        assert layers(head.delta) == ("cnr", [(1, 512, 256)])
+        assert layers(head.rho) == ("cnr", [(1, 256, 512)])
+        head = car.UPer((4, 6, 8, 10))
+        assert all(layers(pool) == ("cnr", [(1, 10, 512)]) for pool in head.pools)
+        assert layers(head.top) == ("cnr", [(3, 10 + 4 * 512, 512)])
+        assert [layers(c) for c in head.lateral] == [("cnr", [(1, c, 512)]) for c in (4, 6, 8)]
+        assert [layers(c) for c in head.smooth] == [("cnr", [(3, 512, 512)])] * 3
+        net = car.build(4, "resnet18", head="fcn", auxiliary=True)
+        assert layers(net.head) == ("cnr", [(3, 512, 512)])
+        assert layers(net.auxiliary) == ("cnrc", [(1, 512, 256), (1, 256, 4)])
+        assert net.auxiliary[1].p == 0.1
 
 
 @pytest.mark.equation
@@ -884,8 +1183,7 @@ def test_uper_level_by_level(patches):
     y8 = head.lateral[1](x8) + up(y16, x8)
     y4 = head.lateral[0](x4) + up(y8, x4)
     pyramid = [head.smooth[0](y4), head.smooth[1](y8), head.smooth[2](y16), y32]
-    resize = functools.partial(backbones.resize, patches=patches)
-    found = head([x4, x8, x16, x32], resize)
+    found = head([x4, x8, x16, x32], lambda x, like: backbones.resize(x, like, patches))
     torch.testing.assert_close(found, torch.cat([up(y, x4) for y in pyramid], 1))
 
 
@@ -900,28 +1198,30 @@ def test_swin_tiny_with_uper_is_table_4_1s_second_network():
 
 
 @pytest.mark.network
-def test_caa_on_swin_with_jpu_is_table_4_6s_network():
-    net = car.build(4, "swin_t", head="caa", auxiliary=True).eval()
+def test_caa_with_car_on_swin_with_jpu_is_table_4_6s_network():
+    net = caa.build(4, "swin_t").eval()
     images, labels = torch.randn(2, 3, 65, 40), torch.randint(4, (2, 65, 40))
     assert net.stride == 8 and net.backbone.jpu is not None
-    features = caught(net, "classifier", images)
+    features = entering(net, "head.project.1", images)
     assert features.shape[2:] == (12, 8)  # of 96x64
     rows, columns = (
         [min(4 + 8 * i, side - 1) for i in range(n)] for side, n in ((65, 12), (40, 8))
     )  # middles of patches
-    expected = net.car(features, labels[:, rows][:, :, columns])
-    losses = net(images, labels)
-    assert (
-        all(torch.equal(losses[term], expected[term]) for term in TERMS) and losses["auxiliary"] > 0
-    )
+    expected = car.ClassAwareRegularization(4)(features, labels[:, rows][:, :, columns])
+    losses = car.regularize(net, "classifier", 4)(images, labels)
+    assert all(torch.equal(losses[term], expected[term]) for term in TERMS)
 
 
 @pytest.mark.network
 def test_options_that_do_not_exist_are_named():
-    with pytest.raises(ValueError, match="head='psp': it is self_attention, fcn"):
-        car.build(4, "resnet18", head="psp")
-    with pytest.raises(ValueError, match="CARNet has no option intra_c2p"):
+    with pytest.raises(ValueError, match="head='caa': it is 'self_attention', 'fcn'"):
+        car.build(4, "resnet18", head="caa")
+    with pytest.raises(ValueError, match="CARNet has no option intra_c2p; .*epsilon_0=0.5"):
         car.build(4, "resnet18", intra_c2p=False)
+    with pytest.raises(ValueError, match="place='classifier': it is one of"):
+        car.build(4, "resnet18", place="classifier")
+    with pytest.raises(ValueError, match="released=True has its own"):
+        car.build(4, "resnet18", place="relu", released=True)
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -958,8 +1258,8 @@ def test_fig_4_4_by_hand():
 def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
     net = car.build(4, "resnet18").eval()
     image = torch.randn(3, 45, 70)
-    similarity = net.figures(image, (20, 39))["similarity"]
-    features = caught(net, "classifier", image[None])[0]
+    similarity = net.figures(image, (19, 39))["similarity"]
+    features = entering(net, "last.1", image[None])[0]
     assert similarity.shape == (45, 70) and similarity.max() == 1 and similarity.min() >= 0
     dots = torch.einsum(
         "c,chw->hw", features[:, 2, 5], features
@@ -974,7 +1274,7 @@ def test_fig_4_5_by_hand():
     # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0); class 2: (-1 0 0), over two images;
     # class 3 does not occur
     images, labels = (
-        [maps((1, 0, 0), (3, 0, 0)), maps((1, 2, 0), (-1, 0, 0))],
+        [one_row([(1, 0, 0), (3, 0, 0)]), one_row([(1, 2, 0), (-1, 0, 0)])],
         torch.tensor([[[[0, 0]]], [[[1, 2]]]]),
     )
     found = car.class_dependency(Identity().double().eval(), zip(images, labels), 4)
@@ -982,11 +1282,3 @@ def test_fig_4_5_by_hand():
     torch.testing.assert_close(
         found, torch.tensor([[1, 0.5, 0, 0], [0.4, 1, 0, 0], [0, 0, 1, 0], [0] * 4]).double()
     )
-
-
-@pytest.mark.network
-@pytest.mark.parametrize("released", [False, True])
-def test_queries_of_the_caa_head_have_a_relu_in_the_released_form_alone(released):
-    attention = car.build(3, "resnet18", head="caa", released=released).head.attention
-    for query in (attention.theta, attention.phi):
-        assert any(isinstance(layer, torch.nn.ReLU) for layer in query) == released

@@ -472,8 +472,8 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
             "--output",
             str(tmp_path / method),
         )
-        assert f"--car: this network of {method} has CAR's terms already; leave --car out" in line
-    assert "--car: Net has no submodule 'classifier'" in mistake(
+        assert "--car: this " in line and "has CAR's losses already: add them once" in line
+    assert "--car: Net has no 'classifier'; its last layers: " in mistake(
         capsys, *flags, "--car", "--option", "name=cls"
     )
     small = [
