@@ -747,7 +747,8 @@ def one_pixel(pixel, size):
 
 def check_options(network, options, *parts):
     """`options`, if each is a keyword-only argument of the class `network`, or of one of the
-    classes `parts`, to which it hands them on; else a ValueError that lists those.
+    classes `parts`, to which it hands them on; else a ValueError that lists those. Where the
+    default is True, False or a float, the value has to be one too.
     """
     parameters = [p for c in (network, *parts) for p in inspect.signature(c).parameters.values()]
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -758,4 +759,9 @@ def check_options(network, options, *parts):
             f"{network.__name__} has no option {', '.join(unknown)}; its options and defaults are "
             f"{listed}"
         )
+    for name, value in options.items():
+        kind = {bool: bool, float: (int, float)}.get(type(known[name]), object)
+        if not isinstance(value, kind):
+            expected = "True or False" if kind is bool else "a number"
+            raise ValueError(f"{name}={value!r}: expected {expected}")
     return options

@@ -94,7 +94,7 @@ def intra_center_to_pixel(features, labels, centers, released=False):
     # centres of the batch they would be 0 in any case: Σ(μ - X) over a class is 0.
     mu = centers.detach().expand(len(features), *centers.shape[-2:])  # [N, K, C]
     X, sigma = flat(features), (labels == 255).flatten(1).unsqueeze(2)  # [N, HW, C], [N, HW, 1]
-    index = labels.flatten(1).unsqueeze(2).masked_fill(sigma, 0).expand(X.shape)
+    index = labels.flatten(1).unsqueeze(2).masked_fill(sigma, 0).expand(-1, -1, mu.shape[2])
     Y_mu = mu.gather(1, index)  # Y·μ: looking centres up is cheaper than multiplying  [N, HW, C]
     # Ignored pixels add zero loss but stay in the denominator.
     D = (Y_mu - X).abs().masked_fill(sigma, 0)  # Eq. (4.3)  [N, HW, C]
@@ -133,8 +133,8 @@ def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=Fals
     without √C. Raises ValueError as check_labels.
     """
     K, C = centers.shape[-2:]
-    mu = centers.detach()  # as in the released code; the thesis does not say
     X, Y = flat(features), one_hot(labels, K, features)  # [N, HW, C], [N, HW, K]
+    mu = centers.detach().to(X.dtype)  # stopped as in the released code; the thesis does not say
     energy = X @ mu.mT  # Λ_c2p, Eq. (4.8)  [N, HW, K]
     diagonal = mu.square().sum(-1).unsqueeze(-2)  # Λ_c, Eq. (4.9)  [1, K] or [N, 1, K]
     # Erratum: Eq. (4.10) prints + Λ_c without Y. The text and the released code replace.
@@ -164,13 +164,15 @@ def one_hot(labels, num_classes, features):
 
 
 def check_labels(labels, features, num_classes):
-    """ValueError unless labels `[N, h, w]` have the size of features, and are 0 … K-1 or 255."""
+    """ValueError unless labels are int64 `[N, h, w]` of the features' size, 0 … K-1 or 255."""
     size = [len(features), *features.shape[2:]]
     if list(labels.shape) != size:
         raise ValueError(
             f"labels {list(labels.shape)} do not match {list(features.shape)}: expected {size}; "
             f"for a feature map, labels_at(labels, {tuple(size[1:])}) takes those of its positions"
         )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}: expected int64, call labels.long()")
     wrong = labels[(labels != 255) & ((labels < 0) | (labels >= num_classes))].unique().tolist()
     if wrong:
         raise ValueError(
@@ -251,8 +253,8 @@ class ClassAwareRegularization(nn.Module):
                  centers="batch", decay=0.9, epsilon_0=0.5, epsilon_1=0.25, literal=False,
                  released=False):  # fmt: skip
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: losses between classes need at least 2")
+        if not 2 <= num_classes <= 255:
+            raise ValueError(f"num_classes={num_classes}: expected 2 to 255; label 255 is ignored")
         if centers not in ("batch", "image", "moving"):
             raise ValueError(f"centers={centers!r}: it is 'batch', 'image' or 'moving'")
         if not 0 <= decay < 1:
@@ -285,6 +287,7 @@ class ClassAwareRegularization(nn.Module):
             )
         return losses
 
+    @torch.compiler.disable  # compiled, the backward pass would read the new buffers
     def moving_average(self, mu, present):
         """Sect. 4.4.2.3: decay · old + (1 - decay) · μ, `[K, C]`; in training mode also stored.
 
@@ -296,7 +299,7 @@ class ClassAwareRegularization(nn.Module):
         mixed = torch.where(known, self.decay * old + (1 - self.decay) * mu, mu)
         mu = torch.where(present.unsqueeze(1), mixed, old)
         if self.training:
-            self.mu.copy_(mu.detach())
+            self.mu.copy_(mu.detach().where(mu.isfinite(), old))  # float16 may overflow once
             self.known |= present
         return mu
 
@@ -305,10 +308,10 @@ class ClassAwareRegularization(nn.Module):
 
 
 def regularize(net, classifier, num_classes, regularized=None, **terms):
-    """CAR for any segmentation network: `net`, wrapped. Calls without labels are unchanged.
+    """CAR for any segmentation network: `net`, wrapped. Called with images alone, it is `net`.
 
-    The wrapper, called with images `[N, 3, H, W]` and labels int64 `[N, H, W]`, 255 = ignored,
-    returns a dict of scalars: the losses of `net`, and CAR's. The original network is `.net`.
+    Called with images `[N, 3, H, W]` and labels int64 `[N, H, W]`, 255 = ignored, it returns a dict
+    of scalars: the losses of `net`, and CAR's. The original network is `.net`.
 
     classifier: name of the submodule that gives the logits, as in net.get_submodule(name)
     regularized: name of the submodule whose input the losses act on. None: `net.regularized`, which
@@ -328,13 +331,12 @@ def regularize(net, classifier, num_classes, regularized=None, **terms):
 
     refused with a ValueError                              the message names
     a submodule that `net` does not have                   the last layers
-    one that is not called, or gets no feature map         what it gets
+    one that is not called, or gets no `[N, C, h, w]`      what it gets
     a classifier that does not give K channels             both numbers, the layers that give K
     other outputs: a list, a dict that holds logits        what came back, what is expected
     labels that do not have the images' size, or not of K  both sizes, the labels
-    a network with CAR's losses                            its class
-
-    Wrap with this first, then with DistributedDataParallel or torch.compile.
+    a network with CAR's losses, or that is wrapped        its class
+      already: regularize first, then DistributedDataParallel or torch.compile
     """
     return Regularized(net, classifier, num_classes, regularized, terms)
 
@@ -345,20 +347,26 @@ class Regularized(nn.Module):
     def __init__(self, net, classifier, num_classes, regularized, terms):
         super().__init__()
         self.net, self.classifier, self.num_classes = net, classifier, num_classes
-        self.regularized = regularized or getattr(net, "regularized", classifier)
+        self.regularized = regularized or getattr(net, "regularized", None) or classifier
         self.takes_labels = "labels" in inspect.signature(net.forward).parameters
-        modules = dict(net.named_modules())
+        modules = dict(net.named_modules(remove_duplicate=False))
+        wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+        if isinstance(net, wrappers) or hasattr(net, "_orig_mod"):
+            raise ValueError(f"regularize the network first, then wrap it in {type(net).__name__}")
         for name in (self.regularized, classifier):
             if not name or name not in modules:
                 layers = [k for k, m in modules.items() if isinstance(m, (nn.Conv2d, nn.Linear))]
                 layers = ", ".join(layers[-4:])
                 raise ValueError(f"{type(net).__name__} has no '{name}'; its last layers: {layers}")
+            if isinstance(modules[name], (nn.Linear, nn.LayerNorm)):
+                kind = type(modules[name]).__name__
+                raise ValueError(f"'{name}' is a {kind}: its input is no feature map [N, C, h, w]")
         if any(isinstance(module, ClassAwareRegularization) for module in modules.values()):
             raise ValueError(f"this {type(net).__name__} has CAR's losses already: add them once")
         self.check_classes(getattr(modules[classifier], "out_channels", num_classes))
         layer = modules[self.regularized]
-        for module in (layer, *dropouts(net)):
-            module.inplace = False  # its input must not be overwritten
+        for module in (*layer.modules(), *dropouts(net)):
+            module.inplace = False  # what enters must not be overwritten
         channels = getattr(layer, "in_channels", getattr(layer, "num_features", None))
         channels = terms.pop("channels", channels)
         terms = backbones.check_options(ClassAwareRegularization, terms)
@@ -380,23 +388,71 @@ class Regularized(nn.Module):
         check_labels(labels, images, self.num_classes)
         inputs = {"labels": labels} if self.takes_labels else {}
         output, X, logits = watch(self.net, self.regularized, self.classifier, images, **inputs)
-        if isinstance(logits, torch.Tensor) and logits.ndim == 4:
+        if is_map(logits):
             self.check_classes(logits.shape[1])
-        losses = losses_of(output, None if self.takes_labels else labels)
+        losses = own_losses(output) if self.takes_labels else self.logits_losses(output, labels)
         pixels = pixels_of(self.net, labels.shape[1:], X.shape[2:])
         return losses | self.car(X, labels_at(labels, X.shape[2:], pixels))
+
+    def logits_losses(self, output, labels):
+        """The cross entropies of a network that has no losses of its own; see `regularize`."""
+        outputs = {"out": output[0] if isinstance(output, tuple) and output else output}
+        outputs, losses = output if isinstance(output, dict) else outputs, {}
+        for key, name, weight in (("out", "cross_entropy", 1.0), ("aux", "auxiliary", 0.5)):
+            logits = outputs.get(key)
+            if is_map(logits) and logits.shape[1] == self.num_classes:
+                logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
+                losses[name] = weight * backbones.pixel_cross_entropy(logits, labels)
+        if "cross_entropy" not in losses:
+            raise ValueError(
+                f"called with images, the network returned {type(output).__name__} "
+                f"{shapes(output)}; expected logits [N, {self.num_classes}, h, w], a tuple that "
+                "starts with them, or a dict with 'out'"
+            )
+        return losses
+
+
+def own_losses(output):
+    """The losses of a network that was called with labels; see `regularize`."""
+    loss = getattr(output, "loss", None if isinstance(output, dict) else output)
+    losses = output if loss is None else {"loss": loss}
+    scalar = isinstance(losses, dict) and len(losses) > 0
+    if scalar and all(isinstance(x, torch.Tensor) and x.numel() == 1 for x in losses.values()):
+        return {name: x.reshape(()) for name, x in losses.items()}
+    raise ValueError(
+        f"called with labels, the network returned {type(output).__name__} {shapes(output)}; "
+        "expected a scalar, an object with .loss, or a dict of scalars"
+    )
+
+
+def is_map(x):
+    """Whether x can be a feature map `[N, C, h, w]`."""
+    return isinstance(x, torch.Tensor) and x.ndim == 4
+
+
+def shapes(x):
+    """The shape of a tensor, or of each in a dict, list or tuple; for messages."""
+    if isinstance(x, dict):
+        return {key: shapes(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [shapes(value) for value in x]
+    return list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 def watch(net, input_of, output_of, *args, **kwargs):
     """net(*args, **kwargs), the input of its submodule `input_of` and the output of `output_of`, of
     the last call of each. ValueError if one is not called, or if the input is no feature map.
     """
-    first, second, calls = net.get_submodule(input_of), net.get_submodule(output_of), {}
+    first, second = net.get_submodule(input_of), net.get_submodule(output_of)
+    calls, before = {}, {}
 
-    def note(module, inputs, output):
-        calls[module] = inputs[0] if inputs else None, output
+    def note(module, args, kwargs, output):
+        calls[module] = next(iter([*args, *kwargs.values()]), None), output
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            before[id(output)] = calls[module]  # both are kept, so that no other has this id
 
-    handles = [module.register_forward_hook(note) for module in {first, second, *dropouts(net)}]
+    watched = {first, second, *dropouts(net)}
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in watched]
     try:
         result = net(*args, **kwargs)
     finally:
@@ -406,9 +462,9 @@ def watch(net, input_of, output_of, *args, **kwargs):
         if module not in calls:
             raise ValueError(f"'{name}' was not called in the forward pass: name another submodule")
     X = calls[first][0]
-    for dropout in reversed(dropouts(net)):  # the input of the Dropout that gave it
-        X = calls[dropout][0] if X is calls.get(dropout, (X, None))[1] else X
-    if not isinstance(X, torch.Tensor) or X.ndim != 4:
+    while before.get(id(X), (X,))[0] is not X:  # the output of a Dropout
+        X = before[id(X)][0]
+    if not is_map(X):
         raise ValueError(f"what enters '{input_of}' is no feature map [N, C, h, w] but {shapes(X)}")
     return result, X, calls[second][1]
 
@@ -431,39 +487,6 @@ def pixels_of(net, sides, size):
     if None in strides:
         return spread(sides, size)
     return [source.positions(stride, n) for stride, n in zip(strides, size)]
-
-
-def losses_of(output, labels):
-    """The losses in what a network returned, see `regularize`; labels: if it was called without."""
-    losses = {}
-    if labels is None:
-        loss = getattr(output, "loss", None if isinstance(output, dict) else output)
-        losses = output if loss is None else {"loss": loss}
-        if isinstance(losses, dict) and all(shapes(x) in ([], [1]) for x in losses.values()):
-            return {name: x.reshape(()) for name, x in losses.items()}
-        expected = "a scalar, an object with .loss, or a dict of scalars"
-    else:
-        outputs = {"out": output[0] if isinstance(output, tuple) and output else output}
-        outputs = output if isinstance(output, dict) else outputs
-        for key, name, weight in (("out", "cross_entropy", 1.0), ("aux", "auxiliary", 0.5)):
-            if isinstance(outputs.get(key), torch.Tensor) and outputs[key].ndim == 4:
-                logits = F.interpolate(outputs[key].float(), labels.shape[1:], mode="bilinear")
-                losses[name] = weight * backbones.pixel_cross_entropy(logits, labels)
-        if "cross_entropy" in losses:
-            return losses
-        expected = "logits [N, K, h, w], a tuple that starts with them, or a dict with 'out'"
-    called = "with labels" if labels is None else "with images"
-    returned = f"{type(output).__name__} {shapes(output)}"
-    raise ValueError(f"called {called}, the network returned {returned}; expected {expected}")
-
-
-def shapes(x):
-    """The shape of a tensor, or of each in a dict, list or tuple; for messages."""
-    if isinstance(x, dict):
-        return {key: shapes(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [shapes(value) for value in x]
-    return list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -492,9 +515,11 @@ def class_dependency(net, pairs, num_classes, classifier="classifier"):
 
     pairs: an iterable of (images `[N, 3, H, W]`, labels `[N, H, W]`). A centre is the mean over all
     of them of what enters the submodule `classifier`. Each row is scaled to 0…1 by its largest
-    value (ours); products below 0, and classes that do not occur, are 0. `net` should be in
-    evaluation mode.
+    value (ours); products below 0, and classes that do not occur, are 0. ValueError in training
+    mode.
     """
+    if net.training:
+        raise ValueError("the map is of what the network has learned: call net.eval() first")
     sums, total = 0, 0
     for images, labels in pairs:
         X = watch(net, classifier, classifier, images)[1]
@@ -634,7 +659,8 @@ class CARNet(nn.Module):
         if place not in places or released and place != "linear":
             raise ValueError(f"place={place!r}: it is one of {places}; released=True has its own")
         fixed = head == "uper" or backbone.startswith("hrnet")
-        output_stride = output_stride or (32 if fixed else 8)
+        if output_stride is None:
+            output_stride = 32 if fixed else 8
         # Multi-grid is the released configuration's.
         grid = (1, 2, 4) if backbone.startswith("resnet") and output_stride < 32 else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
@@ -678,6 +704,7 @@ class CARNet(nn.Module):
         logits = self.backbone.upsample(self.classifier(steps[-1]), self.stride, size)
         if labels is None:
             return logits
+        check_labels(labels, images, self.car.num_classes)
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
         if self.auxiliary is not None:
             coarse = self.auxiliary(maps[-1])

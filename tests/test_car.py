@@ -348,10 +348,20 @@ def test_labels_that_are_no_class_are_named(wrong):
 
 
 @pytest.mark.equation
+def test_labels_as_loaders_give_them_are_refused_with_the_advice_to_convert_them():
+    features, labels = scene()
+    for dtype in (torch.uint8, torch.float32, torch.int32):
+        with pytest.raises(
+            ValueError, match=f"labels are {dtype}: expected int64, call labels.long"
+        ):
+            car.class_centers(features, labels.to(dtype), 3)
+
+
+@pytest.mark.equation
 def test_labels_of_the_image_are_refused_with_the_advice_to_take_them_at_the_positions():
     features, labels = scene()
     large = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    message = r"labels \[2, 8, 12\] do not match \[2, 3, 2, 3\]: expected \[2, 2, 3\]; .*labels_at\("
+    message = r"labels \[2, 8, 12\] do not match \[2, 3, 2, 3\]: .*labels_at\("
     for function in (car.class_centers, car.ClassAwareRegularization.__call__):
         first = [] if function is car.class_centers else [car.ClassAwareRegularization(3)]
         with pytest.raises(ValueError, match=message):
@@ -490,6 +500,37 @@ def test_moving_average_by_hand():
 
 
 @pytest.mark.equation
+def test_moving_centres_of_a_forward_pass_know_which_classes_it_held():
+    module = car.ClassAwareRegularization(3, 1, centers="moving", decay=0.75)
+    module(one_row([(8,), (4,)]).float(), torch.tensor([[[0, 255]]]))
+    module(one_row([(16,), (4,)]).float(), torch.tensor([[[0, 1]]]))
+    assert module.mu.flatten().tolist() == [10, 4, 0]
+    assert module.known.tolist() == [True, True, False]
+
+
+@pytest.mark.equation
+def test_moving_centres_outlive_an_overflow():
+    module = car.ClassAwareRegularization(2, 1, centers="moving")
+    labels = torch.tensor([[[0, 1]]])
+    module(one_row([(8,), (4,)]).float(), labels)
+    module(one_row([(math.inf,), (4,)]).float(), labels)
+    assert module.mu.isfinite().all()
+
+
+@pytest.mark.network
+def test_moving_centres_have_the_same_gradient_when_compiled():
+    features, labels = torch.randn(1, 4, 2, 3), torch.tensor([[[0, 1, 2], [0, 1, 2]]])
+    gradients = []
+    for compiled in (False, True):
+        x = features.clone().requires_grad_()
+        module = car.ClassAwareRegularization(3, 4, centers="moving")
+        called = torch.compile(module, backend="aot_eager") if compiled else module
+        sum(called(x, labels).values()).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.equation
 def test_gradient_flows_through_the_new_part_of_the_moving_average():
     module = car.ClassAwareRegularization(2, 3, centers="moving", decay=0.9).double()
     features, labels = scene(classes=3)
@@ -507,7 +548,8 @@ def test_gradient_flows_through_the_new_part_of_the_moving_average():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(num_classes=1), "at least 2"),
+        (dict(num_classes=1), "expected 2 to 255"),
+        (dict(num_classes=256), "expected 2 to 255"),
         (dict(num_classes=2, centers="class"), "'batch', 'image' or 'moving'"),
         (dict(num_classes=2, decay=1.0), "below 1"),
         (dict(num_classes=2, centers="moving"), "needs channels"),
@@ -710,6 +752,34 @@ def test_patches_of_anyones_network_are_labelled_in_the_middle():
 
 
 @pytest.mark.network
+def test_dropouts_are_followed_in_the_order_of_their_calls():
+    class Twice(nn.Module):
+        """Two Dropouts, the later one registered first, and the first called by keyword."""
+
+        def __init__(self):
+            super().__init__()
+            self.second, self.first = nn.Dropout(0.3), nn.Dropout(0.3)
+            self.body, self.cls = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.cls(input=self.second(self.first(input=self.body(x))))
+
+    net, (images, labels) = Twice().train(), batch()
+    losses = car.regularize(net, "cls", 4)(images, labels)
+    expected = car.ClassAwareRegularization(4)(net.body(images), labels)
+    torch.testing.assert_close({name: losses[name] for name in TERMS}, expected)
+
+
+@pytest.mark.network
+def test_layers_in_place_do_not_overwrite_what_is_regularized():
+    head = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1))
+    net, (images, labels) = nn.Sequential(nn.Conv2d(3, 8, 1), head), batch()
+    losses = car.regularize(net, "1", 4)(images, labels)
+    expected = car.ClassAwareRegularization(4)(net[0](images), labels)
+    torch.testing.assert_close({name: losses[name] for name in TERMS}, expected)
+
+
+@pytest.mark.network
 @pytest.mark.parametrize("inplace", [False, True])
 def test_regularize_takes_the_features_before_dropout(inplace):
     class Dropped(nn.Sequential):
@@ -766,6 +836,8 @@ def test_regularize_takes_the_losses_of_a_network_that_has_its_own(returned, exp
         (lambda y: [y.mean()], r"list \[\[\]\]"),
         (lambda y: ModelOutput(loss=None, logits=y), r"ModelOutput \{'loss': 'NoneType', 'logits'"),
         (lambda y: None, "NoneType"),
+        (lambda y: {}, r"dict \{\}"),
+        (lambda y: {"a": y.mean(), "b": []}, r"dict \{'a': \[\], 'b': \[\]\}"),
     ],
 )
 def test_what_is_no_loss_is_refused_and_named(returned, message):
@@ -799,10 +871,12 @@ def test_regularize_finds_the_logits(returned):
     [
         (
             lambda y: [y, y],
-            r"list \[\[2, 4, 8, 12\], \[2, 4, 8, 12\]\]; expected logits \[N, K, h, w\]",
+            r"list \[\[2, 4, 8, 12\], \[2, 4, 8, 12\]\]; expected logits \[N, 4, h, w\]",
         ),
         (lambda y: {"logits": y}, r"dict \{'logits': \[2, 4, 8, 12\]\}"),
         (lambda y: (), r"tuple \[\]"),
+        (lambda y: {"out": y[:, :3]}, r"dict \{'out': \[2, 3, 8, 12\]\}"),  # of other classes
+        (lambda y: (y[:, :3], y), r"tuple \[\[2, 3, 8, 12\], \[2, 4, 8, 12\]\]"),
         (lambda y: y.mean(), r"Tensor \[\]"),
     ],
 )
@@ -861,8 +935,18 @@ def test_regularize_says_what_it_expects():
     with pytest.raises(ValueError, match="no option epsilon"):
         car.regularize(Other(), "seg.cls", 4, epsilon=0.5)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (4, 1, 1)))
-    with pytest.raises(ValueError, match=r"what enters '1' is no feature map .* but \[2, 192\]"):
-        car.regularize(flat, "1", 4)(images, labels)
+    with pytest.raises(ValueError, match="'1' is a Linear: its input is no feature map"):
+        car.regularize(flat, "1", 4)
+    with pytest.raises(ValueError, match=r"what enters '2' is no feature map .* but \[2, 4\]"):
+        car.regularize(flat, "2", 4)(images, labels)
+    with pytest.raises(
+        ValueError, match="regularize the network first, then wrap it in DataParallel"
+    ):
+        car.regularize(nn.DataParallel(Other()), "module.seg.cls", 4)
+    with pytest.raises(
+        ValueError, match="regularize the network first, then wrap it in OptimizedMod"
+    ):
+        car.regularize(torch.compile(Other()), "_orig_mod.seg.cls", 4)
     with pytest.raises(ValueError, match="this CARNet has CAR's losses already"):
         car.regularize(car.build(4, "resnet18"), "classifier", 4)
     wrapped = car.regularize(Other(), "seg.cls", 4)
@@ -1218,6 +1302,12 @@ def test_options_that_do_not_exist_are_named():
         car.build(4, "resnet18", head="caa")
     with pytest.raises(ValueError, match="CARNet has no option intra_c2p; .*epsilon_0=0.5"):
         car.build(4, "resnet18", intra_c2p=False)
+    with pytest.raises(ValueError, match="intra='no': expected True or False"):
+        car.build(4, "resnet18", intra="no")
+    with pytest.raises(ValueError, match="epsilon_0='abc': expected a number"):
+        car.build(4, "resnet18", epsilon_0="abc")
+    with pytest.raises(ValueError, match="labels .* do not match"):
+        car.build(4, "resnet18")(torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="place='classifier': it is one of"):
         car.build(4, "resnet18", place="classifier")
     with pytest.raises(ValueError, match="released=True has its own"):
@@ -1277,6 +1367,8 @@ def test_fig_4_5_by_hand():
         [one_row([(1, 0, 0), (3, 0, 0)]), one_row([(1, 2, 0), (-1, 0, 0)])],
         torch.tensor([[[[0, 0]]], [[[1, 2]]]]),
     )
+    with pytest.raises(ValueError, match="net.eval"):
+        car.class_dependency(Identity().train(), zip(images, labels), 4)
     found = car.class_dependency(Identity().double().eval(), zip(images, labels), 4)
     # μμᵀ = (4 2 -2), (2 5 -1), (-2 -1 1), each row by its greatest
     torch.testing.assert_close(
