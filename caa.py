@@ -334,11 +334,9 @@ class CAANet(nn.Module):
             gate = dict(layers=channel_layers, width=channel_width, activation=activation)
             self.head = CAA(high, attention, channelization, se, released, **gate)
         self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
-        self.stride, self.dropout = self.backbone.strides[-1], nn.Dropout(0.1)
+        self.stride, self.drop = self.backbone.strides[-1], nn.Dropout(0.1)
         self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
-        # car.py acts on what enters the last batch norm; `dual` adds two maps after theirs.
-        last = "dropout" if dual else "head.project.1"
-        self.regularized = "decoder.fuse.1.1" if decoder else last
+        self.regularized = "decoder.fuse.1.1" if decoder else "drop" if dual else "head.project.1"
         layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
         self.auxiliary = nn.Sequential(*layers) if auxiliary else None
 
@@ -350,7 +348,7 @@ class CAANet(nn.Module):
         if self.decoder is not None:
             features, stride = self.decoder(features, low, self.backbone.resize), 4
         upsample, size = self.backbone.upsample, images.shape[2:]
-        logits = upsample(self.classifier(self.dropout(features)), stride, size)
+        logits = upsample(self.classifier(self.drop(features)), stride, size)
         if labels is None:
             return logits
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}

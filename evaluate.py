@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -371,9 +372,11 @@ def cost(net, size):
     width), in evaluation mode.
 
     Multiply-adds are half of what torch.utils.flop_counter counts: matrix products and
-    convolutions, nothing else.
+    convolutions, nothing else. Attention is counted as its two matrix products, because the counter
+    does not know the CPU's fused kernel.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         net.eval()(torch.zeros(1, 3, *size, device=next(net.parameters()).device))
     children = {name: 0 for name, _ in net.named_children()}
     flops = counter.get_flop_counts()

@@ -1,59 +1,39 @@
 """High-level Feature Guided Decoder (HFGD).
 
-Ye Huang, Di Kang, Shenghua Gao, Wen Li, Lixin Duan: "HFGD: High-level Feature Guided Decoder for
-Semantic Segmentation", https://arxiv.org/abs/2303.08646.
+Ye Huang, Di Kang, Shenghua Gao, Wen Li, Lixin Duan, 2023, https://arxiv.org/abs/2303.08646.
+Sections, figures and tables have the paper's numbers; it numbers no equation.
 
-The idea: a backbone's last map is coarse (output stride 32), but its features are nearly those that
-classify; the finer maps have the details, and a gap to the classes. So the class kernels, the last
-1x1 convolution, learn from the coarse features alone. An upsampling head learns to give features
-that the same kernels classify at a fine stride. What it learns stays in
-it: no gradient goes from it to the kernels, to the encoder or to the backbone.
+The idea. The last map of a backbone is coarse, but its features are close to the classes. The finer
+maps have the details, but their features are far from the classes, and their gradients would harm
+the pretrained backbone. So the class kernels, the last 1x1 convolution, learn from the coarse
+features alone. An upsampler makes fine features that the same kernels classify. What the upsampler
+learns stays in the upsampler.
 
-Who receives gradient from which loss (Fig. 3); each cell has a test:
+The mathematics. B4, B8, B16, B32 are the backbone's maps at strides 4 to 32, n is the output
+stride, 4, 2 or 1. W [K, 256] and b [K] are the class kernels. sg stops the gradient.
 
-                         backbone   encoder   class kernels   upsampler, axial attention
-    coarse                   x         x            x
-    fine                                                                 x
-    CAR's three, auxiliary   x         x
-    without guidance there is no "coarse", and "fine" trains all:
-    fine                     x         x            x                    x
+    Z = CAE(B32)                                  [N, 256, H/32, W/32]  -> ContextAugmentedEncoder
+    U = U-SFPN(sg(B4), sg(B8), sg(B16), sg(Z))    [N, 256, H/n, W/n]    -> UltraSemanticFPN
+    coarse logits = W·Z + b                       [N, K, H/32, W/32]
+    fine logits = sg(W)·(U + AA(U)) + sg(b)       [N, K, H/n, W/n] -> HighLevelFeatureGuidedModule
+    AA: axial attention                                                 -> AxialAttention
 
-(Under guidance the layer norms of a Swin Transformer's and ConvNeXt's finer maps learn nothing, nor
-do an HRNet's last fusions into its finer maps: only the upsampler reads them.)
+Fig. 3, with its stopped gradients as x:
 
-    Sect. 3.1, Fig. 3   stopped gradients               -> HFGD.forward
-    Sect. 3.1           class kernels reused            -> HighLevelFeatureGuidedModule
-    Sect. 3.2           context-augmented encoder       -> ContextAugmentedEncoder
-    Sect. 3.3           SemanticFPN, Ultra SemanticFPN  -> SemanticFPN, UltraSemanticFPN
-    Figs. 4, 5          predictions beside each other   -> compared, HFGD.figures
-The paper numbers no equation.
+    image --> backbone --B32--> CAE --Z-----------> class kernels --> coarse logits --> L_coarse
+                 |               |                        |
+                 x               x                        x
+                 |               |                        |
+                 +--B4,B8,B16-> U-SFPN --U--> + AA --> class kernels --> fine logits --> L_fine
 
-What the paper leaves open, and what was chosen here:
-- Losses: "coarse" and "fine" are cross entropies of the logits, upsampled to the labels, with
-  weight 1; CAR's are car.py's.
-- CAR acts on the output of the self-attention, in front of the trailing convolution, as Sect. 3.2
-  words it. (In car.py, by its paper, on what enters the classifier.) released=True is the form of
-  its authors' code, with their 1x1 convolution in between; and caa.py's released=True for the axial
-  attention.
-- The upsampler's coarsest input is the encoder's output. SemanticFPN adds maps top-down like FPN
-  (Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019), but without FPN's 3x3
-  convolution on each of the sums: Table 5's 45.65 leave no room for their 12.2 (in 2^30, as there).
-  Batch norm and ReLU follow each convolution; maps are upsampled bilinearly.
-- Axial attention is caa.py's without channelization, on 256 channels, added to its input as car.py
-  adds its self-attention. Its 64 query channels are that file's too; Table 5 tells of a wider one.
-- ASPP's rates are 3, 6, 9 at stride 32. All but "identity" end with 256 channels; "identity" too
-  where it is guided.
+    who learns from        backbone   CAE   class kernels   U-SFPN, AA
+    L_coarse                  x        x          x
+    L_fine                                                      x
+    CAR's three losses        x        x (up to its attention)
+    L_fine, guided=False      x        x          x             x       (there is no L_coarse)
 
-    Table 1     encoder, upsampler=None or "sfpn", guided=False
-    Table 2     upsampler="sfpn", guided=False; axial=False; both on
-    Table 3     upsampler
-    Table 4     encoder, upsampler, guided=False or True
-    Table 5     output_stride; SemanticFPN is encoder="identity", upsampler="sfpn", guided=False
-    Tables 6-9  RECIPES, output_stride; evaluate.py --scales … --flip
-    Table 10    backbone (ConvNeXt V2 is not in backbones.py)
-
-To copy: this file, backbones.py, car.py, caa.py, and ksac.py, which car.py imports. SemanticFPN and
-what stands above it need torch and torchvision alone.
+At inference the fine logits are the result. Read first `HFGD.forward`, then the layers from the
+top. Tests: tests/test_hfgd.py. To copy: this file, car.py and backbones.py.
 """
 
 import torch
@@ -64,142 +44,190 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 import backbones
-import caa
-import car
+from car import OCR, ClassAwareRegularization, SelfAttention, labels_at
+
+# ---------------------------------------------------------------------------------------- attention
+
+
+def attend(query, value):
+    """Each position attends to all positions of its column: softmax_m(q_ijᵀ q_mj) v_mj, over m.
+
+    query `[N, c, H, W]`, which is the key too, value `[N, C, H, W]`, C a multiple of c ->
+    `[N, C, H, W]`, of value's dtype. In float32, because an unscaled product can exceed float16.
+    The `[N, W, H, H]` weights are not materialised. PyTorch's fused kernels need values as wide as
+    queries: the values are split into C/c parts, as heads that share one query.
+    """
+    if query.requires_grad:
+        # On the CPU, batch norm's backward pass misreads permuted gradients of one-column maps.
+        query.register_hook(lambda gradient: gradient.contiguous())
+    (N, C, H, W), dtype = value.shape, torch.promote_types(query.dtype, torch.float32)
+    # Columns come first, channels last in memory, which the fused kernels ask for.
+    q, v = (x.to(dtype).permute(0, 3, 2, 1).contiguous() for x in (query, value))  # [N, W, H, …]
+    v = v.reshape(N * W, H, -1, q.shape[3]).transpose(1, 2)  # [NW, C/c, H, c]
+    q = q.reshape(N * W, 1, H, -1).expand(v.shape)
+    with torch.autocast(query.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, q, v, scale=1.0)  # [NW, C/c, H, c]
+    return y.transpose(1, 2).reshape(N, W, H, C).permute(0, 3, 2, 1).to(value.dtype)
+
+
+class AxialAttention(nn.Module):
+    """x + AA(x), `[N, channels, H, W]` -> the same: along the columns, then along the rows.
+
+    The paper names the layer only. As in caa.py: queries are keys too, 64 channels, no scale; the
+    values have batch norm and ReLU. released: the queries have a ReLU, as in the authors' code.
+    """
+
+    def __init__(self, channels=256, released=False):
+        super().__init__()
+        self.theta, self.phi = self.query(channels, released), self.query(channels, released)
+        self.g = Conv2dNormActivation(channels, channels, 1)
+        nn.init.dirac_(self.g[0].weight)
+
+    @staticmethod
+    def query(channels, released):
+        """1x1 convolution, batch norm. A query's product with itself starts near 32 either way."""
+        act = nn.ReLU if released else None
+        layer = Conv2dNormActivation(channels, 64, 1, activation_layer=act)
+        nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
+        nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
+        return layer
+
+    def forward(self, x):
+        y = attend(self.theta(x), self.g(x))
+        return x + attend(self.phi(x).mT, y.mT).mT
+
 
 # --------------------------------------------------------------------------------------- upsampling
 
 
 class SemanticFPN(nn.Module):
-    """Four maps of strides 4, 8, 16, 32, finest first -> `[N, 256, h, w]`, at stride 4 / 2^blocks.
+    """Four maps of strides 4, 8, 16, 32, finest first -> `[N, width, h, w]` at stride 4 / 2^blocks.
 
-    A leading convolution on each map (`kernel` 1x1), added up from the coarsest down; then a branch
-    of convolutions, each with an upsampling, from every stride to 4, where the finest has one
-    without; the branches are added. blocks: more of them for every branch. resize: the backbone's.
+    Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019. A leading convolution on each
+    map, added up from the coarsest down. Then a branch from each stride to 4: 3x3 convolutions,
+    each with an upsampling; the finest branch has one convolution without. blocks: more of
+    "conv-upsample" in each branch. kernel: of the leading convolutions. resize: the backbone's.
     """
 
-    def __init__(self, channels, kernel=1, blocks=0):
+    def __init__(self, channels, width=256, kernel=1, blocks=0):
         super().__init__()
-        self.channels, self.blocks = 256, blocks
-        self.leading = nn.ModuleList(Conv2dNormActivation(c, 256, kernel) for c in channels)
+        self.channels = width
+        self.leading = nn.ModuleList(Conv2dNormActivation(c, width, kernel) for c in channels)
+        # FPN's 3x3 convolution on each sum is left out: Table 5 has no room for its 12.2 G.
         self.branches = nn.ModuleList(
-            nn.ModuleList(Conv2dNormActivation(256, 256, 3) for _ in range(max(1, level) + blocks))
-            for level in range(len(channels))
+            nn.ModuleList(Conv2dNormActivation(width, width, 3) for _ in range(max(1, i) + blocks))
+            for i in range(len(channels))
         )
-
-    def branch(self, level, x, resize):
-        """A level's map at the stride of the output; the finest level is upsampled once less."""
-        for i, conv in enumerate(self.branches[level]):
-            x = conv(x)
-            x = x if level == i == 0 else resize(x, 2)
-        return x
+        # In the authors' library; Table 5 fits better with it (docs/results.md).
+        self.last = Conv2dNormActivation(width, width, 1)
 
     def forward(self, maps, resize):
-        coarsest = len(maps) - 1
-        x = self.leading[coarsest](maps[coarsest])
-        total = self.branch(coarsest, x, resize)
-        for level in reversed(range(coarsest)):
-            x = self.leading[level](maps[level]) + resize(x, 2)
-            total = total + self.branch(level, x, resize)
-        return total
+        x, total, finest = None, 0, 0
+        for i in reversed(range(len(maps))):
+            y = self.leading[i](maps[i])
+            y = x = y if x is None else y + resize(x, 2)
+            for k, conv in enumerate(self.branches[i]):
+                y = conv(y if k == 0 or i == 0 and k == 1 else resize(y, 2))
+            if i == 0 and len(self.branches[0]) == 1:
+                finest = y  # it has stride 4 already
+            else:
+                total = total + y
+        # Upsampling is linear: the sum is upsampled once, and not each branch.
+        return self.last(resize(total, 2) + finest)
 
 
 class UltraSemanticFPN(SemanticFPN):
-    """Sect. 3.3: SemanticFPN with leading 3x3 convolutions and, for output_stride 2 or 1, one or
-    two blocks more.
-    """
+    """Sect. 3.3: leading 3x3 convolutions; for output stride 2 or 1 one or two blocks more."""
 
-    def __init__(self, channels, output_stride=4):
+    def __init__(self, channels, output_stride=4, width=256):
         if output_stride not in (4, 2, 1):
             raise ValueError(f"output_stride={output_stride!r}: it is 4, 2 or 1")
-        super().__init__(channels, kernel=3, blocks={4: 0, 2: 1, 1: 2}[output_stride])
+        super().__init__(channels, width, kernel=3, blocks={4: 0, 2: 1, 1: 2}[output_stride])
 
 
 # ----------------------------------------------------------------------------------------- guidance
 
 
-class ContextAugmentedEncoder(nn.Module):
-    """Sect. 3.2, Table 1: a backbone's maps -> Z `[N, channels, h, w]` at the last one's size, and
-    what the losses need.
+class PPM(nn.Module):
+    """Pyramid pooling (Zhao et al., CVPR 2017): `[N, C, h, w]` -> `[N, 2·C, h, w]`."""
 
-    encoder: "ours", two 1x1 convolutions, self-attention, a trailing 1x1 convolution;
-    "self_attention" (car.py's: one 3x3 convolution before it); "ocr" (car.py's); "aspp"
-    (torchvision's); "identity", the last map as it is, or where `project` behind a 1x1 convolution.
-    channels: of Z, 256; for "identity" as it is the last map's. released: CAR's, of "ours" alone.
+    def __init__(self, channels):
+        super().__init__()
+        # No batch norm where pooling leaves one value per channel and image.
+        norms = None, nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d
+        layers = (Conv2dNormActivation(channels, channels // 4, 1, norm_layer=n) for n in norms)
+        self.pools = nn.ModuleList(layers)
+
+    def forward(self, x):
+        pooled = (pool(backbones.average_pool(x, n)) for pool, n in zip(self.pools, (1, 2, 3, 6)))
+        pooled = [F.interpolate(y, size=x.shape[2:], mode="bilinear") for y in pooled]
+        return torch.cat([x, *pooled], dim=1)
+
+
+class ContextAugmentedEncoder(nn.Module):
+    """Sect. 3.2, Table 1: the backbone's maps -> (Z `[N, width, h, w]` at the size of the last map;
+    what the losses need: the features before the trailing convolution, of OCR its regions' logits).
+
+    encoder, leading, released: see HFGD. resize: the backbone's.
     """
 
-    def __init__(self, backbone, num_classes, encoder="ours", project=True, released=False):
+    def __init__(self, backbone, num_classes, encoder, leading, width, released):
         super().__init__()
-        before, last = backbone.channels[-2:]
-        self.stride = backbone.strides[-1]
+        *_, before, last = backbone.channels
         if encoder == "ours":
-            leading = Conv2dNormActivation(last, 512, 1), Conv2dNormActivation(512, 512, 1)
-            self.body, width = car.SelfAttention(512, nn.Sequential(*leading)), 512
+            sizes = zip([last] + [512] * len(leading), leading)
+            convs = (Conv2dNormActivation(c, 512, kernel) for c, kernel in sizes)
+            self.body, channels = SelfAttention(512, nn.Sequential(*convs)), 512
         elif encoder == "self_attention":
-            self.body, width = car.SelfAttention(last), 512
+            self.body, channels = SelfAttention(last), 512
         elif encoder == "ocr":
-            self.body, width = car.OCR(last, before, num_classes), 1024
+            self.body, channels = OCR(last, before, num_classes), 1024
         elif encoder == "aspp":
-            self.body, width = ASPP(last, (3, 6, 9), 256), 256
+            # The rates (6, 12, 18) of stride 16 at stride 32. torchvision's Dropout(0.5) is left
+            # out: class kernels and upsampler would learn from its noise.
+            self.body, channels = ASPP(last, (3, 6, 9), 256), 256
+            self.body.project[3] = nn.Identity()
+            # No batch norm: after pooling there is one value per channel and image.
+            self.body.convs[4][2] = nn.Identity()
+        elif encoder == "ppm":
+            self.body, channels = PPM(last), 2 * last
         elif encoder == "identity":
-            self.body, width = nn.Identity(), last
+            self.body, channels = nn.Identity(), last
         else:
-            raise ValueError(
-                f"encoder={encoder!r}: it is 'ours', 'identity', 'aspp', 'ocr' or 'self_attention'"
-            )
-        done = encoder == "aspp" or encoder == "identity" and not project
-        self.linear = (
-            nn.Conv2d(width, width, 1) if released and encoder == "ours" else nn.Identity()
-        )
-        self.last = nn.Identity() if done else Conv2dNormActivation(width, 256, 1)
-        self.channels = width if done else 256
-        self.car = (
-            car.ClassAwareRegularization(num_classes, 512, released=released)
-            if encoder == "ours"
-            else None
-        )
+            known = "'ours', 'identity', 'aspp', 'ppm', 'ocr' or 'self_attention'"
+            raise ValueError(f"encoder={encoder!r}: it is {known}")
+        # car.py's released form: the losses act on the output of a 1x1 convolution.
+        released = released and encoder == "ours"
+        self.released_conv = nn.Conv2d(512, 512, 1) if released else nn.Identity()
+        done = encoder == "aspp" and width == 256 or width is None
+        self.last = nn.Identity() if done else Conv2dNormActivation(channels, width, 1)
+        self.channels = channels if done else width
 
     def forward(self, maps, resize):
-        """(Z, seen): for `losses` the features `[N, 512, h, w]` that CAR acts on, or OCR's regions
-        `[N, K, 2h, 2w]`.
-        """
-        if isinstance(self.body, car.OCR):
+        if isinstance(self.body, OCR):
             x, regions = self.body(maps[-1], maps[-2], resize)
             return self.last(x), regions
-        x = self.linear(self.body(maps[-1]))
+        x = self.released_conv(self.body(maps[-1]))
         return self.last(x), x
-
-    def losses(self, seen, labels, backbone):
-        """CAR's of "ours"; "auxiliary" of OCR, 0.4 of its regions' cross entropy. labels `[N, H,
-        W]`, 255 = ignored.
-        """
-        if self.car is not None:
-            pixels = [backbone.positions(self.stride, n) for n in seen.shape[2:]]
-            return self.car(seen, car.labels_at(labels, seen.shape[2:], pixels))
-        if not isinstance(self.body, car.OCR):
-            return {}
-        regions = backbone.upsample(seen, self.stride // 2, labels.shape[1:])
-        return {"auxiliary": 0.4 * backbones.pixel_cross_entropy(regions, labels)}
 
 
 class HighLevelFeatureGuidedModule(nn.Module):
-    """Sect. 3.1: U `[N, 256, h, w]` of the upsampler -> logits `[N, K, h, w]`.
+    """Sect. 3.1: U `[N, 256, h, w]` of the upsampler -> fine logits `[N, K, h, w]`.
 
-    kernels: the 1x1 convolution of 256 to K channels that is trained elsewhere. axial: axial
-    attention on U, which takes the gradient of one pixel to all others (Table 2). released: queries
-    as caa.py's released=True.
+    kernels: the class kernels, which learn elsewhere. axial: axial attention on U, which takes the
+    gradient of one pixel to all others (Table 2). stop_kernels: see HFGD.
     """
 
-    def __init__(self, axial=True, released=False):
+    def __init__(self, width=256, axial=True, stop_kernels=True, released=False):
         super().__init__()
-        self.attention = (
-            caa.SpatialAttention(256, channelization=False, released=released) if axial else None
-        )
+        self.attention = AxialAttention(width, released) if axial else nn.Identity()
+        self.stop_kernels = stop_kernels
 
     def forward(self, u, kernels):
-        u = u if self.attention is None else u + self.attention(u)
-        stopped = {name: parameter.detach() for name, parameter in kernels.named_parameters()}
-        return functional_call(kernels, stopped, u)
+        weights = dict(kernels.named_parameters())
+        if self.stop_kernels:
+            weights = {name: weight.detach() for name, weight in weights.items()}
+        return functional_call(kernels, weights, self.attention(u))
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -208,89 +236,92 @@ class HighLevelFeatureGuidedModule(nn.Module):
 class HFGD(nn.Module):
     """Backbone, context-augmented encoder, upsampler, guided module (Fig. 3).
 
-    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`, the fine ones
-    where there is an upsampler. net(images, labels), labels int64 `[N, H, W]`, 255 = ignored ->
-    dict of scalar losses: "fine", "coarse", CAR's "intra_c2p", "inter_c2c", "inter_c2p" with the
-    encoder "ours", "auxiliary" with "ocr". Without guidance no "coarse"; without upsampler no
-    "fine".
+    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: cross entropies
+    "fine" and, if guided or without upsampler, "coarse", of weight 1 (the paper does not say); of
+    "ours" CAR's "intra_c2p", "inter_c2c", "inter_c2p"; of "ocr" "auxiliary", of weight 0.4.
 
-    output_stride: of the fine logits, 4, 2 or 1 (Tables 5, 8); without upsampler it is 32
-    encoder: "ours", "identity", "aspp", "ocr", "self_attention" (Table 1)
-    upsampler: "usfpn", "sfpn" (stride 4 only), or None: the coarse logits (Tables 1, 3)
-    guided: gradients are stopped and the class kernels reused (Tables 2, 4), where there is an
-    upsampler; axial: then with
-        axial attention
-    released: CAR of the encoder "ours" and the axial attention's queries as in their authors' code,
-    see car.py and caa.py
+    option         values                                            default   paper
+    output_stride  of the fine logits: 4, 2, 1; 32 without upsampler 4         Tables 5, 8
+    encoder        "ours", "identity", "aspp", "ppm", "ocr",         "ours"    Table 1
+                   "self_attention": without CAR, one leading 3x3 convolution
+    leading        kernels of the leading convolutions of "ours"     (1, 1)    Sect. 3.2
+    car            False: "ours" without CAR's losses                True      Sect. 3.2
+    upsampler      "usfpn"; "sfpn": SemanticFPN, stride 4 only; None "usfpn"   Tables 1, 3
+    width          channels of U, and of Z where it is guided        256       Sect. 3.3: 128
+    guided         False: no coarse loss, no stopped gradient        True      Tables 2, 4
+    axial          False: without axial attention, if guided         True      Table 2
+    stop_features  False: L_fine trains backbone and encoder too     True      Sect. 3.1
+    stop_kernels   False: L_fine trains the class kernels too        True      Sect. 3.1
+    released       True: CAR and axial attention as in their code    False     released code
+    **terms        intra, inter_c2c, inter_c2p, centers, literal, … of car.ClassAwareRegularization
+
+    SemanticFPN of Table 5 is encoder="identity", upsampler="sfpn", guided=False. Table 10's
+    ConvNeXt V2 is not in backbones.py. If guided, only U-SFPN reads the backbone's finer maps: the
+    layer norms on them (Swin, ConvNeXt) and HRNet's last fusions into them learn nothing.
     """
 
-    def __init__(
-        self,
-        num_classes,
-        backbone="resnet50",
-        weights=None,
-        *,
-        output_stride=4,
-        encoder="ours",
-        upsampler="usfpn",
-        guided=True,
-        axial=True,
-        released=False,
-    ):
+    def __init__(self, num_classes, backbone="resnet50", weights=None, *, output_stride=4,
+                 encoder="ours", leading=(1, 1), car=True, upsampler="usfpn", width=256,
+                 guided=True, axial=True, stop_features=True, stop_kernels=True, released=False,
+                 **terms):  # fmt: skip
         super().__init__()
+        if upsampler not in ("usfpn", "sfpn", None):
+            raise ValueError(f"upsampler={upsampler!r}: it is 'usfpn', 'sfpn' or None")
+        if upsampler == "sfpn" and output_stride != 4:
+            raise ValueError(f"output_stride={output_stride}: upsampler='sfpn' has 4 alone")
         self.backbone = backbones.build(backbone, 32, weights)
         for module in self.backbone.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6  # Sect. 4
-        self.guided = guided and upsampler is not None
-        self.encoder = ContextAugmentedEncoder(
-            self.backbone, num_classes, encoder, self.guided, released
-        )
+        self.guided, self.stop_features = guided and upsampler is not None, stop_features
+        # Table 1 has "identity": without guidance, the last map as it is.
+        fits = None if encoder == "identity" and not self.guided else width
+        options = encoder, leading, fits, released
+        self.encoder = ContextAugmentedEncoder(self.backbone, num_classes, *options)
         levels = (*self.backbone.channels[:-1], self.encoder.channels)
-        if upsampler == "usfpn":
-            self.upsampler = UltraSemanticFPN(levels, output_stride)
-        elif upsampler == "sfpn":
-            if output_stride != 4:
-                raise ValueError(
-                    f"output_stride={output_stride!r}: upsampler='sfpn' has 4; 2 and 1 are "
-                    "U-SFPN's, 'usfpn'"
-                )
-            self.upsampler = SemanticFPN(levels)
-        elif upsampler is None:
-            self.upsampler, output_stride = None, self.backbone.strides[-1]
-        else:
-            raise ValueError(f"upsampler={upsampler!r}: it is 'usfpn', 'sfpn' or None")
-        self.guide = HighLevelFeatureGuidedModule(axial, released) if self.guided else None
-        self.stride = output_stride
-        # CAR acts on what enters this submodule
-        self.regularized = "encoder.last" if encoder == "ours" else "classifier"
-        # the class kernels
+        self.upsampler = self.guide = self.car = None
+        self.stride = output_stride if upsampler else self.backbone.strides[-1]
+        if upsampler == "sfpn":
+            self.upsampler = SemanticFPN(levels, width)
+        elif upsampler == "usfpn":
+            self.upsampler = UltraSemanticFPN(levels, output_stride, width)
+        if self.guided:
+            self.guide = HighLevelFeatureGuidedModule(width, axial, stop_kernels, released)
         self.classifier = nn.Conv2d((self.upsampler or self.encoder).channels, num_classes, 1)
+        self.regularized = "encoder.last" if encoder == "ours" else "classifier"  # Sect. 3.2
+        if encoder == "ours" and car:
+            self.car = ClassAwareRegularization(num_classes, 512, released=released, **terms)
 
     def forward(self, images, labels=None):
         size, resize, maps = images.shape[2:], self.backbone.resize, self.backbone(images)
         z, seen = self.encoder(maps, resize)
-        logits = {}
-        if self.guided:
-            u = self.upsampler([level.detach() for level in (*maps[:-1], z)], resize)
-            logits["fine"] = self.guide(u, self.classifier), self.stride
-        elif self.upsampler is not None:
-            logits["fine"] = self.classifier(self.upsampler([*maps[:-1], z], resize)), self.stride
+        logits, stop = {}, self.guided and self.stop_features
+        if self.upsampler is not None:
+            levels = [level.detach() if stop else level for level in (*maps[:-1], z)]
+            u = self.upsampler(levels, resize)
+            fine = self.guide(u, self.classifier) if self.guided else self.classifier(u)
+            logits["fine"] = fine, self.stride
         if self.upsampler is None or self.guided and labels is not None:
             logits["coarse"] = self.classifier(z), self.backbone.strides[-1]
-        logits = {
-            name: self.backbone.upsample(y, stride, size) for name, (y, stride) in logits.items()
-        }
+        upsample = self.backbone.upsample
+        logits = {name: upsample(y, stride, size) for name, (y, stride) in logits.items()}
         if labels is None:
             return logits.popitem()[1]
         losses = {name: backbones.pixel_cross_entropy(y, labels) for name, y in logits.items()}
-        return losses | self.encoder.losses(seen, labels, self.backbone)
+        if isinstance(self.encoder.body, OCR):
+            regions = upsample(seen, self.backbone.strides[-2], size)
+            losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(regions, labels)
+        if self.car is not None:
+            stride = self.backbone.strides[-1]
+            pixels = [self.backbone.positions(stride, n) for n in seen.shape[2:]]
+            losses |= self.car(seen, labels_at(labels, seen.shape[2:], pixels))
+        return losses
 
     @torch.no_grad()
     def figures(self, image):
-        """As Figs. 4, 5, of one image `[3, H, W]` or `[1, 3, H, W]`: the label maps of the coarse
-        features and of the fine ones, by the same class kernels, `compared`. Empty without
-        guidance. ValueError in training mode.
+        """As Figs. 4, 5, of one image `[3, H, W]` or `[1, 3, H, W]`: the label maps of coarse and
+        fine features, `compared`. Empty without guidance. ValueError in training mode.
         """
         image = backbones.one_image(self, image)
         if not self.guided:
@@ -307,14 +338,7 @@ def compared(predictions):
 
     predictions: name -> int64 `[H, W]`, two or more -> the same, "difference" (`[H, W]`, the share
     of 0…1 of the pairs that disagree there), and "NAME, enlarged" (`[H/4, W/4]`), the same window
-    of all. For SemanticFPN and two HFGDs, say:
-
-        paths = {name: f"runs/{name}/last.pt" for name in ("sfpn", "os4", "os2")}
-        nets = {k: evaluate.load(evaluate.read_checkpoint(path)) for k, path in paths.items()}
-        image, cpu = val[7][0], torch.device("cpu")
-        maps = hfgd.compared({k: evaluate.label_map(net, image, cpu) for k, net in nets.items()})
-        tiles = [image, *evaluate.drawn(maps, image, val.palette)]
-        data.sheet([tiles], ["image", *maps], val.classes, val.palette).save("compared.png")
+    of all. Of several checkpoints: docs/results.md.
     """
     maps = list(predictions.values())
     pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]
@@ -327,45 +351,30 @@ def compared(predictions):
     return predictions | {"difference": difference} | enlarged
 
 
-# Sect. 4. Crops but Cityscapes' and the scales are open: CAR's, of the same authors.
+# Sect. 4. Open: crops but Cityscapes', scales, momentum, power, brightness; CAR's, of the same
+# authors. bn_momentum is "Batch Norm Decay 0.9997". weights: any checkpoint of ConvNeXt's authors
+# loads by its path; the paper does not say which.
 _ABLATION = dict(
-    backbone="resnet50",
-    weights="imagenet",  # open which; of ConvNeXt's authors' checkpoints any loads by its path
-    iterations=30_000,
-    batch_size=16,
-    optimizer="sgd",
-    lr=0.01,
-    power=0.9,  # open
-    momentum=0.9,  # open
-    weight_decay=1e-4,
-    bn_momentum=0.0003,  # "Batch Norm Decay 0.9997"
-    crop_size=513,
-    scale=(0.5, 2.0),
-    scale_step=0.1,
-    color="brightness",  # open; photometric distortion is off
-)
+    backbone="resnet50", weights="imagenet", iterations=30_000, batch_size=16, optimizer="sgd",
+    lr=0.01, power=0.9, momentum=0.9, weight_decay=1e-4, bn_momentum=0.0003, crop_size=513,
+    scale=(0.5, 2.0), scale_step=0.1, color="brightness",
+)  # fmt: skip
 _SOTA = _ABLATION | dict(
-    backbone="convnext_large",
-    iterations=40_000,
-    optimizer="adamw",
-    lr=4e-5,
-    weight_decay=0.05,
+    backbone="convnext_large", iterations=40_000, optimizer="adamw", lr=4e-5, weight_decay=0.05,
     color="photometric",
-)
+)  # fmt: skip
 RECIPES = {
-    # Sect. 5.1 to 5.5. For Sect. 5.6, Table 6: --backbone convnext_large --iterations 40000
-    # --optimizer adamw --lr 4e-5 --weight-decay 0.05 --color photometric; swin_l too has 40000
-    # iterations
+    # Sects. 5.1 to 5.5. For Sect. 5.6, Table 6: --backbone convnext_large --iterations 40000
+    # --optimizer adamw --lr 4e-5 --weight-decay 0.05 --color photometric. Swin-Large: 40000 too.
     "pascal_context": _ABLATION,
     "coco_stuff164k": _SOTA,  # Sect. 6
-    # Sect. 7.2; at --output-stride 2 with --iterations 80000. For Sect. 7.1, Table 8: --backbone
+    # Sect. 7.2; --output-stride 2 with --iterations 80000. For Sect. 7.1, Table 8: --backbone
     # resnet50 --iterations 30000 --optimizer sgd --lr 0.01 --weight-decay 1e-4 --color brightness
     "cityscapes": _SOTA | dict(crop_size=(513, 1025), iterations=60_000),
 }
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):
-    """An HFGD; `options` are its keywords, the paper's final setting by default. ValueError for an
-    unknown one.
-    """
-    return HFGD(num_classes, backbone, weights, **backbones.check_options(HFGD, options))
+    """An HFGD. `options` are its keywords; ValueError for an unknown one."""
+    options = backbones.check_options(HFGD, options, ClassAwareRegularization)
+    return HFGD(num_classes, backbone, weights, **options)

@@ -1021,9 +1021,9 @@ def test_dual_attention_layer_by_layer(design):
 @pytest.mark.network
 def test_classifiers_have_dropout_of_0_1_and_the_auxiliary_a_1x1_layer_before():
     net = settled(small())
-    assert net.dropout.p == 0.1 and net.auxiliary[1].p == 0.1
+    assert net.drop.p == 0.1 and net.auxiliary[1].p == 0.1
     given, seen = recorded(net.auxiliary, "input"), recorded(net.auxiliary)
-    dropped, classified = recorded(net.dropout), recorded(net.classifier, "input")
+    dropped, classified = recorded(net.drop), recorded(net.classifier, "input")
     head = recorded(net.head)
     images, labels = batch()
     with torch.no_grad():

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import backbones
-import caa
 import car
 import evaluate
 import hfgd
@@ -19,7 +20,7 @@ import hfgd
 pytestmark = pytest.mark.usefixtures("one_seed")
 
 CAR = ["inter_c2c", "inter_c2p", "intra_c2p"]
-ENCODERS = ("ours", "identity", "aspp", "ocr", "self_attention")
+ENCODERS = ("ours", "identity", "aspp", "ppm", "ocr", "self_attention")
 
 
 def scene(h=64, w=64, n=2, classes=3):
@@ -97,6 +98,58 @@ def test_unguided_the_fine_loss_trains_all():
 
 
 @pytest.mark.network
+def test_each_gradient_is_stopped_alone():
+    images, labels = scene(128, 128)
+    net = network(stop_features=False)
+    assert learners(net, net(images, labels)["fine"]) == {
+        "backbone", "encoder", "upsampler", "guide"}  # fmt: skip
+    net = network(stop_kernels=False)
+    assert learners(net, net(images, labels)["fine"]) == {"kernels", "upsampler", "guide"}
+    net = network(stop_features=False, stop_kernels=False)
+    fine = learners(net, net(images, labels)["fine"])
+    assert fine == {"backbone", "encoder", "kernels", "upsampler", "guide"}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("guided", [True, False])
+def test_every_level_is_stopped_if_guided_and_none_if_not(guided):
+    net = network(guided=guided)
+    levels = []
+
+    def keep(module, inputs, maps):
+        for level in maps:
+            level.retain_grad()
+        levels.extend(maps)
+
+    net.backbone.register_forward_hook(keep)
+    images, labels = scene(128, 128)
+    net(images, labels)["fine"].backward()
+    reached = [level.grad is not None and level.grad.abs().max() > 0 for level in levels]
+    assert reached == [not guided] * 4
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_upsampler_is_fed_the_backbones_finer_maps_and_z(guided):
+    net = network(guided=guided).eval()
+    fed, images = seen_by(net.upsampler), torch.randn(1, 3, 65, 65)
+    net(images)
+    maps = net.backbone(images)
+    z, _ = net.encoder(maps, net.backbone.resize)
+    assert len(fed[0]) == 4 and z.shape[1] == 256
+    assert all(torch.equal(a, b) for a, b in zip(fed[0], [*maps[:-1], z]))
+
+
+@pytest.mark.network
+def test_cars_losses_are_on_or_off_one_by_one():
+    images, labels = scene()
+    assert sorted(network(car=False)(images, labels)) == ["coarse", "fine"]
+    assert network().car.literal is False and network(literal=True).car.literal
+    losses = network(intra=False, inter_c2p=False)(images, labels)
+    assert sorted(losses) == ["coarse", "fine", "inter_c2c"]
+
+
+@pytest.mark.network
 def test_guided_regions_of_ocr_train_backbone_and_encoder():
     net = network(encoder="ocr")
     losses = net(*scene())
@@ -157,15 +210,14 @@ def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
     x = u[0].double()
     if axial:
         attention = net.guide.attention.double()
-        col = caa.axial_attention(attention.theta(x), "column")
-        row = caa.axial_attention(attention.phi(x), "row")
-        value = attention.g(x)
-        y = torch.zeros_like(x)
-        for i in range(x.shape[2]):  # the column step of every row, then the row step
-            y[0, :, i] = torch.einsum("jm,cmj->cj", col[0, :, i], value[0])
-        z = torch.zeros_like(x)
-        for j in range(x.shape[3]):
-            z[0, :, :, j] = torch.einsum("in,cin->ci", row[0, :, j], y[0])
+        theta, phi, value = attention.theta(x)[0], attention.phi(x)[0], attention.g(x)[0]
+        y, z = torch.zeros_like(value), torch.zeros_like(value)
+        for j in range(x.shape[3]):  # in each column, every row reads all rows
+            A = torch.softmax(theta[:, :, j].T @ theta[:, :, j], dim=1)
+            y[:, :, j] = value[:, :, j] @ A.T
+        for i in range(x.shape[2]):  # then in each row, every column reads all columns
+            A = torch.softmax(phi[:, i].T @ phi[:, i], dim=1)
+            z[:, i] = y[:, i] @ A.T
         x = x + z
     W, b = net.classifier.weight[:, :, 0, 0].double(), net.classifier.bias.double()
     expected = torch.einsum("kc,ncij->nkij", W, x) + b[:, None, None]
@@ -186,11 +238,94 @@ def test_queries_have_a_relu_in_the_released_form_alone(released):
 @pytest.mark.network
 @pytest.mark.parametrize("axial", [False, True])
 def test_axial_attention_takes_the_gradient_of_one_pixel_to_all(axial):
-    guide = hfgd.HighLevelFeatureGuidedModule(axial).double()
+    guide = hfgd.HighLevelFeatureGuidedModule(axial=axial).double()
     u = torch.rand(1, 256, 5, 6, dtype=torch.double, requires_grad=True)
     logits = guide(u, nn.Conv2d(256, 2, 1).double())
     reached = torch.autograd.grad(logits[0, 1, 2, 3], u)[0].abs().amax(1)[0] > 0
     assert reached.all() if axial else reached.nonzero().tolist() == [[2, 3]]
+
+
+@pytest.mark.equation
+def test_attention_by_hand():
+    # one column, two rows, one channel: queries ln 2 and 0 have the products (ln² 2, 0) and (0, 0)
+    query = torch.tensor([math.log(2), 0]).reshape(1, 1, 2, 1)
+    value = torch.tensor([[4.0, 8], [1, 3]]).reshape(1, 2, 2, 1)  # two channels
+    a = math.exp(math.log(2) ** 2)
+    expected = [[(4 * a + 8) / (a + 1), 6], [(a + 3) / (a + 1), 2]]
+    torch.testing.assert_close(hfgd.attend(query, value)[0, :, :, 0], torch.tensor(expected))
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("size", [(5, 4), (7, 1), (1, 6), (1, 1)])
+def test_attention_equals_the_loop_with_gradients(size):
+    query = torch.randn(2, 2, *size, dtype=torch.double, requires_grad=True)
+    value = torch.randn(2, 6, *size, dtype=torch.double, requires_grad=True)
+    rows = []
+    for i in range(size[0]):
+        energy = torch.einsum("ncw,ncmw->nmw", query[:, :, i], query)
+        rows.append(torch.einsum("nmw,ncmw->ncw", torch.softmax(energy, dim=1), value))
+    expected, found = torch.stack(rows, dim=2), hfgd.attend(query, value)
+    pull = torch.randn_like(expected)
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (
+        torch.autograd.grad((y * pull).sum(), (query, value)) for y in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("size", [(9, 1), (1, 9)])
+def test_one_column_maps_have_the_right_gradient_through_batch_norm(size):
+    attention = hfgd.AxialAttention(64).double().train()
+    x = torch.randn(2, 64, *size, dtype=torch.double, requires_grad=True)
+    pull = torch.randn_like(x)
+    (found,) = torch.autograd.grad((attention(x) * pull).sum(), x)
+    for index in [(0, 3, 0, 0), (1, 60, size[0] - 1, size[1] - 1)]:
+        moved = []
+        for h in (1e-6, -1e-6):
+            y = x.detach().clone()
+            y[index] += h
+            moved.append((attention(y) * pull).sum().item())
+        assert found[index].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-4)
+
+
+@pytest.mark.equation
+def test_attention_maps_are_not_materialised():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.numbers = max(self.numbers, x.untyped_storage().nbytes() // 4)
+            return out
+
+    N, c, C, H, W = 1, 8, 32, 256, 8
+    query, value = torch.randn(N, c, H, W), torch.randn(N, C, H, W)
+    with Largest() as largest, torch.no_grad():
+        hfgd.attend(query, value)
+    assert N * C * H * W <= largest.numbers < N * W * H * H / 2
+
+
+@pytest.mark.network
+def test_the_attentions_multiply_adds_are_counted():
+    net, (h, w), C = nn.Sequential(nn.Conv2d(3, 128, 1), hfgd.AxialAttention(128)), (9, 7), 128
+    queries, values, products = 2 * C * 64, C * C, (C + C) * (h + w)
+    # values are two parts of 64, as two heads: the products of the queries are computed for both
+    assert evaluate.cost(net, (h, w))[1] == h * w * (3 * C + queries + values + products)
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_is_computed_in_float32(dtype):
+    query, value = (30 * torch.randn(1, c, 5, 4).to(dtype) for c in (8, 16))  # 900 · 8 · … > 65504
+    query[0, :, 0, 0] = 200
+    with torch.autocast("cpu", dtype):
+        found = hfgd.attend(query, value)
+    assert found.dtype == dtype and found.isfinite().all()
+    expected = hfgd.attend(query.float(), value.float()).to(dtype)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.network
@@ -268,7 +403,7 @@ def literal_fpn(net, maps, patches, blocks):
             if i >= len(convs[level]) - blocks or level > 0:
                 y = twice(y)
         total = total + y
-    return total
+    return layer(net.last[0], total)
 
 
 @pytest.mark.network
@@ -319,13 +454,70 @@ def test_odd_sizes_at_every_output_stride(backbone, stride):
 
 
 @pytest.mark.network
-def test_ours_is_two_pointwise_convolutions_attention_and_a_pointwise_one():
-    net = network()
-    assert kernel_sizes(net.encoder) == [1] * 6  # two leading; query, key, value; trailing
+@pytest.mark.parametrize("leading", [(1, 1), (3, 3), (1,)])
+def test_ours_is_convolutions_attention_and_a_pointwise_convolution(leading):
+    net = network(leading=leading)
+    n = len(leading)
+    assert kernel_sizes(net.encoder) == [*leading, 1, 1, 1, 1]  # query, key, value; trailing
     widths = [m.out_channels for m in net.encoder.modules() if isinstance(m, nn.Conv2d)]
-    assert widths == [512, 512, 64, 64, 512, 256] and isinstance(
-        net.encoder.body, car.SelfAttention
-    )
+    assert widths == [512] * n + [64, 64, 512, 256]
+    assert isinstance(net.encoder.body, car.SelfAttention)
+
+
+def conv_norm_relu(layer, x):
+    """Literally, with the layer's weights and untouched batch norm: convolution, norm, ReLU."""
+    kernel = layer[0].weight
+    return F.relu(F.conv2d(x, kernel, padding=kernel.shape[2] // 2) / math.sqrt(1 + 1e-5))
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("leading", [(1, 1), (3, 3)])
+def test_ours_equals_its_words(leading):
+    net = network(leading=leading).eval()
+    maps = [torch.randn(1, c, 5, 4) for c in net.backbone.channels]
+    z, seen = net.encoder(maps, net.backbone.resize)
+    body, x = net.encoder.body, maps[-1]
+    for layer in body.reduce:
+        x = conv_norm_relu(layer, x)
+    q, k, v = (layer(x).flatten(2) for layer in (body.query, body.key, body.value))
+    weight = torch.softmax(torch.einsum("ncp,ncm->npm", q, k), dim=-1)
+    x = x + torch.einsum("npm,ncm->ncp", weight, v).reshape(x.shape)
+    torch.testing.assert_close(seen, x, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(z, conv_norm_relu(net.encoder.last, x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.network
+def test_ppm_equals_its_words():
+    net = network(encoder="ppm").eval()
+    maps = [torch.randn(1, c, 7, 5) for c in net.backbone.channels]
+    x, parts = maps[-1], [maps[-1]]
+    for pool, n in zip(net.encoder.body.pools, (1, 2, 3, 6)):
+        assert pool[0].out_channels == 128 and pool[0].kernel_size == (1, 1)
+        y = F.adaptive_avg_pool2d(x, n)
+        y = F.relu(pool[0](y)) if n == 1 else conv_norm_relu(pool, y)
+        parts.append(F.interpolate(y, size=(7, 5), mode="bilinear"))
+    z, _ = net.encoder(maps, net.backbone.resize)
+    expected = conv_norm_relu(net.encoder.last, torch.cat(parts, dim=1))
+    torch.testing.assert_close(z, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_trains_on_one_image_without_noise(encoder):
+    net = network(encoder=encoder).train()
+    images, labels = scene(64, 64, n=1)
+    losses = [net(images, labels)["coarse"] for _ in range(2)]
+    assert losses[0].isfinite() and losses[0] == losses[1]  # no dropout
+
+
+@pytest.mark.network
+def test_width_is_that_of_the_fine_and_of_the_guiding_features():
+    net = network(width=128).eval()
+    assert net.classifier.in_channels == net.encoder.channels == net.upsampler.channels == 128
+    assert net(torch.randn(1, 3, 33, 33)).shape == (1, 3, 33, 33)
+    plain = network(encoder="identity", upsampler="sfpn", guided=False, width=128)
+    assert plain.upsampler.channels == 128 and plain.encoder.channels == 512
+    assert network(encoder="aspp", width=128).encoder.channels == 128
 
 
 @pytest.mark.network
@@ -372,7 +564,7 @@ def test_aspp_is_torchvisions_at_the_rates_of_stride_32():
 def test_car_acts_between_the_attention_and_the_trailing_convolution(released, guided):
     net = network(guided=guided, released=released)
     images, labels = scene(65, 65)
-    seen, attended = seen_by(net.encoder.last), seen_by(net.encoder.linear)
+    seen, attended = seen_by(net.encoder.last), seen_by(net.encoder.released_conv)
     losses = net(images, labels)
     coarse = labels[:, ::32, ::32]
     features = seen[0]
@@ -387,7 +579,9 @@ def test_car_acts_between_the_attention_and_the_trailing_convolution(released, g
         {name: x.item() for name, x in expected.items()}
     )
     assert [
-        layer.out_channels for layer in net.encoder.linear.modules() if isinstance(layer, nn.Conv2d)
+        layer.out_channels
+        for layer in net.encoder.released_conv.modules()
+        if isinstance(layer, nn.Conv2d)
     ] == [512] * released
 
 
@@ -396,7 +590,7 @@ def test_labels_of_patches_are_those_of_their_middles():
     net = hfgd.build(64, "swin_t").eval()
     labels = torch.arange(64).repeat(64, 1)[None]  # the class is the column
     given = []
-    net.encoder.car.register_forward_pre_hook(lambda module, inputs: given.append(inputs[1]))
+    net.car.register_forward_pre_hook(lambda module, inputs: given.append(inputs[1]))
     with torch.no_grad():
         net(torch.randn(1, 3, 64, 64), labels)
     assert given[0].tolist() == [[[16, 48], [16, 48]]]
@@ -436,7 +630,9 @@ def test_layers_of_every_encoder():
     assert (
         sizes["identity"] == [1] and norms["identity"] == 1
     )  # for the class kernels; none where it is not guided
-    assert sizes["aspp"] == [1, 3, 3, 3, 1, 1] and norms["aspp"] == 6
+    # without batch norm after pooling, without dropout
+    assert sizes["aspp"] == [1, 3, 3, 3, 1, 1] and norms["aspp"] == 5
+    assert not any(isinstance(m, nn.Dropout) for m in kinds["aspp"].modules())
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -533,12 +729,12 @@ def test_layer_norms_have_the_papers_epsilon():
     "options, message",
     [
         (
-            dict(encoder="ppm"),
-            "encoder='ppm': it is 'ours', 'identity', 'aspp', 'ocr' or 'self_attention'",
+            dict(encoder="psp"),
+            "encoder='psp': it is 'ours', 'identity', 'aspp', 'ppm', 'ocr' or 'self_attention'",
         ),
         (dict(upsampler="unet"), "upsampler='unet': it is 'usfpn', 'sfpn' or None"),
         (dict(output_stride=8), "output_stride=8: it is 4, 2 or 1"),
-        (dict(upsampler="sfpn", output_stride=2), "upsampler='sfpn' has 4; 2 and 1 are U-SFPN's"),
+        (dict(upsampler="sfpn", output_stride=2), "output_stride=2: upsampler='sfpn' has 4 alone"),
         (
             dict(guide=True),
             "HFGD has no option guide; its options and defaults are output_stride=4, "
@@ -553,7 +749,7 @@ def test_wrong_options_say_what_there_is(options, message):
 
 @pytest.mark.network
 def test_parameters_of_the_upsamplers_by_hand():
-    # leading: ΣC·256·k² + 2·256 each; blocks: 256·256·9 + 2·256 each
+    # leading: ΣC·256·k² + 2·256 each; blocks: 256·256·9 + 2·256 each; last: 256·256 + 2·256
     channels = (64, 128, 256, 256)
     for net, kernel, blocks in (
         (hfgd.SemanticFPN(channels), 1, 7),
@@ -562,6 +758,7 @@ def test_parameters_of_the_upsamplers_by_hand():
         (hfgd.UltraSemanticFPN(channels, 1), 9, 15),
     ):
         expected = sum(channels) * 256 * kernel + 4 * 512 + blocks * (256 * 256 * 9 + 512)
+        expected += 256 * 256 + 512
         assert sum(p.numel() for p in net.parameters()) == expected
 
 
