@@ -277,16 +277,20 @@ def test_attention_equals_the_loop_with_gradients(size):
 @pytest.mark.parametrize("size", [(9, 1), (1, 9)])
 def test_one_column_maps_have_the_right_gradient_through_batch_norm(size):
     attention = hfgd.AxialAttention(64).double().train()
-    x = torch.randn(2, 64, *size, dtype=torch.double, requires_grad=True)
+    x = torch.randn(2, 64, *size, dtype=torch.double)
     pull = torch.randn_like(x)
-    (found,) = torch.autograd.grad((attention(x) * pull).sum(), x)
-    for index in [(0, 3, 0, 0), (1, 60, size[0] - 1, size[1] - 1)]:
+    query = attention.theta if size[1] == 1 else attention.phi
+    nn.init.constant_(query[1].weight, 0.1)  # so that each position attends to all
+    weight = query[0].weight
+    (found,) = torch.autograd.grad((attention(x) * pull).sum(), weight)
+    for index in [(0, 3, 0, 0), (20, 60, 0, 0)]:
         moved = []
-        for h in (1e-6, -1e-6):
-            y = x.detach().clone()
-            y[index] += h
-            moved.append((attention(y) * pull).sum().item())
-        assert found[index].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-4)
+        for h in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[index] += h
+                moved.append((attention(x) * pull).sum().item())
+                weight[index] -= h
+        assert found[index].item() == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-4)
 
 
 @pytest.mark.equation
@@ -318,12 +322,20 @@ def test_the_attentions_multiply_adds_are_counted():
 
 @pytest.mark.equation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_is_computed_in_float32(dtype):
-    query, value = (30 * torch.randn(1, c, 5, 4).to(dtype) for c in (8, 16))  # 900 · 8 · … > 65504
-    query[0, :, 0, 0] = 200
+def test_attention_is_computed_in_float32(dtype, monkeypatch):
+    query, value = (30 * torch.randn(1, c, 5, 4).to(dtype) for c in (8, 16))
+    query[0, :, 0, 0] = 200  # its product with itself is 320000
+    given, fused = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **kwargs):
+        given.extend([q.dtype, k.dtype, v.dtype, torch.is_autocast_enabled("cpu")])
+        return fused(q, k, v, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     with torch.autocast("cpu", dtype):
         found = hfgd.attend(query, value)
     assert found.dtype == dtype and found.isfinite().all()
+    assert given == [torch.float32] * 3 + [False]
     expected = hfgd.attend(query.float(), value.float()).to(dtype)
     assert torch.equal(found, expected)
 
