@@ -747,8 +747,8 @@ def one_pixel(pixel, size):
 
 def check_options(network, options, *parts):
     """`options`, if each is a keyword-only argument of the class `network`, or of one of the
-    classes `parts`, to which it hands them on; else a ValueError that lists those. Where the
-    default is True, False or a float, the value has to be one too.
+    classes `parts`, to which it hands them on; else a ValueError that lists those. For a
+    default that is True or False the value has to be one of them, for a float a number.
     """
     parameters = [p for c in (network, *parts) for p in inspect.signature(c).parameters.values()]
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

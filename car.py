@@ -13,10 +13,11 @@ their class. The second pushes centres apart. The third pushes pixels away from 
 classes. Inference does not change.
 
 The mathematics. X [HW, C] are the features of all positions. Y [HW, K] are their labels, one-hot;
-the row of an ignored pixel is 0, and its σ is 1, else 0. K is the thesis's N_class. N_non-zero [K]
-counts the pixels of each class. A product with · is a matrix product, others are elementwise.
-f_sum adds over the classes, f_mse is the mean of the squares, softmax is over the last index. The
-code adds a leading N for the images; f_mse is over all of them. ε_0 = 0.5, ε_1 = 0.25.
+for an ignored pixel the row of Y is 0 and σ is 1, elsewhere σ is 0. K is the thesis's N_class.
+N_non-zero [K] counts the pixels of each class. A product with · is a matrix product, others are
+elementwise. f_sum adds over the classes, f_mse is the mean of the squares, softmax is over the last
+index. The code adds a leading N for the images, and f_mse averages over them too. ε_0 = 0.5,
+ε_1 = 0.25.
 
     class centres, of all images of the batch
     μ = Yᵀ·X / N_non-zero                                 [K, C]    (4.1) -> class_centers
@@ -91,16 +92,15 @@ def intra_center_to_pixel(features, labels, centers, released=False):
     """
     check_labels(labels, features, centers.shape[-2])
     # Gradients are stopped at the centres, as in the released code; the thesis does not say. With
-    # centres of the batch they would be 0 in any case: Σ(μ - X) over a class is 0.
+    # the batch's centres and a mean of squares they would be 0: Σ(μ - X) over a class is 0.
     mu = centers.detach().expand(len(features), *centers.shape[-2:])  # [N, K, C]
     X, sigma = flat(features), (labels == 255).flatten(1).unsqueeze(2)  # [N, HW, C], [N, HW, 1]
     index = labels.flatten(1).unsqueeze(2).masked_fill(sigma, 0).expand(-1, -1, mu.shape[2])
     Y_mu = mu.gather(1, index)  # Y·μ: looking centres up is cheaper than multiplying  [N, HW, C]
     # Ignored pixels add zero loss but stay in the denominator.
     D = (Y_mu - X).abs().masked_fill(sigma, 0)  # Eq. (4.3)  [N, HW, C]
-    if released:
-        return mean_over_processes(D).square().clamp(min=1e-5)
-    return D.square().mean()  # Eq. (4.2)
+    loss = f_mse(D, released)  # Eq. (4.2)
+    return loss.clamp(min=1e-5) if released else loss
 
 
 @without_autocast
@@ -118,9 +118,7 @@ def inter_center_to_center(centers, epsilon=0.5, released=False):
     A = torch.softmax(mu @ mu.detach().mT / math.sqrt(C), dim=-1)  # Eq. (4.4)  [K, K]
     D = (1 - torch.eye(K, device=A.device)) * A  # Eq. (4.5)
     D = F.relu(D - epsilon / (K - 1)).sum(-1)  # Eq. (4.6)  [K]
-    if released:
-        return mean_over_processes(D.clamp(1e-7, 1 - 1e-7)).square()
-    return D.square().mean()  # Eq. (4.7)
+    return f_mse(D.clamp(1e-7, 1 - 1e-7) if released else D, released)  # Eq. (4.7)
 
 
 @without_autocast
@@ -145,10 +143,9 @@ def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=Fals
     A = torch.softmax(energy if literal else energy / math.sqrt(C), dim=-1)  # Eq. (4.11)
     D = (1 - Y) * A  # Eq. (4.12)  [N, HW, K]
     D = F.relu(D - epsilon / (K - 1)).sum(-1)  # Eq. (4.13)  [N, HW]
-    if released:
-        return mean_over_processes(D.clamp(1e-7, 1 - 1e-7)).square()
     # Ignored pixels are masked, as in Eq. (4.3). Eqs. (4.12) to (4.14) print no σ: our choice.
-    return D.masked_fill((labels == 255).flatten(1), 0).square().mean()  # Eq. (4.14)
+    masked = D.masked_fill((labels == 255).flatten(1), 0)
+    return f_mse(D.clamp(1e-7, 1 - 1e-7) if released else masked, released)  # Eq. (4.14)
 
 
 def flat(features):
@@ -210,9 +207,12 @@ def sum_over_processes(x):
     return total + dist.get_world_size() * (x - x.detach())
 
 
-def mean_over_processes(x):
-    """The mean of x over all processes. (The mean of squares is averaged by DDP as it is.)"""
-    return sum_over_processes(x.mean()) / (dist.get_world_size() if dist.is_initialized() else 1)
+def f_mse(D, released=False):
+    """The mean of the squares; released: the square of the mean, which is over all processes."""
+    if not released:
+        return D.square().mean()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return (sum_over_processes(D.mean()) / world).square()
 
 
 # ------------------------------------------------------------------------------------------- module
@@ -225,28 +225,31 @@ class ClassAwareRegularization(nn.Module):
     scalars "intra_c2p", "inter_c2c", "inter_c2p". In a training step:
 
         terms = ClassAwareRegularization(num_classes=59)
-        features = net.features(images)  # before the classifier
-        small = labels_at(labels, features.shape[2:])
-        losses = {"cross_entropy": F.cross_entropy(logits, labels), **terms(features, small)}
-        sum(losses.values()).backward()
+        x = net.last_conv(images)  # before batch norm and ReLU  [N, C, h, w]
+        logits = net.classifier(net.norm(x).relu())
+        losses = terms(x, labels_at(labels, x.shape[2:]))
+        sum(losses.values(), start=cross_entropy(logits, labels)).backward()
 
     argument                     values                                     default    thesis
-    num_classes, channels        K, at least 2; C, for "moving" alone
+    num_classes, channels        K, 2 to 255; C, for "moving" alone
     intra, inter_c2c, inter_c2p  False: without this loss                   True       Table 4.1
     centers                      "batch", "image", "moving"                 "batch"    Table 4.3
     decay                        of moving centres, 0 ≤ decay < 1           0.9        Table 4.2
     epsilon_0, epsilon_1         thresholds of Eqs. (4.6), (4.13)           0.5, 0.25  Sect. 4.4.1
-    literal                      True: Eq. (4.11) as printed, without √C    False
+    literal                      True: Eq. (4.11) as printed, without √C    False      Eq. (4.11)
     released                     True: the authors' code                    False
 
-    released=True: f_mse is the square of the mean. Sums over the classes are clipped to 1e-7 …
-    1 - 1e-7, L_intra-c2p to at least 1e-5. In L_inter-c2p ignored pixels count: every class is
-    another class. CARNet adds a 1x1 convolution, and the losses act on its output.
-    Not taken over from the authors' code: they take f_mse in each replica, here it is over all
-    processes. Their moving centres start from noise and give L_inter-c2c no gradient. They pool
-    OCR's features 2x2. Their weight decay, Keras' l2(1e-4), would be 2e-4 with --no-decay-norms.
+                        released=True                         the authors' code
+    f_mse               square of the mean of all processes   of the mean of each replica
+    clipping            sums over the classes to 1e-7 … 1 - 1e-7, L_intra-c2p to at least 1e-5: both
+    ignored pixels      count in L_inter-c2p: every class is an other class for them: both
+    1x1 convolution     CARNet's and HFGD's, see there        in each network, before the last one
+    moving centres      as without `released`                 start from noise; no gradient to c2c
+    features of OCR     as they are                           pooled 2x2
+    weight decay        --weight-decay 2e-4 --no-decay-norms  Keras' l2(1e-4) on kernels alone
 
-    Raises ValueError for K, centers, decay and channels that do not fit, and as check_labels.
+    Raises ValueError for K, centers, decay and channels that do not fit, for literal and released
+    together, and as check_labels.
     """
 
     def __init__(self, num_classes, channels=None, *, intra=True, inter_c2c=True, inter_c2p=True,
@@ -314,10 +317,11 @@ def regularize(net, classifier, num_classes, regularized=None, **terms):
     of scalars: the losses of `net`, and CAR's. The original network is `.net`.
 
     classifier: name of the submodule that gives the logits, as in net.get_submodule(name)
-    regularized: name of the submodule whose input the losses act on. None: `net.regularized`, which
-    the networks here have, else the classifier. If that input is the output of a Dropout, the
-    Dropout's input is taken: noise cannot be trained away. If a submodule is called several times,
-    the last call counts.
+    regularized: name of the submodule whose input the losses act on. Best is the batch norm after
+    the last convolution ("classifier.2" of torchvision's DeepLabv3): features after ReLU did worse
+    than no losses (docs/results.md). None: `net.regularized`, which the networks here have, else
+    the classifier. If a Dropout gives that input, the Dropout's own input is taken: noise cannot be
+    trained away. If a submodule is called several times, the last call counts.
     terms: keywords of ClassAwareRegularization
 
     what `net` returns                                     losses
@@ -334,15 +338,15 @@ def regularize(net, classifier, num_classes, regularized=None, **terms):
     one that is not called, or gets no `[N, C, h, w]`      what it gets
     a classifier that does not give K channels             both numbers, the layers that give K
     other outputs: a list, a dict that holds logits        what came back, what is expected
-    labels that do not have the images' size, or not of K  both sizes, the labels
-    a network with CAR's losses, or that is wrapped        its class
+    labels of another size, or not in 0 … K-1 and 255      both sizes, the labels
+    a network that has CAR's losses, or is wrapped         its class
       already: regularize first, then DistributedDataParallel or torch.compile
     """
     return Regularized(net, classifier, num_classes, regularized, terms)
 
 
 class Regularized(nn.Module):
-    """What `regularize` returns: `.net`, as it was given, and `.car`."""
+    """What `regularize` returns: `.net`, whose Dropouts no longer work in place, and `.car`."""
 
     def __init__(self, net, classifier, num_classes, regularized, terms):
         super().__init__()
@@ -358,15 +362,16 @@ class Regularized(nn.Module):
                 layers = [k for k, m in modules.items() if isinstance(m, (nn.Conv2d, nn.Linear))]
                 layers = ", ".join(layers[-4:])
                 raise ValueError(f"{type(net).__name__} has no '{name}'; its last layers: {layers}")
-            if isinstance(modules[name], (nn.Linear, nn.LayerNorm)):
-                kind = type(modules[name]).__name__
-                raise ValueError(f"'{name}' is a {kind}: its input is no feature map [N, C, h, w]")
         if any(isinstance(module, ClassAwareRegularization) for module in modules.values()):
             raise ValueError(f"this {type(net).__name__} has CAR's losses already: add them once")
         self.check_classes(getattr(modules[classifier], "out_channels", num_classes))
         layer = modules[self.regularized]
+        if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+            kind = f"'{self.regularized}' is a {type(layer).__name__}"
+            raise ValueError(f"{kind}: its input is no feature map [N, C, h, w]")
         for module in (*layer.modules(), *dropouts(net)):
-            module.inplace = False  # what enters must not be overwritten
+            if hasattr(module, "inplace"):
+                module.inplace = False  # what enters must not be overwritten
         channels = getattr(layer, "in_channels", getattr(layer, "num_features", None))
         channels = terms.pop("channels", channels)
         terms = backbones.check_options(ClassAwareRegularization, terms)

@@ -61,7 +61,7 @@ SETTINGS = {
         "of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1 (the method's own)",
     ),
     "option": ({}, "an option of the method's build, may be repeated"),
-    "car": (None, "class-aware regularization (car.py); paper: Eq. (4.11) as printed; released"),
+    "car": (None, "car.py's losses; paper: Eq. (4.11) as printed; released: the authors' form"),
     "init": (None, "start from the weights of this checkpoint"),
     # how long, how fast
     "iterations": (140, "optimizer steps"),

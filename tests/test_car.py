@@ -1000,7 +1000,9 @@ OURS = [
 
 @pytest.mark.network
 @pytest.mark.parametrize("method, options, last", OURS)
-def test_every_network_names_the_linear_output_of_its_last_convolution(method, options, last):
+def test_every_network_names_its_last_linear_output_or_its_features_before_dropout(
+    method, options, last
+):
     """Or, where it has none, its features before dropout (R3)."""
     backbone = {} if method is spgnet else {"backbone": "resnet18"}
     options = options | (dict(backbones=("resnet18",), channels=32) if method is spgnet else {})
