@@ -4,10 +4,10 @@ Ye Huang, Di Kang, Shenghua Gao, Wen Li, Lixin Duan, 2023, https://arxiv.org/abs
 Sections, figures and tables have the paper's numbers; it numbers no equation.
 
 The idea. The last map of a backbone is coarse, but its features are close to the classes. The finer
-maps have the details, but their features are far from the classes, and their gradients would harm
-the pretrained backbone. So the class kernels, the last 1x1 convolution, learn from the coarse
-features alone. An upsampler makes fine features that the same kernels classify. What the upsampler
-learns stays in the upsampler.
+maps have the details, but their features are far from the classes. An upsampler that joins them
+starts from random weights, and its noisy gradients harm the pretrained backbone and the classifier.
+So the class kernels, the last 1x1 convolution, learn from the coarse features alone. The upsampler
+learns to make fine features that the same kernels classify. Its gradients go no further.
 
 The mathematics. B4, B8, B16, B32 are the backbone's maps at strides 4 to 32, n is the output
 stride, 4, 2 or 1. W [K, 256] and b [K] are the class kernels. sg stops the gradient.
@@ -18,19 +18,19 @@ stride, 4, 2 or 1. W [K, 256] and b [K] are the class kernels. sg stops the grad
     fine logits = sg(W)·(U + AA(U)) + sg(b)       [N, K, H/n, W/n] -> HighLevelFeatureGuidedModule
     AA: axial attention                                                 -> AxialAttention
 
-Fig. 3, with its stopped gradients as x:
+Fig. 3; // is a stopped gradient. L = L_coarse + L_fine + CAR's three losses:
 
-    image --> backbone --B32--> CAE --Z-----------> class kernels --> coarse logits --> L_coarse
-                 |               |                        |
-                 x               x                        x
-                 |               |                        |
-                 +--B4,B8,B16-> U-SFPN --U--> + AA --> class kernels --> fine logits --> L_fine
+    image --> backbone --B32--> CAE --Z------------> class kernels --> coarse logits --> L_coarse
+                 |               | +--> CAR            |
+                 //              //                    //
+                 |               |                     |
+                 +-B4,B8,B16-> U-SFPN --U--> U+AA(U) --> class kernels --> fine logits --> L_fine
 
-    who learns from        backbone   CAE   class kernels   U-SFPN, AA
-    L_coarse                  x        x          x
-    L_fine                                                      x
-    CAR's three losses        x        x (up to its attention)
-    L_fine, guided=False      x        x          x             x       (there is no L_coarse)
+    who learns from        backbone   CAE                      class kernels   U-SFPN   AA
+    L_coarse                 yes      yes                      yes             no       no
+    L_fine                   no       no                       no              yes      yes
+    CAR's three losses       yes      but the last convolution no              no       no
+    guided=False: L_fine     yes      yes                      yes             yes      (no AA)
 
 At inference the fine logits are the result. Read first `HFGD.forward`, then the layers from the
 top. Tests: tests/test_hfgd.py. To copy: this file, car.py and backbones.py.
@@ -54,12 +54,12 @@ def attend(query, value):
 
     query `[N, c, H, W]`, which is the key too, value `[N, C, H, W]`, C a multiple of c ->
     `[N, C, H, W]`, of value's dtype. In float32, because an unscaled product can exceed float16.
-    The `[N, W, H, H]` weights are not materialised. PyTorch's fused kernels need values as wide as
-    queries: the values are split into C/c parts, as heads that share one query.
+    The `[N, W, H, H]` weights are not materialised (measured on the CPU). Its fused kernel needs
+    values as wide as queries: they are split into C/c parts, as heads that share one query.
     """
     if query.requires_grad:
         # On the CPU, batch norm's backward pass misreads permuted gradients of one-column maps.
-        query.register_hook(lambda gradient: gradient.contiguous())
+        query.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
     (N, C, H, W), dtype = value.shape, torch.promote_types(query.dtype, torch.float32)
     # Columns come first, channels last in memory, which the fused kernels ask for.
     q, v = (x.to(dtype).permute(0, 3, 2, 1).contiguous() for x in (query, value))  # [N, W, H, …]
@@ -73,15 +73,15 @@ def attend(query, value):
 class AxialAttention(nn.Module):
     """x + AA(x), `[N, channels, H, W]` -> the same: along the columns, then along the rows.
 
-    The paper names the layer only. As in caa.py: queries are keys too, 64 channels, no scale; the
-    values have batch norm and ReLU. released: the queries have a ReLU, as in the authors' code.
+    The paper names the layer only. As in CAA, of the same authors: queries are keys too, 64
+    channels, no scale; values have batch norm and ReLU. released: a ReLU after the queries.
     """
 
     def __init__(self, channels=256, released=False):
         super().__init__()
         self.theta, self.phi = self.query(channels, released), self.query(channels, released)
         self.g = Conv2dNormActivation(channels, channels, 1)
-        nn.init.dirac_(self.g[0].weight)
+        nn.init.dirac_(self.g[0].weight)  # so AA(x) starts near a multiple of x
 
     @staticmethod
     def query(channels, released):
@@ -103,22 +103,22 @@ class AxialAttention(nn.Module):
 class SemanticFPN(nn.Module):
     """Four maps of strides 4, 8, 16, 32, finest first -> `[N, width, h, w]` at stride 4 / 2^blocks.
 
-    Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019. A leading convolution on each
-    map, added up from the coarsest down. Then a branch from each stride to 4: 3x3 convolutions,
-    each with an upsampling; the finest branch has one convolution without. blocks: more of
-    "conv-upsample" in each branch. kernel: of the leading convolutions. resize: the backbone's.
+    Kirillov et al., CVPR 2019, with batch norm as all layers here. A leading convolution on each
+    map, added up from the coarsest down. A branch then takes each sum to stride 4 by 3x3
+    convolutions, each followed by 2x upsampling; the finest has one convolution and no upsampling.
+    blocks: that many conv-upsamples more in every branch. kernel: of the leading convolutions.
     """
 
     def __init__(self, channels, width=256, kernel=1, blocks=0):
         super().__init__()
         self.channels = width
         self.leading = nn.ModuleList(Conv2dNormActivation(c, width, kernel) for c in channels)
-        # FPN's 3x3 convolution on each sum is left out: Table 5 has no room for its 12.2 G.
+        # FPN's 3x3 convolution on each sum would add 12.2·2^30 multiply-adds: too many for Table 5.
         self.branches = nn.ModuleList(
             nn.ModuleList(Conv2dNormActivation(width, width, 3) for _ in range(max(1, i) + blocks))
             for i in range(len(channels))
         )
-        # In the authors' library; Table 5 fits better with it (docs/results.md).
+        # From the authors' library of that time; Table 5 fits better with it (docs/results.md).
         self.last = Conv2dNormActivation(width, width, 1)
 
     def forward(self, maps, resize):
@@ -132,7 +132,7 @@ class SemanticFPN(nn.Module):
                 finest = y  # it has stride 4 already
             else:
                 total = total + y
-        # Upsampling is linear: the sum is upsampled once, and not each branch.
+        # Upsampling is linear, so the sum is upsampled once instead of each branch.
         return self.last(resize(total, 2) + finest)
 
 
@@ -166,7 +166,7 @@ class PPM(nn.Module):
 
 class ContextAugmentedEncoder(nn.Module):
     """Sect. 3.2, Table 1: the backbone's maps -> (Z `[N, width, h, w]` at the size of the last map;
-    what the losses need: the features before the trailing convolution, of OCR its regions' logits).
+    for the losses, the features before the trailing convolution, of OCR its regions' logits).
 
     encoder, leading, released: see HFGD. resize: the backbone's.
     """
@@ -199,9 +199,9 @@ class ContextAugmentedEncoder(nn.Module):
         # car.py's released form: the losses act on the output of a 1x1 convolution.
         released = released and encoder == "ours"
         self.released_conv = nn.Conv2d(512, 512, 1) if released else nn.Identity()
-        done = encoder == "aspp" and width == 256 or width is None
-        self.last = nn.Identity() if done else Conv2dNormActivation(channels, width, 1)
-        self.channels = channels if done else width
+        fits = width is None or (encoder == "aspp" and width == 256)  # it ends in a convolution
+        self.last = nn.Identity() if fits else Conv2dNormActivation(channels, width, 1)
+        self.channels = channels if fits else width
 
     def forward(self, maps, resize):
         if isinstance(self.body, OCR):
@@ -237,28 +237,29 @@ class HFGD(nn.Module):
     """Backbone, context-augmented encoder, upsampler, guided module (Fig. 3).
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
-    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: cross entropies
-    "fine" and, if guided or without upsampler, "coarse", of weight 1 (the paper does not say); of
-    "ours" CAR's "intra_c2p", "inter_c2c", "inter_c2p"; of "ocr" "auxiliary", of weight 0.4.
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "fine", with an
+    upsampler; "coarse", if guided or without one; with "ours" CAR's "intra_c2p", "inter_c2c",
+    "inter_c2p"; with "ocr" "auxiliary", of weight 0.4. The others have weight 1; the paper does not
+    say.
 
     option         values                                            default   paper
-    output_stride  of the fine logits: 4, 2, 1; 32 without upsampler 4         Tables 5, 8
-    encoder        "ours", "identity", "aspp", "ppm", "ocr",         "ours"    Table 1
-                   "self_attention": without CAR, one leading 3x3 convolution
+    output_stride  of the fine logits: 4, 2, 1                       4         Tables 5, 8, Sect. 9
+    encoder        "ours", "identity", "aspp", "ocr", "ppm",         "ours"    Table 1, Sect. 3.2
+                   "self_attention": CAR's baseline, one leading 3x3 convolution
     leading        kernels of the leading convolutions of "ours"     (1, 1)    Sect. 3.2
     car            False: "ours" without CAR's losses                True      Sect. 3.2
     upsampler      "usfpn"; "sfpn": SemanticFPN, stride 4 only; None "usfpn"   Tables 1, 3
-    width          channels of U, and of Z where it is guided        256       Sect. 3.3: 128
-    guided         False: no coarse loss, no stopped gradient        True      Tables 2, 4
-    axial          False: without axial attention, if guided         True      Table 2
-    stop_features  False: L_fine trains backbone and encoder too     True      Sect. 3.1
-    stop_kernels   False: L_fine trains the class kernels too        True      Sect. 3.1
-    released       True: CAR and axial attention as in their code    False     released code
+    width          channels of U and Z; 128 is SemanticFPN's own     256       App. A.1
+    guided         False: one cross entropy, no stops, no AA         True      Tables 1, 2, 4, 5
+    axial          False: without axial attention                    True      Table 2
+    stop_features  False: L_fine trains backbone and CAE too         True      ours; Sect. 3.1
+    stop_kernels   False: L_fine trains the class kernels too        True      ours; Sect. 3.1
+    released       True: as the code of CAR and CAA; HFGD has none   False
     **terms        intra, inter_c2c, inter_c2p, centers, literal, … of car.ClassAwareRegularization
 
     SemanticFPN of Table 5 is encoder="identity", upsampler="sfpn", guided=False. Table 10's
-    ConvNeXt V2 is not in backbones.py. If guided, only U-SFPN reads the backbone's finer maps: the
-    layer norms on them (Swin, ConvNeXt) and HRNet's last fusions into them learn nothing.
+    ConvNeXt V2 is not in backbones.py. With stopped features no loss reaches the layer norms on the
+    finer maps (Swin, ConvNeXt) or HRNet's last fusions into them; OCR reads the last but one.
     """
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, output_stride=4,
@@ -275,9 +276,9 @@ class HFGD(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6  # Sect. 4
         self.guided, self.stop_features = guided and upsampler is not None, stop_features
-        # Table 1 has "identity": without guidance, the last map as it is.
-        fits = None if encoder == "identity" and not self.guided else width
-        options = encoder, leading, fits, released
+        # Without guidance "identity" is the last map as it is (Table 1).
+        z_width = None if encoder == "identity" and not self.guided else width
+        options = encoder, leading, z_width, released
         self.encoder = ContextAugmentedEncoder(self.backbone, num_classes, *options)
         levels = (*self.backbone.channels[:-1], self.encoder.channels)
         self.upsampler = self.guide = self.car = None
@@ -295,7 +296,7 @@ class HFGD(nn.Module):
 
     def forward(self, images, labels=None):
         size, resize, maps = images.shape[2:], self.backbone.resize, self.backbone(images)
-        z, seen = self.encoder(maps, resize)
+        z, for_losses = self.encoder(maps, resize)
         logits, stop = {}, self.guided and self.stop_features
         if self.upsampler is not None:
             levels = [level.detach() if stop else level for level in (*maps[:-1], z)]
@@ -310,18 +311,18 @@ class HFGD(nn.Module):
             return logits.popitem()[1]
         losses = {name: backbones.pixel_cross_entropy(y, labels) for name, y in logits.items()}
         if isinstance(self.encoder.body, OCR):
-            regions = upsample(seen, self.backbone.strides[-2], size)
+            regions = upsample(for_losses, self.backbone.strides[-2], size)
             losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(regions, labels)
         if self.car is not None:
             stride = self.backbone.strides[-1]
-            pixels = [self.backbone.positions(stride, n) for n in seen.shape[2:]]
-            losses |= self.car(seen, labels_at(labels, seen.shape[2:], pixels))
+            pixels = [self.backbone.positions(stride, n) for n in for_losses.shape[2:]]
+            losses |= self.car(for_losses, labels_at(labels, for_losses.shape[2:], pixels))
         return losses
 
     @torch.no_grad()
     def figures(self, image):
-        """As Figs. 4, 5, of one image `[3, H, W]` or `[1, 3, H, W]`: the label maps of coarse and
-        fine features, `compared`. Empty without guidance. ValueError in training mode.
+        """In the manner of Figs. 4, 5: the predictions from coarse and fine features of one image
+        `[3, H, W]` or `[1, 3, H, W]`, `compared`. Empty if not guided. ValueError in training mode.
         """
         image = backbones.one_image(self, image)
         if not self.guided:
@@ -334,11 +335,11 @@ class HFGD(nn.Module):
 
 
 def compared(predictions):
-    """Figs. 4, 5: label maps, and enlarged, of each, where they differ the most.
+    """Figs. 4, 5, 6: label maps, and the window where they differ most, enlarged.
 
     predictions: name -> int64 `[H, W]`, two or more -> the same, "difference" (`[H, W]`, the share
-    of 0…1 of the pairs that disagree there), and "NAME, enlarged" (`[H/4, W/4]`), the same window
-    of all. Of several checkpoints: docs/results.md.
+    of pairs that disagree, 0…1), and "NAME, enlarged" (`[H/4, W/4]`), the same window of all. For
+    several checkpoints: docs/results.md.
     """
     maps = list(predictions.values())
     pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]
@@ -351,9 +352,8 @@ def compared(predictions):
     return predictions | {"difference": difference} | enlarged
 
 
-# Sect. 4. Open: crops but Cityscapes', scales, momentum, power, brightness; CAR's, of the same
-# authors. bn_momentum is "Batch Norm Decay 0.9997". weights: any checkpoint of ConvNeXt's authors
-# loads by its path; the paper does not say which.
+# Sect. 4. The paper does not give crops (but for Sect. 7.2), scales, momentum, power, brightness:
+# CAR's, by the same authors. Nor which checkpoint of ConvNeXt or Swin: --weights takes a path.
 _ABLATION = dict(
     backbone="resnet50", weights="imagenet", iterations=30_000, batch_size=16, optimizer="sgd",
     lr=0.01, power=0.9, momentum=0.9, weight_decay=1e-4, bn_momentum=0.0003, crop_size=513,
