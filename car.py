@@ -105,16 +105,15 @@ def intra_center_to_pixel(features, labels, centers, released=False):
 
 @without_autocast
 def inter_center_to_center(centers, epsilon=0.5, released=False):
-    """L_inter-c2c, Eqs. (4.4)-(4.7): the similarity of a class to the others, squared, where it is
-    above ε_0.
+    """L_inter-c2c, Eqs. (4.4)-(4.7): how far a class's similarities to others exceed ε_0/(K-1).
 
     centers `[K, C]` or `[N, K, C]`, K at least 2 -> scalar in 0…1. epsilon: ε_0.
     """
     K, C = centers.shape[-2:]
     mu = centers.to(torch.promote_types(centers.dtype, torch.float32))
-    # μ·μᵀ here and in Eqs. (4.8), (4.9): the thesis prints μᵀ·μ, which has another shape than it
-    # prints. The gradient is stopped at the second μ, as in the released code. Absent classes have
-    # centre 0 and take part in the softmax, here and in Eq. (4.11).
+    # Here and in Eqs. (4.8), (4.9) the thesis prints the transpose on the left. The shapes that it
+    # prints are those of μ·μᵀ and X·μᵀ. The gradient is stopped at the second μ, as in the released
+    # code. Absent classes have centre 0 and take part in the softmax, here and in Eq. (4.11).
     A = torch.softmax(mu @ mu.detach().mT / math.sqrt(C), dim=-1)  # Eq. (4.4)  [K, K]
     D = (1 - torch.eye(K, device=A.device)) * A  # Eq. (4.5)
     D = F.relu(D - epsilon / (K - 1)).sum(-1)  # Eq. (4.6)  [K]
@@ -123,8 +122,8 @@ def inter_center_to_center(centers, epsilon=0.5, released=False):
 
 @without_autocast
 def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=False, literal=False):
-    """L_inter-c2p, Eqs. (4.8)-(4.14): the similarity of a pixel to the centres of other classes,
-    squared, where it is above ε_1.
+    """L_inter-c2p, Eqs. (4.8)-(4.14): how far the similarities of a pixel to the centres of other
+    classes exceed ε_1/(K-1).
 
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored, centers `[K, C]` or
     `[N, K, C]`, K at least 2 -> scalar in 0…1. epsilon: ε_1. literal: Eq. (4.11) as printed,
@@ -226,7 +225,7 @@ class ClassAwareRegularization(nn.Module):
 
         terms = ClassAwareRegularization(num_classes=59)
         x = net.last_conv(images)  # before batch norm and ReLU  [N, C, h, w]
-        logits = net.classifier(net.norm(x).relu())
+        logits = net.upsample(net.classifier(net.norm(x).relu()))
         losses = terms(x, labels_at(labels, x.shape[2:]))
         sum(losses.values(), start=cross_entropy(logits, labels)).backward()
 
@@ -241,8 +240,10 @@ class ClassAwareRegularization(nn.Module):
 
                         released=True                         the authors' code
     f_mse               square of the mean of all processes   of the mean of each replica
-    clipping            sums over the classes to 1e-7 … 1 - 1e-7, L_intra-c2p to at least 1e-5: both
-    ignored pixels      count in L_inter-c2p: every class is an other class for them: both
+    clipping            f_sum to 1e-7 … 1 - 1e-7,             the same
+                        L_intra-c2p to at least 1e-5
+    ignored pixels      all classes are other classes         the same
+                        to them in L_inter-c2p
     1x1 convolution     CARNet's and HFGD's, see there        in each network, before the last one
     moving centres      as without `released`                 start from noise; no gradient to c2c
     features of OCR     as they are                           pooled 2x2
@@ -449,14 +450,14 @@ def watch(net, input_of, output_of, *args, **kwargs):
     the last call of each. ValueError if one is not called, or if the input is no feature map.
     """
     first, second = net.get_submodule(input_of), net.get_submodule(output_of)
-    calls, before = {}, {}
+    drops, calls, before = dropouts(net), {}, {}
 
     def note(module, args, kwargs, output):
         calls[module] = next(iter([*args, *kwargs.values()]), None), output
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if module in drops:
             before[id(output)] = calls[module]  # both are kept, so that no other has this id
 
-    watched = {first, second, *dropouts(net)}
+    watched = {first, second, *drops}
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in watched]
     try:
         result = net(*args, **kwargs)
@@ -475,8 +476,8 @@ def watch(net, input_of, output_of, *args, **kwargs):
 
 
 def dropouts(net):
-    """Its layers of the Dropout family."""
-    return [m for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    """The set of its layers of the Dropout family."""
+    return {m for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
 
 
 def pixels_of(net, sides, size):
@@ -563,6 +564,16 @@ class SelfAttention(nn.Module):
         return x + y.mT.reshape(x.shape).to(x.dtype)
 
 
+def pyramid_pool(x, pools):
+    """Pyramid pooling (Zhao et al., CVPR 2017): x and its averages over 1, 2, 3, 6 bins a side.
+
+    x `[N, C, h, w]`; pools: the layer after each average, of D channels -> `[N, C + 4·D, h, w]`.
+    """
+    pooled = (pool(backbones.average_pool(x, n)) for pool, n in zip(pools, (1, 2, 3, 6)))
+    pooled = [F.interpolate(y, size=x.shape[2:], mode="bilinear") for y in pooled]
+    return torch.cat([x, *pooled], dim=1)
+
+
 class UPer(nn.Module):
     """UPerNet's head: pyramid pooling on top of a feature pyramid (Xiao et al., ECCV 2018).
 
@@ -579,9 +590,7 @@ class UPer(nn.Module):
 
     def forward(self, maps, resize):
         *finer, x = maps
-        pooled = (pool(backbones.average_pool(x, n)) for pool, n in zip(self.pools, (1, 2, 3, 6)))
-        pooled = [F.interpolate(y, size=x.shape[2:], mode="bilinear") for y in pooled]
-        x = self.top(torch.cat([x, *pooled], dim=1))
+        x = self.top(pyramid_pool(x, self.pools))
         pyramid = [x]
         for level, lateral, smooth in reversed(list(zip(finer, self.lateral, self.smooth))):
             lateral = lateral(level)
@@ -663,9 +672,8 @@ class CARNet(nn.Module):
         places = ["input", "linear", "norm", "relu"]
         if place not in places or released and place != "linear":
             raise ValueError(f"place={place!r}: it is one of {places}; released=True has its own")
-        fixed = head == "uper" or backbone.startswith("hrnet")
         if output_stride is None:
-            output_stride = 32 if fixed else 8
+            output_stride = 32 if head == "uper" or backbone.startswith("hrnet") else 8
         # Multi-grid is the released configuration's.
         grid = (1, 2, 4) if backbone.startswith("resnet") and output_stride < 32 else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)

@@ -44,7 +44,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 import backbones
-from car import OCR, ClassAwareRegularization, SelfAttention, labels_at
+from car import OCR, ClassAwareRegularization, SelfAttention, labels_at, pyramid_pool
 
 # ---------------------------------------------------------------------------------------- attention
 
@@ -159,9 +159,7 @@ class PPM(nn.Module):
         self.pools = nn.ModuleList(layers)
 
     def forward(self, x):
-        pooled = (pool(backbones.average_pool(x, n)) for pool, n in zip(self.pools, (1, 2, 3, 6)))
-        pooled = [F.interpolate(y, size=x.shape[2:], mode="bilinear") for y in pooled]
-        return torch.cat([x, *pooled], dim=1)
+        return pyramid_pool(x, self.pools)
 
 
 class ContextAugmentedEncoder(nn.Module):

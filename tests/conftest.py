@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MARKS = {"equation", "network", "system", "cuda"}
 
@@ -57,6 +59,26 @@ def quick_weights():
     yield
     for name, draw in drawn.items():
         setattr(torch.Tensor, name, draw)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor holds while it is active."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                numbers = x.untyped_storage().nbytes() // x.element_size()
+                self.numbers = max(self.numbers, numbers)
+        return out
+
+
+@pytest.fixture
+def largest():
+    """Entered by a `with`, it finds the largest tensor of what is computed there."""
+    return Largest()
 
 
 @pytest.fixture

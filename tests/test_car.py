@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchvision.models import segmentation
 
 import backbones
@@ -417,27 +415,12 @@ def test_figures_are_no_rougher_than_the_features(dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, exact))
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that any tensor holds while it is active."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        out = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.numbers = max(
-                    self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size()
-                )
-        return out
-
-
 @pytest.mark.equation
 @pytest.mark.parametrize("centers", ["batch", "image", "moving"])
-def test_nothing_of_pixels_times_classes_times_channels_is_materialised(centers):
+def test_nothing_of_pixels_times_classes_times_channels_is_materialised(centers, largest):
     N, C, h, w, K = 2, 24, 12, 12, 20
     features, labels = torch.randn(N, C, h, w, requires_grad=True), torch.randint(K, (N, h, w))
-    with Largest() as largest:
+    with largest:
         losses = car.ClassAwareRegularization(K, C, centers=centers)(features, labels)
         sum(losses.values()).backward()
     assert N * h * w * max(K, C) <= largest.numbers <= N * h * w * max(K, C)
