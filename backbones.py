@@ -617,21 +617,29 @@ def average_pool(x, size):
     return rows.mT @ x @ columns
 
 
-def pixel_cross_entropy(logits, labels, ignore=255):
-    """Cross entropy, the mean over the labelled pixels of all processes.
+def joint_mean(values, counted):
+    """The mean of `values` where `counted`, over all processes: scalar; 0 with a zero gradient
+    where nothing is counted.
 
-    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1 or `ignore` -> scalar, float32.
-    DistributedDataParallel averages gradients over its processes, so each divides by its share of
-    the common count: two processes give the loss and the gradient of one with the joint batch; all
-    of them must call it. Where nothing is labelled: 0, with a zero gradient.
+    values: float, counted: bool, of one shape. DistributedDataParallel averages gradients over its
+    processes, so each process divides by its share of the common count: two processes give the
+    result and the gradient of one with the joint batch. All of them must call it.
     """
-    count = (labels != ignore).sum()
+    count = counted.sum()
     if dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    # CUDA's own sum is not deterministic
+    return values.masked_fill(~counted, 0).sum() / count.clamp(min=1e-6)
+
+
+def pixel_cross_entropy(logits, labels, ignore=255):
+    """Cross entropy, the mean over the labelled pixels of all processes: see joint_mean.
+
+    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1 or `ignore` -> scalar, float32.
+    """
+    # CUDA's own mean is not deterministic.
     loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="none")
-    return loss.sum() / count.clamp(min=1e-6)
+    return joint_mean(loss, labels != ignore)
 
 
 # ---------------------------------------------------------------------------------------- alignment

@@ -1,55 +1,49 @@
 """Semantic Prediction Guidance Network (SPGNet).
 
 Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xiong, Thomas S. Huang,
-Wen-Mei Hwu, Honghui Shi: "SPGNet: Semantic Prediction Guidance for Scene Parsing", ICCV 2019,
-https://arxiv.org/abs/1908.09798.
+Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798.
+Sections, figures and tables have the paper's numbers; it numbers no equation.
 
-The idea: encoder-decoders in a row, each of which looks again at what the one before has found.
-Between two of them the features are classified, with a loss of their own, and these predictions
-say, pixel by pixel and channel by channel, which features are passed on: "supervise and excite".
+The idea. An encoder-decoder sees the whole image once. SPGNet puts two of them in a row, so that
+the second one can look again. What should pass from the first to the second? Squeeze-and-excite
+weights features by their averages, which know nothing of the task. Here the first decoder's
+features are classified, and these predictions have a loss of their own. A 1x1 convolution turns
+them into a weight for every channel at every pixel: supervise, then excite.
 
-The paper prints no numbered Eq.; its parts are
+The mathematics. x_d [N, D, H, W] is the finest map of a decoder, K the number of classes, E the
+number of channels that the next encoder takes. W_… are 1x1 convolutions with biases, ⊙ multiplies
+element by element.
 
-    Fig. 2 (a), Sect. 3.2  encoder-decoder               -> EncoderDecoder
-    Fig. 2 (b), Sect. 3.3  upsample module               -> UpsampleModule, ResidualBlock
-    Fig. 2 (c)             cross-stage aggregation       -> CrossStageAggregation
-    Fig. 3, Sect. 3.4      semantic prediction guidance  -> SemanticPredictionGuidance
-    Fig. 4, Sect. 4.5      guided attention of a class   -> SPGNet.figures
-    Table 4                SE, GE in its place           -> SPGNet(guidance="se"), GatherExcite
-    Table 8                hard example mining           -> online_hard_example_loss
+    guidance, Fig. 3, Sect. 3.4                           -> SemanticPredictionGuidance
+    x_l = W_l x_d                       [N, K, H, W]      logits, which have their own loss
+    m   = sigmoid(W_m x_l)              [N, D, H, W]      the guided attention
+    out = W_o (x_d + m ⊙ W_t x_d)       [N, E, H, W]      the input of the next stage
 
-Where the paper is silent, chosen so that the parameters which its tables print are met within 2 %:
-- The decoder's residual blocks are half as wide in their middle as the decoder.
-- Cross-stage aggregation is a 1x1 convolution (batch norm, ReLU) of the previous stage's encoder
-  map and one of its decoder map, at each of the four strides, added to the encoder's map, as in
-  MSPN (Li et al., 2019).
-- The first stage alone has a stem; what the guidance passes on has the channels that the stem would
-  give (64 in a ResNet). Our choice, where the tables do not tell either:
-- The loss of each stage has weight 1.
-- Without guidance ("directly passing", Table 3's second row), and after SE or GE, a 1x1 convolution
-  gives the next stage its channels. SE reduces by 16. GE averages, as the caption of Fig. 1 says,
-  here over an extent of 8 (GE-θ⁻ of its paper).
-- Hard pixels (the paper cites others for them) are those whose true class has a probability below
-  0.7, and in each image at least the hardest 15 %, DeeperLab's share.
-- Image and feature maps are aligned as at crops of 513 and 769 pixels: backbones.extended and
-  backbones.upsample.
-- Batch norm, synchronized by train.py, in place of In-place ABN (the same but for memory and a
-  leaky ReLU).
+    one stage, Fig. 2 (a): encoder maps e_s and decoder maps d_s, at strides s = 4, 8, 16, 32
+    g   = W_g mean(e_32)                [N, D, 1, 1]      -> EncoderDecoder
+    d_s = R_3(R_2(R_1(e_s) + up(d_2s))) [N, D, H/s, W/s]  Fig. 2 (b) -> UpsampleModule; d_64 = g
+    R_i: a bottleneck of ResNet                           -> ResidualBlock
 
-The tables' multiply-adds, at 1024x2048, are 2 to 13 % above those of this file. What is missing is
-the same for every backbone and grows with the square of the decoder's channels: 9 to 10 G a stage
-with 128, 39 G with 256.
+    between stages, Fig. 2 (c): what stage 2 adds to its own encoder map e'_s
+    e'_s + A_s(e_s) + B_s(d_s)                            -> CrossStageAggregation
 
-    Table 3              channels=128, hard_examples=False, backbones=("resnet18", "resnet18") or
-                         ("resnet18",), guidance, excite, identity, supervise; aggregate=False costs
-                         0.18 (Sect. 4.4)
-    Table 4              the same, guidance
-    Tables 5, 6, 7       channels=128, hard_examples=False, backbones (as many stages as names)
-    Table 8              channels=128, backbones, hard_examples
-    Tables 1, 2, 9       backbones, channels
-    Table 10, Sect. 4.6  RECIPES; here and at the end of Sect. 4.4 evaluate.py --scales … --flip
+Fig. 2 with two stages. U is the upsample module; e_s and d_s go to the second encoder, too:
 
-To copy: this file and backbones.py.
+    image --> stem --> e_4 --> e_8 --> e_16 --> e_32 --> mean, W_g
+                        |       |        |        |          |
+                       d_4 <-- U <----- U <------ U <--------+       d_4 = 3x3 conv of U(e_4, d_8)
+                        |
+                      guidance --> x_l --> loss "stage_1"
+                        |
+                       out --> e'_4 --> e'_8 --> e'_16 --> e'_32 --> mean, W_g
+                                |        |         |         |           |
+                   logits <--- d'_4 <--- U <------ U <------ U <---------+
+                     |
+                   loss "cross_entropy"
+
+Also here: hard example mining (Table 8) -> online_hard_example_loss; the attention of a class
+(Sect. 4.5) -> SPGNet.figures. Read first `SemanticPredictionGuidance`, then `EncoderDecoder`, then
+`SPGNet.forward`. Tests: tests/test_spgnet.py. To copy: this file and backbones.py.
 """
 
 import torch
@@ -60,61 +54,117 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 import backbones
 
-IGNORE = 255
-
-# --------------------------------------------------------------------------------------------- loss
+# -------------------------------------------------------------------------------------------- loss
 
 
 def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
-    """Cross entropy of the hard pixels (Table 8): the mean over those of all processes. Scalar,
-    float32.
+    """Cross entropy, the mean over the hard pixels of all processes (Table 8): scalar, float32.
 
-    logits `[N, K, H, W]`, labels int64 `[N, H, W]`, 255 = ignored. Hard is a pixel whose true class
-    has a probability below `threshold`, and in each image at least the hardest `minimum` (a share)
-    of its labelled pixels.
+    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1, 255 = ignored. A pixel is hard if
+    its true class has a probability below `threshold`. The hardest pixels of each image, a share
+    `minimum` of the labelled ones, are hard in any case. 0 where no pixel is hard.
     """
-    labelled = (labels != IGNORE).flatten(1)  # [N, HW]
-    with torch.no_grad():
-        loss = F.cross_entropy(
-            logits.float(), labels, ignore_index=IGNORE, reduction="none"
-        ).flatten(1)
-        # 0: the hardest
-        rank = loss.masked_fill(~labelled, -1).argsort(dim=1, descending=True).argsort(dim=1)
-        hard = labelled & (
-            (loss.neg().exp() < threshold) | (rank < labelled.sum(1, keepdim=True) * minimum)
-        )
-    return backbones.pixel_cross_entropy(logits, labels.masked_fill(~hard.view_as(labels), IGNORE))
+    # The paper only cites others for the rule. 15 % is the share of DeeperLab, which it cites.
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="none").flatten(1)
+    count = (labels != 255).flatten(1).sum(1, keepdim=True)  # [N, 1]
+    # Ignored pixels have a loss of 0, the least possible, and their -1 sorts them behind the rest.
+    order = loss.detach().masked_fill((labels == 255).flatten(1), -1).argsort(1, descending=True)
+    loss = loss.gather(1, order)  # [N, HW], the hardest first
+    rank = torch.arange(loss.shape[1], device=loss.device)
+    hard = (rank < count) & ((loss.detach().neg().exp() < threshold) | (rank < minimum * count))
+    return backbones.joint_mean(loss, hard)
 
 
-# ------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------ layers
+
+
+class SemanticPredictionGuidance(nn.Module):
+    """Fig. 3: x_d `[N, D, H, W]` -> (out `[N, out_channels, H, W]`, x_l `[N, K, H, W]`).
+
+    excite: "sigmoid"; "softmax", over the positions; "sum", W_m x_l is added, nothing is multiplied
+    identity: add x_d. ValueError for another `excite`.
+    """
+
+    def __init__(self, channels, num_classes, out_channels, excite="sigmoid", identity=True):
+        super().__init__()
+        if excite not in ("sigmoid", "softmax", "sum"):
+            raise ValueError(f"excite={excite!r}: it is 'sigmoid', 'softmax' or 'sum'")
+        self.excite, self.identity = excite, identity
+        self.logits = nn.Conv2d(channels, num_classes, 1)
+        self.attention = nn.Conv2d(num_classes, channels, 1)
+        self.transform = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, out_channels, 1)
+
+    def mask(self, x_l):
+        """The guided attention m `[N, D, H, W]`; for "sum" W_m x_l."""
+        m = self.attention(x_l)
+        if self.excite == "softmax":
+            return m.flatten(2).softmax(2).view_as(m)
+        return m.sigmoid() if self.excite == "sigmoid" else m
+
+    def forward(self, x_d):
+        x_l = self.logits(x_d)
+        m, t = self.mask(x_l), self.transform(x_d)
+        # Sect. 4.4 describes "sum" as x_d + W_m x_l. Table 3 prints the multiply-adds of the other
+        # rows for it, and it has a tick for the identity: so W_t is a part of it.
+        y = m + t if self.excite == "sum" else m * t
+        return self.out(x_d + y if self.identity else y), x_l
+
+
+class GatherExcite(nn.Module):
+    """GE-θ⁻ of extent 8 (Hu et al., "Gather-Excite", NeurIPS 2018), with averages as in Fig. 1 (b).
+
+    x `[N, C, H, W]` times the sigmoid of its averages: over 15x15 around every eighth position.
+    """
+
+    def forward(self, x):
+        gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
+        return x * backbones.resize(gathered, x).sigmoid()
+
+
+class WithoutGuidance(nn.Module):
+    """Tables 3 and 4: passes x_d on without its predictions; shapes as SemanticPredictionGuidance.
+
+    gate: None, directly; "se" or "ge". supervise: predict x_l for the loss, else x_l is None.
+    """
+
+    def __init__(self, channels, num_classes, out_channels, gate=None, supervise=True):
+        super().__init__()
+        self.gate = GatherExcite() if gate == "ge" else nn.Identity()
+        if gate == "se":  # with SENet's reduction of 16, as the paper does not say
+            self.gate = SqueezeExcitation(channels, channels // 16)
+        # The difference of Table 3's 215.5 and 218.0 is that of W_m and W_t alone. So the logits
+        # and their loss are a part of the baseline.
+        self.logits = nn.Conv2d(channels, num_classes, 1) if supervise else None
+        self.out = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x_d):
+        return self.out(self.gate(x_d)), None if self.logits is None else self.logits(x_d)
 
 
 class ResidualBlock(Bottleneck):
-    """ResNet's bottleneck: `[N, in_channels, h, w]` -> `[N, channels, h, w]`, half as wide in its
-    middle.
+    """`[N, in_channels, h, w] -> [N, channels, h, w]`, "same bottleneck module used in ResNet".
+
+    Its middle is a quarter as wide as its output (caption of Fig. 2). Batch norm and ReLU, here and
+    in all layers: the paper has In-place ABN (Sect. 4.2), whose activation is a leaky ReLU.
     """
 
     def __init__(self, in_channels, channels):
-        shortcut = (
-            Conv2dNormActivation(in_channels, channels, 1, activation_layer=None)
-            if in_channels != channels
-            else None
-        )
-        # channels // 4 · 128 / 64
-        super().__init__(in_channels, channels // 4, downsample=shortcut, base_width=128)
+        shortcut = None
+        if in_channels != channels:
+            shortcut = Conv2dNormActivation(in_channels, channels, 1, activation_layer=None)
+        super().__init__(in_channels, channels // 4, downsample=shortcut)
 
 
 class UpsampleModule(nn.Module):
-    """Fig. 2 (b): encoder map `[N, C_e, H, W]`, decoder map `[N, C, h, w]`, h <= H -> `[N, C, H,
-    W]`.
-    """
+    """Fig. 2 (b): maps of encoder `[N, C_e, H, W]` and decoder `[N, C, h, w]` -> `[N, C, H, W]`."""
 
     def __init__(self, encoder_channels, channels):
         super().__init__()
-        self.reduce, self.fuse = (
-            ResidualBlock(encoder_channels, channels),
-            ResidualBlock(channels, channels),
-        )
+        self.reduce = ResidualBlock(encoder_channels, channels)
+        # Sect. 3.3 names one block here. With two, and the decoder's 3x3 convolution, all rows of
+        # the tables are met; where exactly the two of them are, the tables do not tell.
+        self.fuse = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(2)))
 
     def forward(self, encoder_map, decoder_map):
         x = self.reduce(encoder_map)
@@ -122,8 +172,9 @@ class UpsampleModule(nn.Module):
 
 
 class CrossStageAggregation(nn.Module):
-    """Fig. 2 (c): what the stage before adds to an encoder map of `channels`, from its maps of the
-    same size.
+    """Fig. 2 (c): a stage's maps at one stride -> what the next stage adds, `[N, channels, H, W]`.
+
+    The paper cites MSPN (Li et al., 2019), which has a 1x1 convolution for each of the two maps.
     """
 
     def __init__(self, encoder_channels, decoder_channels, channels):
@@ -136,194 +187,113 @@ class CrossStageAggregation(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), four each, finest
-    first (strides 4 to 32).
+    """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), each of four.
 
-    If it is the `first`, it has a stem and reads images `[N, 3, H, W]`, else what the guidance
-    passes on, `[N, entry, H/4, W/4]`; and the maps of the stage before, where it aggregates them.
+    The maps are listed finest first, strides 4 to 32. The first stage has a stem and reads images
+    `[N, 3, H, W]`. A later one reads what the guidance gives, `[N, entry, H/4, W/4]`, with as many
+    channels as a stem would give (64 of a ResNet), and the maps of the stage before.
 
-    before: the widths of that stage's four encoder maps; None: nothing is aggregated.
+    before: the widths of that stage's encoder maps; None: no cross-stage aggregation.
     """
 
     def __init__(self, backbone, channels, weights=None, first=True, before=None):
         super().__init__()
         stem, levels, (self.entry, *self.widths) = backbones.parts(backbone, weights)
-        self.stem, self.levels = stem if first else None, nn.ModuleList(levels)
+        self.stem, self.levels = stem if first else nn.Identity(), nn.ModuleList(levels)
         self.image_level = nn.Conv2d(self.widths[-1], channels, 1)
         self.upsample = nn.ModuleList(UpsampleModule(width, channels) for width in self.widths)
-        self.aggregate = None
-        if before is not None:
-            pairs = zip(before, self.widths)
-            self.aggregate = nn.ModuleList(CrossStageAggregation(a, channels, b) for a, b in pairs)
+        self.last = Conv2dNormActivation(channels, channels, 3)  # see UpsampleModule
+        pairs = zip(before, self.widths) if before else ()
+        self.aggregate = nn.ModuleList(CrossStageAggregation(a, channels, b) for a, b in pairs)
 
     def forward(self, x, maps_before=None):
-        x = x if self.stem is None else self.stem(x)
-        encoded, decoded = [], []
+        x, encoded = self.stem(x), []
         for i, level in enumerate(self.levels):
             x = level(x)
-            if self.aggregate is not None:
+            if self.aggregate:
                 x = x + self.aggregate[i](maps_before[0][i], maps_before[1][i])
             encoded.append(x)
-        y = self.image_level(x.mean((2, 3), keepdim=True))  # global average pooling
+        y, decoded = self.image_level(x.mean((2, 3), keepdim=True)), []
         for upsample, x in zip(reversed(self.upsample), reversed(encoded)):
             y = upsample(x, y)
             decoded.insert(0, y)
-        return encoded, decoded
+        return encoded, [self.last(y), *decoded[1:]]
 
 
-class SemanticPredictionGuidance(nn.Module):
-    """Fig. 3, Sect. 3.4: decoder map x_d `[N, D, H, W]` -> (input of the next stage `[N,
-    out_channels, H, W]`, x_l).
-
-    x_l `[N, K, H, W]` are the logits that are supervised.
-
-    excite: how they act: "sigmoid", "softmax" (over the positions), or "sum", added and nothing
-    excited (Table 3)
-    identity: the path around the excited features
-    """
-
-    def __init__(self, channels, num_classes, out_channels, excite="sigmoid", identity=True):
-        super().__init__()
-        if excite not in ("sigmoid", "softmax", "sum"):
-            raise ValueError(f"excite={excite!r}: it is 'sigmoid', 'softmax' or 'sum'")
-        self.excite, self.identity = excite, identity
-        self.logits = nn.Conv2d(channels, num_classes, 1)
-        self.attention = nn.Conv2d(num_classes, channels, 1)
-        self.transform = nn.Conv2d(channels, channels, 1) if excite != "sum" else None
-        self.out = nn.Conv2d(channels, out_channels, 1)
-
-    def mask(self, x_l):
-        """The guided attention m `[N, D, H, W]`; for "sum" the transformed predictions."""
-        m = self.attention(x_l)
-        if self.excite == "softmax":
-            return m.flatten(2).softmax(2).view_as(m)
-        return m.sigmoid() if self.excite == "sigmoid" else m
-
-    def forward(self, x_d):
-        x_l = self.logits(x_d)
-        m = self.mask(x_l)
-        y = m if self.excite == "sum" else m * self.transform(x_d)
-        return self.out(x_d + y if self.identity else y), x_l
-
-
-class GatherExcite(nn.Module):
-    """GE-θ⁻ of extent 8 (Hu et al., "Gather-Excite", NeurIPS 2018): x `[N, C, H, W]` times the
-    sigmoid of its averages.
-    """
-
-    def forward(self, x):
-        # around every eighth position
-        gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
-        return x * backbones.resize(gathered, x).sigmoid()
-
-
-# ------------------------------------------------------------------------------------------ network
+# ----------------------------------------------------------------------------------------- network
 
 
 class SPGNet(nn.Module):
-    """Stages of encoder-decoders with guidance between them (Fig. 2), bilinear upsampling of the
-    last stage's logits.
+    """Encoder-decoders in a row with guidance between them, bilinear upsampling of the logits.
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
-    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "stage_1", … of each
-    guidance's logits, if supervised, and "cross_entropy" of the last stage's.
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "stage_1", … of the
+    logits between the stages, if they are supervised, and "cross_entropy" of the last stage's.
 
-    backbones: a name for each stage; None: `backbone` twice. `weights`: "imagenet", or a path where
-    all are of one name
-    channels: of the decoders (Table 9), a multiple of 16
-    guidance: "spg", "se", "ge", or None: the decoder's map is passed on as it is (Tables 3, 4)
-    excite, identity: see SemanticPredictionGuidance; supervise: the loss on its logits (Table 3)
-    aggregate: cross-stage feature aggregation
-    hard_examples: the losses are of the hard pixels alone (Table 8)
+    option          values                             default         paper
+    backbones       one name for each stage            twice backbone  Tables 3, 5, 6, 7
+    channels        D, a multiple of 16                256             128 in Tables 3 to 8; Table 9
+    guidance        "spg", None: passed on directly    "spg"           Table 3
+                    "se", "ge", with supervise=False                   Table 4
+    excite          "sigmoid", "softmax", "sum"        "sigmoid"       Table 3
+    identity        False: without x_d in out          True            Table 3 (Id.)
+    supervise       False: no loss between stages      True            Table 3 (Sup.)
+    stage_weights   a loss weight for each stage       all 1           Sect. 4.4, "More stages"
+    aggregate       False: no cross-stage aggregation  True            Sect. 4.4
+    hard_examples   False: losses of all pixels        True            Table 8; False in 3 to 7
+
+    excite and identity belong to "spg" and have no effect on the others.
+    ValueError for other values, and for a weights' path where the backbones differ.
     """
 
-    def __init__(
-        self,
-        num_classes,
-        backbone="resnet50",
-        weights=None,
-        *,
-        backbones=None,
-        channels=256,
-        guidance="spg",
-        excite="sigmoid",
-        identity=True,
-        supervise=True,
-        aggregate=True,
-        hard_examples=True,
-    ):
+    def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
+                 channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
+                 stage_weights=None, aggregate=True, hard_examples=True):  # fmt: skip
         super().__init__()
         names = (backbone, backbone) if backbones is None else backbones
-        if (
-            not isinstance(names, (tuple, list))
-            or not names
-            or not all(isinstance(name, str) for name in names)
-        ):
-            raise ValueError(
-                f"backbones={names!r}: expected a name for each stage, as in ('resnet50',) for one"
-            )
-        if weights not in (None, "imagenet") and len(set(names)) > 1:
-            raise ValueError(
-                f"weights '{weights}' cannot fit {' and '.join(names)}: give 'imagenet', or one "
-                "kind of backbone"
-            )
-        if channels < 16 or channels % 16:
-            raise ValueError(f"channels={channels}: expected a multiple of 16")
-        if guidance not in ("spg", "se", "ge", None):
-            raise ValueError(f"guidance={guidance!r}: it is 'spg', 'se', 'ge' or None")
-        self.supervise, self.hard_examples = supervise and guidance == "spg", hard_examples
+        checked(names, weights, channels, guidance, stage_weights)
         self.stages = nn.ModuleList([EncoderDecoder(names[0], channels, weights)])
         self.guides = nn.ModuleList()
         for name in names[1:]:
             before = self.stages[-1].widths if aggregate else None
-            self.stages.append(EncoderDecoder(name, channels, weights, first=False, before=before))
-            entry = self.stages[-1].entry
+            stage = EncoderDecoder(name, channels, weights, first=False, before=before)
+            sizes = channels, num_classes, stage.entry
             if guidance == "spg":
-                self.guides.append(
-                    SemanticPredictionGuidance(channels, num_classes, entry, excite, identity)
-                )
-            elif guidance == "se":
-                self.guides.append(
-                    nn.Sequential(
-                        SqueezeExcitation(channels, channels // 16), nn.Conv2d(channels, entry, 1)
-                    )
-                )
-            elif guidance == "ge":
-                self.guides.append(nn.Sequential(GatherExcite(), nn.Conv2d(channels, entry, 1)))
+                guide = SemanticPredictionGuidance(*sizes, excite, identity)
             else:
-                self.guides.append(nn.Conv2d(channels, entry, 1))
+                guide = WithoutGuidance(*sizes, guidance, supervise)
+            self.stages.append(stage)
+            self.guides.append(guide)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
-        self.regularized = "classifier"  # car.py acts on what enters it
+        self.regularized = "classifier"  # CAR acts on what enters it
+        self.supervise, self.hard_examples = supervise, hard_examples
+        self.stage_weights = [1.0] * len(names) if stage_weights is None else list(stage_weights)
 
     def forward(self, images, labels=None):
+        size, losses = images.shape[2:], {}
         loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
-        x, maps, losses = backbones.extended(images, 32), None, {}
+        x, maps = backbones.extended(images, 32), None
         for i, stage in enumerate(self.stages):
             maps = stage(x, maps)
-            x_d = maps[1][0]
-            if i == len(self.guides):  # the last stage
-                break
-            if isinstance(self.guides[i], SemanticPredictionGuidance):
+            x_d = maps[1][0]  # [N, D, H/4, W/4]
+            if i < len(self.guides):
                 x, x_l = self.guides[i](x_d)
                 if labels is not None and self.supervise:
-                    losses[f"stage_{i + 1}"] = loss_of(
-                        backbones.upsample(x_l, 4, images.shape[2:]), labels
-                    )
-            else:
-                x = self.guides[i](x_d)
-        logits = backbones.upsample(self.classifier(x_d), 4, images.shape[2:])
+                    loss = loss_of(backbones.upsample(x_l, 4, size), labels)
+                    losses[f"stage_{i + 1}"] = self.stage_weights[i] * loss
+        logits = backbones.upsample(self.classifier(x_d), 4, size)
         if labels is None:
             return logits
-        return losses | {"cross_entropy": loss_of(logits, labels)}
+        return losses | {"cross_entropy": self.stage_weights[-1] * loss_of(logits, labels)}
 
     @torch.no_grad()
     def figures(self, image):
-        """Sect. 4.5: the first guidance's attention for each class, of one image `[3, H, W]` or
+        """Sect. 4.5: the first guidance's attention of each class, for an image `[3, H, W]` or
         `[1, 3, H, W]`.
 
-        dict of class number -> map `[H, W]` in 0…1: the l2 norm of the 15 channels of the mask m
-        with the class's largest weights. Empty where nothing is excited by predictions. ValueError
-        in training mode.
+        dict of class number -> map `[H, W]` in 0…1: the l2 norm of the 15 channels of m with the
+        class's largest weights. Empty where nothing is excited by predictions. ValueError in
+        training mode.
         """
         image = backbones.one_image(self, image)
         guide = self.guides[0] if self.guides else None
@@ -331,41 +301,51 @@ class SPGNet(nn.Module):
             return {}
         x_d = self.stages[0](backbones.extended(image, 32))[1][0]
         m = guide.mask(guide.logits(x_d))[0]  # [D, h, w]
-        weights = guide.attention.weight[:, :, 0, 0].T  # [classes, D]
-        maps = torch.stack(
-            [m[channels].norm(dim=0) for channels in weights.topk(15, dim=1).indices]
-        )
+        weights = guide.attention.weight[:, :, 0, 0].T  # Fig. 4's matrix  [K, D]
+        largest = weights.topk(15, dim=1).indices
+        maps = torch.stack([m[channels].norm(dim=0) for channels in largest])  # [K, h, w]
         maps = backbones.upsample(maps[None], 4, image.shape[2:])[0]
         low, high = (f((1, 2), keepdim=True) for f in (maps.amin, maps.amax))
         return dict(enumerate((maps - low) / (high - low).clamp(min=1e-12)))
 
 
-# Sect. 4.2
+def checked(names, weights, channels, guidance, stage_weights):
+    """ValueError for values of SPGNet's options that it does not have."""
+    several = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    if not (several and names):
+        one = "expected a name for each stage, as in ('resnet50',) for one"
+        raise ValueError(f"backbones={names!r}: {one}")
+    if weights not in (None, "imagenet") and len(set(names)) > 1:
+        kinds = f"weights '{weights}' cannot fit {' and '.join(names)}"
+        raise ValueError(f"{kinds}: give 'imagenet', or one kind of backbone")
+    if channels < 16 or channels % 16:
+        raise ValueError(f"channels={channels}: expected a multiple of 16")
+    if guidance not in ("spg", "se", "ge", None):
+        raise ValueError(f"guidance={guidance!r}: it is 'spg', 'se', 'ge' or None")
+    if stage_weights is not None and (
+        not isinstance(stage_weights, (tuple, list))
+        or len(stage_weights) != len(names)
+        or not all(isinstance(weight, (int, float)) for weight in stage_weights)
+    ):
+        raise ValueError(f"stage_weights={stage_weights!r}: expected {len(names)} numbers")
+
+
 _COMMON = dict(
-    backbone="resnet50",
-    weights="imagenet",  # Sect. 3.2 builds on them
-    optimizer="sgd",
-    lr=0.01,
-    power=0.9,
-    momentum=0.9,
-    weight_decay=1e-4,
-    scale=(0.5, 2.0),
-    scale_step=0.25,
-    color="none",
+    # Sect. 4.2; Sect. 3.2 builds on ImageNet weights
+    backbone="resnet50", weights="imagenet", optimizer="sgd", lr=0.01, power=0.9, momentum=0.9,
+    weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none",
     bn_momentum=0.1,  # open
-)
+)  # fmt: skip
 RECIPES = {
-    # crop_size is open, DeepLab's; test scales 0.75 1 1.25 1.5 1.75 2; for Table 1 on train and val
-    # together (Sect. 4.3)
+    # The crop size is open; DeepLab's. Tables 1, 2: train and val together (Sect. 4.3), evaluated
+    # at the scales 0.75 1 1.25 1.5 1.75 2.
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
-    # Sect. 4.6, "following the settings of DeepLabv3+": its learning rate is 0.007
+    # Sect. 4.6, Table 10: "we follow the settings in [11]", DeepLabv3+, whose rate is 0.007.
     "pascal_voc_aug": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),
     "pascal_person_part": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),
 }
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):
-    """An SPGNet; `options` are its keywords, the paper's best setting by default. ValueError for an
-    unknown one.
-    """
+    """An SPGNet. `options` are its keywords; ValueError for an unknown one."""
     return SPGNet(num_classes, backbone, weights, **backbones.check_options(SPGNet, options))

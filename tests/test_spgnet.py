@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 import backbones
@@ -33,7 +34,7 @@ def scene(size=(40, 53), n=2):
 # --------------------------------------------------------------------- semantic prediction guidance
 
 
-def guidance(excite, identity=True, D=1, K=2, out=1):
+def guidance(excite, identity=True, D=2, K=2, out=1):
     return spgnet.SemanticPredictionGuidance(D, K, out, excite, identity).double()
 
 
@@ -43,46 +44,42 @@ def set_to(conv, weight, bias):
         conv.bias.copy_(torch.tensor(bias).double())
 
 
+# Two images of two pixels, a and b. x_d is (1, 2), (3, 4) in one, (0, 1), (2, 3) in the other.
+# x_l = (x_1, 1 - x_2) is (1, -1), (3, -3) and (0, 0), (2, -2). W_m x_l = ln 3 · (0, x_1):
+# the sigmoids are (1/2, 3/4), (1/2, 27/28) and (1/2, 1/2), (1/2, 9/10);
+# the softmax over a and b is (1/2, 1/10), (1/2, 9/10) in both images.
+# W_t x_d = (2 x_1 + 1, x_2) is (3, 2), (7, 4) and (1, 1), (5, 3). W_o y = 10 y_1 + y_2 + 5.
+L = math.log(3)
+BY_HAND = [
+    ("sigmoid", True, [33.5, 74 + 27 / 7, 11.5, 55.7]),  # a: x_d + m ⊙ W_t x_d = (2.5, 3.5)
+    ("sigmoid", False, [21.5, 40 + 27 / 7, 10.5, 32.7]),  # a: (1.5, 1.5)
+    ("softmax", True, [32.2, 77.6, 11.1, 55.7]),  # a: (2.5, 2.2)
+    ("softmax", False, [20.2, 43.6, 10.1, 32.7]),  # a: (1.5, 0.2)
+    ("sum", True, [49 + L, 113 + 3 * L, 17, 81 + 2 * L]),  # a: (4, 4 + ln 3)
+    ("sum", False, [37 + L, 79 + 3 * L, 16, 58 + 2 * L]),  # a: (3, 2 + ln 3)
+]
+
+
 @pytest.mark.equation
-@pytest.mark.parametrize(
-    "excite, identity, expected",
-    [
-        # x_d = (1 2; 3 4), logits x_d and 1 - x_d, their sum times ln 3 is ln 3 everywhere: a
-        # sigmoid of 3/4
-        ("sigmoid", True, lambda x: 10 * (x + 0.75 * (2 * x + 1)) + 5),
-        ("sigmoid", False, lambda x: 10 * (0.75 * (2 * x + 1)) + 5),
-        (
-            "softmax",
-            True,
-            lambda x: 10 * (x + 0.25 * (2 * x + 1)) + 5,
-        ),  # one of four positions each
-        ("softmax", False, lambda x: 10 * (0.25 * (2 * x + 1)) + 5),
-        ("sum", True, lambda x: 10 * (x + math.log(3)) + 5),
-        ("sum", False, lambda x: 10 * math.log(3) + 5 + 0 * x),
-    ],
-)
-def test_fig_3_by_hand_on_two_by_two(excite, identity, expected):
+@pytest.mark.parametrize("excite, identity, expected", BY_HAND)
+def test_fig_3_by_hand_on_two_channels_and_two_images(excite, identity, expected):
     module = guidance(excite, identity)
-    set_to(module.logits, [1.0, -1.0], [0.0, 1.0])
-    set_to(module.attention, [math.log(3), math.log(3)], [0.0])
-    set_to(module.out, [10.0], [5.0])
-    if excite != "sum":
-        set_to(module.transform, [2.0], [1.0])
-    x_d = torch.tensor([[[[1.0, 2], [3, 4]]]]).double()
+    set_to(module.logits, [[1.0, 0], [0, -1]], [0.0, 1.0])
+    set_to(module.attention, [[L, L], [L, 0]], [0.0, 0.0])
+    set_to(module.transform, [[2.0, 0], [0, 1]], [1.0, 0.0])
+    set_to(module.out, [10.0, 1.0], [5.0])
+    x_d = torch.tensor([[[[1.0, 3]], [[2, 4]]], [[[0, 2]], [[1, 3]]]]).double()
     out, x_l = module(x_d)
-    assert x_l.tolist() == [[[[1, 2], [3, 4]], [[0, -1], [-2, -3]]]]
-    torch.testing.assert_close(out, expected(x_d))
+    assert x_l.tolist() == [[[[1, 3]], [[-1, -3]]], [[[0, 2]], [[0, -2]]]]
+    torch.testing.assert_close(out.flatten(), torch.tensor(expected).double())
 
 
 def loop_guidance(module, x_d):
     """Sect. 3.4, position by position."""
     N, D, H, W = x_d.shape
     layers = ("logits", "attention", "transform", "out")
-    w = {
-        n: None if getattr(module, n) is None else getattr(module, n).weight[:, :, 0, 0]
-        for n in layers
-    }
-    b = {n: None if getattr(module, n) is None else getattr(module, n).bias for n in layers}
+    w = {n: getattr(module, n).weight[:, :, 0, 0] for n in layers}
+    b = {n: getattr(module, n).bias for n in layers}
     outs = []
     for n in range(N):
         before = {}
@@ -91,11 +88,12 @@ def loop_guidance(module, x_d):
             before[i, j] = w["attention"] @ x_l + b["attention"]
         total = sum(torch.exp(v) for v in before.values())
         for (i, j), v in before.items():
+            y = w["transform"] @ x_d[n, :, i, j] + b["transform"]
             if module.excite == "sum":
-                y = v
+                y = y + v
             else:
                 m = 1 / (1 + torch.exp(-v)) if module.excite == "sigmoid" else torch.exp(v) / total
-                y = m * (w["transform"] @ x_d[n, :, i, j] + b["transform"])
+                y = m * y
             outs.append(w["out"] @ (y + x_d[n, :, i, j] if module.identity else y) + b["out"])
     return torch.stack(outs).view(N, H, W, -1).permute(0, 3, 1, 2)
 
@@ -136,12 +134,30 @@ def test_unknown_excitation_is_named():
 
 
 @pytest.mark.network
-def test_each_stage_has_its_loss_and_the_guidance_its_gradient():
+def test_each_stage_has_its_loss_and_all_parameters_a_gradient():
     net = tiny(backbones=resnets(18, 18, 18)).train()
     losses = net(*scene())
     assert list(losses) == ["stage_1", "stage_2", "cross_entropy"]
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.network
+def test_every_stages_loss_is_that_of_its_logits_times_its_weight():
+    images, labels = scene()
+    net = tiny(backbones=resnets(18, 18, 18), hard_examples=False).eval()
+    weighted = tiny(backbones=resnets(18, 18, 18), hard_examples=False, stage_weights=(2, 3, 5))
+    weighted.eval().load_state_dict(net.state_dict())
+    x, maps, expected = backbones.extended(images, 32), None, []
+    for stage, guide in zip(net.stages, [*net.guides, None]):
+        maps = stage(x, maps)
+        x_l = net.classifier(maps[1][0]) if guide is None else guide.logits(maps[1][0])
+        full = backbones.upsample(x_l, 4, images.shape[2:])
+        expected.append(F.cross_entropy(full, labels, ignore_index=255))
+        x = None if guide is None else guide(maps[1][0])[0]
+    torch.testing.assert_close(list(net(images, labels).values()), expected)
+    found = list(weighted(images, labels).values())
+    torch.testing.assert_close(found, [w * loss for w, loss in zip((2, 3, 5), expected)])
 
 
 @pytest.mark.network
@@ -310,95 +326,144 @@ def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(two_process
 # ------------------------------------------------------------------------------ encoder and decoder
 
 
+def trained(module):
+    """The module in evaluation mode, with norms that do something."""
+    for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        for x in (norm.running_mean, norm.bias.data):
+            x.normal_(std=0.3)
+        for x in (norm.running_var, norm.weight.data):
+            x.uniform_(0.5, 2)
+    return module.eval()
+
+
+def normed(x, conv, norm, activation=F.relu):
+    """A convolution without bias, batch norm, ReLU, as they are in the layers."""
+    assert conv.bias is None
+    y = F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.kernel_size[0] // 2)
+    y = (y - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
+    return activation(y * norm.weight[:, None, None] + norm.bias[:, None, None])
+
+
+def bottleneck(x, block):
+    """1x1, 3x3, 1x1, a quarter as wide in the middle, and the shortcut, projected if it must be."""
+    y = normed(normed(x, block.conv1, block.bn1), block.conv2, block.bn2)
+    y = normed(y, block.conv3, block.bn3, activation=lambda y: y)
+    return F.relu(y + (normed(x, *block.downsample, lambda y: y) if block.downsample else x))
+
+
 @pytest.mark.network
-def test_residual_block_is_half_as_wide_in_its_middle():
-    block = spgnet.ResidualBlock(64, 128).eval()
-    shapes = [
-        tuple(conv.weight.shape)
-        for conv in (block.conv1, block.conv2, block.conv3, block.downsample[0])
-    ]
-    assert shapes == [(64, 64, 1, 1), (64, 64, 3, 3), (128, 64, 1, 1), (128, 64, 1, 1)]
+def test_fig_2_residual_block_is_resnets_a_quarter_as_wide_in_its_middle():
+    block = trained(spgnet.ResidualBlock(64, 128))
+    convs = (block.conv1, block.conv2, block.conv3, block.downsample[0])
+    shapes = [tuple(conv.weight.shape) for conv in convs]
+    assert shapes == [(32, 64, 1, 1), (32, 32, 3, 3), (128, 32, 1, 1), (128, 64, 1, 1)]
     assert spgnet.ResidualBlock(128, 128).downsample is None
     x = torch.randn(1, 64, 3, 4)
-    y = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
-    torch.testing.assert_close(block(x), F.relu(block.bn3(block.conv3(y)) + block.downsample(x)))
+    torch.testing.assert_close(block(x), bottleneck(x, block))
 
 
 @pytest.mark.network
-def test_upsample_module_doubles_adds_and_fuses():
-    module = spgnet.UpsampleModule(6, 8).eval()
-    e, d = torch.randn(1, 6, 9, 5), torch.randn(1, 8, 5, 3)
+def test_fig_2b_upsample_module_reduces_adds_and_fuses_twice():
+    module = trained(spgnet.UpsampleModule(6, 8))
+    e, d = torch.randn(2, 6, 9, 5), torch.randn(2, 8, 5, 3)
     doubled = F.interpolate(d, size=(9, 5), mode="bilinear", align_corners=True)
-    assert torch.equal(
-        doubled[:, :, ::2, ::2], d
-    )  # position i of the coarse map is position 2i of the fine one
-    torch.testing.assert_close(module(e, d), module.fuse(module.reduce(e) + doubled))
+    # position i of the coarse map is position 2i of the fine one
+    assert torch.equal(doubled[:, :, ::2, ::2], d)
+    first, second = module.fuse
+    y = bottleneck(bottleneck(bottleneck(e, module.reduce) + doubled, first), second)
+    torch.testing.assert_close(module(e, d), y)
 
 
 @pytest.mark.network
-def test_one_stage_is_its_encoder_decoder():
+def test_fig_2a_one_stage_is_encoder_image_level_and_decoder():
     images, labels = scene()
-    net = tiny(backbones=resnets(18), hard_examples=False).eval()
+    net = trained(tiny(backbones=resnets(18), hard_examples=False))
     stage = net.stages[0]
     x, encoded = stage.stem(backbones.extended(images, 32)), []
     for level in stage.levels:
         x = level(x)
         encoded.append(x)
-    y = stage.image_level(x.mean((2, 3), keepdim=True))
+    w, b = stage.image_level.weight, stage.image_level.bias
+    y = F.conv2d(x.mean((2, 3), keepdim=True), w, b)  # a 1x1 convolution without a norm
     assert y.shape == (2, 16, 1, 1)
     for i in (3, 2, 1, 0):
         y = stage.upsample[i](encoded[i], y)
+    assert stage.last[0].kernel_size == (3, 3)
+    y = normed(y, *list(stage.last)[:2])
     logits = backbones.upsample(net.classifier(y), 4, images.shape[2:])
-    assert torch.equal(net(images), logits) and len(net.guides) == 0
-    assert list(net(images, labels)) == ["cross_entropy"]
+    torch.testing.assert_close(net(images), logits)
+    assert len(net.guides) == 0 and list(net(images, labels)) == ["cross_entropy"]
 
 
 @pytest.mark.network
-def test_later_stages_have_no_stem_and_aggregate_at_each_stride():
-    net = tiny(backbones=resnets(18, 18)).eval().double()
-    first, second = net.stages
-    assert (
-        first.stem is not None
-        and second.stem is None
-        and first.aggregate is None
-        and second.entry == 64
-    )
-    previous = first(torch.randn(1, 3, 65, 97).double())
+def test_fig_2c_later_stages_have_no_stem_and_aggregate_at_each_stride():
+    first, second = trained(tiny(backbones=resnets(18, 18))).double().stages
+    assert isinstance(second.stem, torch.nn.Identity) and second.entry == 64
+    assert not first.aggregate
+    e, d = first(torch.randn(1, 3, 65, 97).double())
+    previous = [[m.detach().requires_grad_() for m in maps] for maps in (e, d)]
     x = z = torch.randn(1, 64, 17, 25).double()
     encoded, decoded = second(x, previous)
     for i, level in enumerate(second.levels):
-        z = (
-            level(z)
-            + second.aggregate[i].encoder(previous[0][i])
-            + second.aggregate[i].decoder(previous[1][i])
-        )
+        from_encoder, from_decoder = second.aggregate[i].encoder, second.aggregate[i].decoder
+        assert from_encoder[0].kernel_size == from_decoder[0].kernel_size == (1, 1)
+        z = level(z) + normed(previous[0][i], *list(from_encoder)[:2])
+        z = z + normed(previous[1][i], *list(from_decoder)[:2])
         torch.testing.assert_close(encoded[i], z)
     assert [tuple(m.shape[2:]) for m in decoded] == [(17, 25), (9, 13), (5, 7), (3, 4)]
     assert all(m.shape[1] == 16 for m in decoded)
+    gradients = torch.autograd.grad(decoded[0].sum(), previous[0] + previous[1])
+    assert all(gradient.abs().max() > 0 for gradient in gradients)  # nothing is detached
+    assert not tiny(aggregate=False).stages[1].aggregate
+
+
+# --------------------------------------------------------------- without guidance by predictions
 
 
 @pytest.mark.network
-def test_switches_take_parts_away():
-    assert tiny(aggregate=False).stages[1].aggregate is None
-    assert isinstance(tiny(guidance=None).guides[0], torch.nn.Conv2d)
-    kinds = [[type(layer).__name__ for layer in tiny(guidance=g).guides[0]] for g in ("se", "ge")]
-    assert kinds == [["SqueezeExcitation", "Conv2d"], ["GatherExcite", "Conv2d"]]
-    assert tiny(guidance="se", channels=64).guides[0][0].fc1.out_channels == 4
-    assert all(
-        list(tiny(guidance=g).train()(*scene())) == ["cross_entropy"] for g in (None, "se", "ge")
-    )
+@pytest.mark.parametrize("gate", [None, "se", "ge"])
+def test_tables_3_4_without_guidance_features_pass_and_logits_are_supervised_apart(gate):
+    module = spgnet.WithoutGuidance(32, 4, 6, gate).double()
+    x_d = torch.randn(2, 32, 9, 17).double().requires_grad_()
+    y = x_d
+    if gate == "se":
+        squeeze, expand = module.gate.fc1, module.gate.fc2
+        assert squeeze.out_channels == 2
+        h = F.relu(x_d.mean((2, 3)) @ squeeze.weight[:, :, 0, 0].T + squeeze.bias)
+        y = x_d * (h @ expand.weight[:, :, 0, 0].T + expand.bias).sigmoid()[..., None, None]
+    if gate == "ge":
+        y = spgnet.GatherExcite()(x_d)
+    expected = F.conv2d(y, module.out.weight, module.out.bias)
+    expected_l = F.conv2d(x_d, module.logits.weight, module.logits.bias)
+    assert module.out.weight.shape == (6, 32, 1, 1) and module.logits.weight.shape == (4, 32, 1, 1)
+    out, x_l = module(x_d)
+    for found, wanted in ((out, expected), (x_l, expected_l)):
+        torch.testing.assert_close(found, wanted)
+        pull = torch.randn_like(found)
+        a, b = (torch.autograd.grad((z * pull).sum(), x_d)[0] for z in (found, wanted))
+        torch.testing.assert_close(a, b)
+        assert b.abs().max() > 0
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("guidance", [None, "se", "ge"])
+def test_tables_3_4_the_baseline_is_supervised_and_need_not_be(guidance):
+    net, alone = tiny(guidance=guidance).train(), tiny(guidance=guidance, supervise=False).train()
+    assert list(net(*scene())) == ["stage_1", "cross_entropy"]
+    losses = alone(*scene())
+    assert list(losses) == ["cross_entropy"] and alone.guides[0].logits is None
+    losses["cross_entropy"].backward()  # every parameter is used: DDP waits for each
+    assert all(p.grad is not None for p in alone.parameters())
+    gradients = torch.autograd.grad(net(*scene())["cross_entropy"], net.stages[0].last[0].weight)
+    assert gradients[0].abs().max() > 0
 
 
 @pytest.mark.equation
 def test_gather_excite_gates_by_the_averages_around():
     x = torch.randn(1, 2, 17, 25)
     found = spgnet.GatherExcite()(x)
-    for i, j in (
-        (0, 0),
-        (8, 8),
-        (16, 24),
-        (8, 16),
-    ):  # every eighth position: the mean of what is within seven of it
+    # at every eighth position the mean of what is within seven of it
+    for i, j in ((0, 0), (8, 8), (16, 24), (8, 16)):
         around = x[0, :, max(0, i - 7) : i + 8, max(0, j - 7) : j + 8].mean((1, 2))
         torch.testing.assert_close(found[0, :, i, j], x[0, :, i, j] * around.sigmoid())
     low, high = (x[0, :, max(0, i - 7) : i + 8, 1:16].mean((1, 2)) for i in (0, 8))
@@ -407,31 +472,38 @@ def test_gather_excite_gates_by_the_averages_around():
 
 # ------------------------------------------------------------------------------------------ network
 
-SIZES = [
-    (dict(backbones=resnets(18)), 11.7),  # Tables 3, 5, 7
-    (dict(backbones=resnets(18, 18), guidance=None), 23.9),
-    (dict(backbones=resnets(18, 18), excite="sum"), 23.9),
-    (dict(backbones=resnets(18, 18), excite="softmax"), 23.9),
-    (dict(backbones=resnets(18, 18)), 23.9),
-    (dict(backbones=resnets(18, 18, 18)), 36.2),
-    (dict(backbones=resnets(18, 50)), 38.4),  # Table 6
-    (dict(backbones=resnets(50, 18)), 38.0),
-    (dict(backbones=resnets(50, 50)), 55.6),
-    (dict(backbones=resnets(50)), 24.7),  # Table 7
-    (dict(backbones=resnets(101)), 43.7),
-    (dict(backbones=resnets(152)), 59.4),
-    (dict(backbones=resnets(101, 101)), 93.5),
-    (dict(backbones=resnets(50, 50), channels=256), 59.8),  # Tables 1, 9
-    (dict(backbones=resnets(101, 101), channels=256), 97.8),
+# options, the paper's parameters in 1e6, its multiply-adds in 1e9 at 1024x2048
+ROWS = [
+    (dict(backbones=resnets(18)), 11.7, 107.6),  # Tables 3, 5, 7
+    (dict(backbones=resnets(18, 18), guidance=None), 23.9, 215.5),
+    (dict(backbones=resnets(18, 18), excite="sum"), 23.9, 218.0),
+    (dict(backbones=resnets(18, 18), excite="softmax"), 23.9, 218.0),
+    (dict(backbones=resnets(18, 18)), 23.9, 218.0),
+    (dict(backbones=resnets(18, 18), identity=False), 23.9, 218.0),
+    (dict(backbones=resnets(18, 18), supervise=False), 23.9, 218.0),
+    (dict(backbones=resnets(18, 18, 18)), 36.2, 328.5),
+    (dict(backbones=resnets(18, 50)), 38.4, 336.0),  # Table 6
+    (dict(backbones=resnets(50, 18)), 38.0, 329.9),
+    (dict(backbones=resnets(50, 50)), 55.6, 467.6),
+    (dict(backbones=resnets(50)), 24.7, 212.9),  # Table 7
+    (dict(backbones=resnets(101)), 43.7, 371.7),
+    (dict(backbones=resnets(152)), 59.4, 530.1),
+    (dict(backbones=resnets(101, 101)), 93.5, 785.3),
+    (dict(backbones=resnets(50, 50), channels=256), 59.8, 654.8),  # Tables 1, 9
+    (dict(backbones=resnets(101, 101), channels=256), 97.8, 972.4),
 ]
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("options, millions", SIZES, ids=str)
-def test_parameters_are_those_of_the_papers_tables_to_two_percent(options, millions):
+@pytest.mark.parametrize("options, millions, billions", ROWS, ids=str)
+def test_parameters_and_multiply_adds_are_those_of_the_papers_tables(options, millions, billions):
     with torch.device("meta"):
-        net = spgnet.build(19, **dict(channels=128) | options)
-    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+        net = spgnet.build(19, **dict(channels=128) | options).eval()
+        images = torch.empty(1, 3, 1024, 2048)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        net(images)
+    assert flops.get_total_flops() / 2e9 == pytest.approx(billions, rel=1e-3)
 
 
 @pytest.mark.network
@@ -490,6 +562,9 @@ def test_mistakes_name_what_is_expected():
         tiny(stages=2)
     with pytest.raises(ValueError, match="channels=24: expected a multiple of 16"):
         tiny(channels=24)
+    for wrong in ((1, 2, 3), 2, ("a", "b")):
+        with pytest.raises(ValueError, match="stage_weights=.*: expected 2 numbers"):
+            tiny(stage_weights=wrong)
     with pytest.raises(ValueError, match="weights 'w.pth' cannot fit resnet18 and resnet34"):
         tiny(backbones=("resnet18", "resnet34"), weights="w.pth")
     with pytest.raises(
