@@ -65,6 +65,7 @@ def dataset(
     crop_size=513,
     scale=(0.5, 2.0),
     scale_step=0.0,
+    base_size=None,
     color="none",
 ):
     """The dataset `name` in the folder `root` (datasets/NAME).
@@ -82,8 +83,8 @@ def dataset(
         raise Mistake(f"unknown color '{color}'; there are {', '.join(COLORS)}")
     transform = None
     if train:
-        settings = dict(crop_size=crop_size, scale=scale, scale_step=scale_step, color=color)
-        transform = partial(augment, **settings)
+        settings = dict(crop_size=crop_size, scale=scale, scale_step=scale_step)
+        transform = partial(augment, **settings, base_size=base_size, color=color)
     kind, *switches = name.split("+")
     if kind == "shapes":
         return Shapes(split, switches, transform, seed)
@@ -533,6 +534,12 @@ def _ade20k(root, split):
     )
 
 
+def _ade20k_16k(root, split):
+    """ADE20K's training images alone, for ablations: val is every fifth by name, train the rest."""
+    files, *rest = _ade20k(root, "train")
+    return [pair for i, pair in enumerate(files) if (i % 5 == 4) == (split == "val")], *rest
+
+
 _CITYSCAPES = {  # class -> (raw id, colour)
     "road": (7, (128, 64, 128)),
     "sidewalk": (8, (244, 35, 232)),
@@ -714,6 +721,12 @@ LAYOUTS = {
         "http://sceneparsing.csail.mit.edu",
         dict(train=20210, val=2000),
     ),
+    "ade20k_16k": Layout(
+        _ade20k_16k,
+        "as of ade20k, in datasets/ade20k_16k or by --data-root",
+        "http://sceneparsing.csail.mit.edu",
+        dict(train=16168, val=4042),
+    ),
     "cityscapes": Layout(
         _cityscapes,
         "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
@@ -747,11 +760,12 @@ COLORS = ("none", "brightness", "photometric")
 _DISTORT = v2.RandomPhotometricDistort()
 
 
-def random_window(size, crop_size, scale, scale_step):
+def random_window(size, crop_size, scale, scale_step, base_size=None):
     """The part of an image of `size` (height, width) that a random crop shows.
 
     The image is thought scaled by a random factor in `scale` (scale_step: 0, or the grid of the
-    factors, 0.1: 0.5, 0.6, …) and cropped to `crop_size`. Returns the two slices of the image, and
+    factors, 0.1: 0.5, 0.6, …) and cropped to `crop_size`. base_size: the factor 1 makes the longer
+    side so many pixels; None: it keeps the image's size. Returns the two slices of the image, and
     the (height, width) to which that part is resized. Where the scaled image is smaller than the
     crop, all of that side is kept.
     """
@@ -761,6 +775,8 @@ def random_window(size, crop_size, scale, scale_step):
         factor = low + scale_step * torch.randint(steps + 1, ()).item()
     else:
         factor = low + (high - low) * torch.rand(()).item()
+    if base_size:
+        factor *= base_size / max(size)
     window, new_size = [], []
     for side, crop in zip(size, crop_size):
         source = min(side, max(1, round(crop / factor)))
@@ -778,6 +794,7 @@ def augment(
     crop_size=513,
     scale=(0.5, 2.0),
     scale_step=0.0,
+    base_size=None,
     color="none",
 ):
     """A training sample: random scale and crop, colour, flip; padded at the right and the bottom.
@@ -786,12 +803,12 @@ def augment(
     `[*crop_size]`. Only what the crop shows is cut out, goes through `to_train_ids`, is resized.
     Padding is MEAN_COLOR, its label 255. Randomness is that of torch's CPU generator.
 
-    crop_size: a side, or (height, width). scale, scale_step: see `random_window`. color: "none";
-    "brightness", which adds one whole number in -10 … 10 to half of the images, as HRNet's training
-    does; "photometric", torchvision's RandomPhotometricDistort.
+    crop_size: a side, or (height, width). scale, scale_step, base_size: see `random_window`. color:
+    "none"; "brightness", which adds one whole number in -10 … 10 to half of the images, as HRNet's
+    training does; "photometric", torchvision's RandomPhotometricDistort.
     """
     crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
-    window, (height, width) = random_window(ids.shape, crop_size, scale, scale_step)
+    window, (height, width) = random_window(ids.shape, crop_size, scale, scale_step, base_size)
     image, label = image[:, window[0], window[1]], to_train_ids(ids[window])
     # The label at the centres of the new pixels, which is where bilinear resizing samples.
     rows, columns = (
@@ -1046,8 +1063,9 @@ def _inside(kind, u, v, width=None):
 
 
 def colorize(label, palette):
-    """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; ignored pixels black."""
+    """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; 255 black, 254 grey."""
     table = torch.zeros(256, 3, dtype=torch.uint8)
+    table[UNKNOWN] = 128
     table[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
     return table[label.cpu().long()].permute(2, 0, 1)
 

@@ -487,11 +487,30 @@ def drawn(figures, photo, palette):
     ]
 
 
+def compared(predictions, truth=None):
+    """Label maps of one image, and the window where they differ most, enlarged.
+
+    predictions: name -> int64 `[H, W]`, two or more -> the same, "difference" (`[H, W]`, the share
+    of pairs that disagree, 0…1), and "NAME, enlarged" (`[H/4, W/4]`), the same window of all, and
+    of `truth` if it is given.
+    """
+    maps = list(predictions.values())
+    pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]
+    difference = torch.stack(pairs).float().mean(0)
+    size = [max(1, side // 4) for side in difference.shape]
+    where = F.avg_pool2d(difference[None], size, stride=1)[0]
+    row, column = divmod(where.argmax().item(), where.shape[1])
+    window = slice(row, row + size[0]), slice(column, column + size[1])
+    shown = predictions | ({} if truth is None else {"truth": truth})
+    enlarged = {f"{name}, enlarged": p[window] for name, p in shown.items()}
+    return predictions | {"difference": difference} | enlarged
+
+
 def method_figures(net, image, palette, classes, pixel=None):
     """(titles, tiles) of the method's own figures of one image, uint8 `[3, H, W]`.
 
-    A figure whose key is a class's number gets the class's name. Both are empty where the method
-    has no figures.
+    A figure whose key is a class's number gets the class's name. Several label maps of the image's
+    size are `compared`. Both are empty where the method has no figures.
     """
     if not hasattr(net, "figures"):
         return [], []
@@ -501,6 +520,8 @@ def method_figures(net, image, palette, classes, pixel=None):
         figures = net.figures(data.normalise(image.to(device)), **arguments)
     except ValueError as error:
         raise Mistake(str(error)) from error
+    maps = [not m.is_floating_point() and m.shape == image.shape[1:] for m in figures.values()]
+    figures = compared(figures) if all(maps) and len(maps) > 1 else figures
     tiles = drawn(figures, image, palette)
     row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
     rows, columns = (slice(max(0, i - 2), i + 3) for i in (row, column))
@@ -528,6 +549,16 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     return data.sheet([tiles[row] for row in rows], [titles[row] for row in rows], classes, palette)
 
 
+def comparison_sheet(nets, image, truth, palette, classes, device, amp, **kwargs):
+    """The sheet of one image uint8 `[3, H, W]`, its truth `[H, W]`, and what several networks
+    predict, `compared`. nets: name -> network; kwargs of `predict`.
+    """
+    maps = {name: label_map(net, image, device, amp, **kwargs).cpu() for name, net in nets.items()}
+    maps = compared(maps, truth)
+    tiles = [image, data.colorize(truth, palette), *drawn(maps, image, palette)]
+    return data.sheet([tiles], ["image", "truth", *maps], classes, palette)
+
+
 def read_all(dataset, device, workers, what):
     """(images float32 `[1, 3, H, W]`, labels int64 `[1, H, W]`) of `dataset`; a progress bar."""
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
@@ -544,9 +575,9 @@ def class_dependency(net, dataset, device, amp, workers):
         return method_file("car").class_dependency(net, pairs, dataset.num_classes).cpu()
 
 
-def levels(net, dataset, device, amp, workers):
-    """pyramid_fuse.levels_compared over all of `dataset`, as lists, for --json; its text is
-    printed.
+def levels(net, dataset, device, amp, workers, file):
+    """pyramid_fuse.levels_compared over all of `dataset`, as lists, for --json. Its text is
+    printed, and Fig. C drawn to `file`: the difference, clipped to -15 … +1 % as in the paper.
     """
     with autocast(device, amp):
         pairs = read_all(dataset, device, workers, "levels")
@@ -567,6 +598,9 @@ def levels(net, dataset, device, amp, workers):
         print(
             f"  {stride:>6}   " + ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen)
         )
+    brightness = (difference.clamp(-0.15, 0.01) + 0.15) / 0.16
+    rows = [f"stride {stride}" for stride in net.strides]
+    draw_matrix(brightness.nan_to_num(0), dataset.classes, rows).save(file)
     return {
         "strides": list(net.strides),
         "table": table.tolist(),
@@ -583,17 +617,20 @@ def without_nan(numbers):
     return None if numbers != numbers else numbers
 
 
-def draw_matrix(values, names, cell=20, margin=120):
-    """A matrix `[K, K]` of numbers in 0…1 as a picture, dark blue to yellow, its rows and columns
-    named.
+def draw_matrix(values, columns, rows=None, cell=20, margin=120):
+    """A matrix of numbers in 0…1 as a picture, dark blue to yellow, its columns and rows named.
+
+    rows: None if they have the columns' names.
     """
-    size = margin + cell * len(names)
-    picture, font = Image.new("RGB", (size, size), "white"), ImageFont.load_default(12)
-    tiles = heat(values, torch.zeros(3, cell * len(names), cell * len(names), dtype=torch.uint8))
+    rows = columns if rows is None else rows
+    height, width = cell * len(rows), cell * len(columns)
+    picture = Image.new("RGB", (margin + width, margin + height), "white")
+    tiles = heat(values, torch.zeros(3, height, width, dtype=torch.uint8))
     picture.paste(Image.fromarray(tiles.permute(1, 2, 0).numpy()), (margin, margin))
-    for turn, x, anchor in (
-        (Image.Transpose.ROTATE_270, size - margin + 6, "lm"),
-        (Image.Transpose.ROTATE_90, margin - 6, "rm"),
+    font = ImageFont.load_default(12)
+    for names, turn, x, anchor in (
+        (columns, Image.Transpose.ROTATE_270, height + 6, "lm"),
+        (rows, Image.Transpose.ROTATE_90, margin - 6, "rm"),
     ):
         # the columns' names are written on its side, where they are rows
         picture = picture.transpose(turn)
@@ -681,7 +718,7 @@ def parse_options(pairs):
 DEFAULTS = dict(
     checkpoint=None, method=None, images=None, cost=False, speed=False, json=None, device=None,
     dataset=None, data_root=None, split="val", scales=[1.0], flip=False, window=None,
-    save_predictions=None, figures=None, pixel=None, amp="auto", workers=2,
+    save_predictions=None, figures=None, compare=[], pixel=None, amp="auto", workers=2, runs=5,
     backbone="resnet50", output_stride=None, option=[], classes=59, crop_size=[513], batch_size=2,
 )  # fmt: skip
 VIEWS = {"scales", "flip", "window", "save_predictions", "figures", "pixel", "amp"}
@@ -689,10 +726,10 @@ VIEWS = {"scales", "flip", "window", "save_predictions", "figures", "pixel", "am
 USES = {
     "checkpoint": {"output_stride", "option"},
     "method": {"backbone", "classes", "output_stride", "option"},
-    "a whole split": {"dataset", "data_root", "split", "workers"} | VIEWS,
+    "a whole split": {"dataset", "data_root", "split", "workers", "compare"} | VIEWS,
     "images": VIEWS,
     "cost": {"crop_size"},
-    "speed": {"crop_size", "batch_size", "amp"},
+    "speed": {"crop_size", "batch_size", "amp", "runs"},
 }
 
 
@@ -714,6 +751,8 @@ def _arguments(arguments):
     add("--save-predictions", metavar="DIR", help=text)
     text = "sheets of eight images, with the method's own figures; the split's class dependency"
     add("--figures", metavar="DIR", help=text)
+    text = "other checkpoints: the figures show their predictions beside each other"
+    add("--compare", nargs="+", metavar="FILE", help=text)
     text = "pixel that the figures are about [the centre]"
     add("--pixel", type=int, nargs=2, metavar=("ROW", "COLUMN"), help=text)
     add("--images", nargs="+", metavar="FILE", help="photographs without labels")
@@ -731,6 +770,7 @@ def _arguments(arguments):
     text = "for --cost and --speed: side of the image, or height and width [513]"
     add("--crop-size", type=int, nargs="+", metavar="N", help=text)
     add("--batch-size", type=int, help="for --speed: images at a time [2]")
+    add("--runs", type=int, help="for --speed: timed repetitions, the median is printed [5]")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision [auto: on CUDA]")
     add("--workers", type=int, help="loader processes [2]")
     add("--device", help="cpu, cuda or cuda:1 [a GPU if there is one]")
@@ -744,8 +784,11 @@ def _arguments(arguments):
             fits = [f"--{use}" if use in DEFAULTS else use for use in USES if name in USES[use]]
             flag = name.replace("_", "-")
             raise Mistake(f"--{flag} has no effect here: it is for {', '.join(fits)}; leave it out")
-    if "pixel" in given and "figures" not in given:
-        raise Mistake("--pixel has no effect without --figures DIR")
+    for name in {"pixel", "compare"} & set(given):
+        if "figures" not in given:
+            raise Mistake(f"--{name} has no effect without --figures DIR")
+    if {"pixel", "compare"} <= set(given):
+        raise Mistake("--pixel has no effect with --compare; leave one of them out")
     return argparse.Namespace(**DEFAULTS | given)
 
 
@@ -764,6 +807,7 @@ def _run(args):
     check_sides("crop-size", args.crop_size)
     args.crop_size = (args.crop_size[0], args.crop_size[-1])
     at_least(1, "batch-size", args.batch_size)
+    at_least(1, "runs", args.runs)
     at_least(0, "workers", args.workers)
     if not all(scale > 0 for scale in args.scales):
         raise Mistake(f"--scales {' '.join(map(str, args.scales))}: expected factors above 0")
@@ -813,9 +857,8 @@ def _speed(net, classes, device, args):
     height, width = args.crop_size
     print(f"{args.batch_size} images of {height}x{width}, amp {args.amp}, {name}")
     numbers = {"device": name, "batch_size": args.batch_size, "size": args.crop_size}
-    for what, (seconds, peak) in speed(
-        net, classes, args.crop_size, args.batch_size, device, args.amp
-    ).items():
+    timed = speed(net, classes, args.crop_size, args.batch_size, device, args.amp, args.runs)
+    for what, (seconds, peak) in timed.items():
         numbers[what] = dict(
             seconds=seconds, images_per_second=args.batch_size / seconds, peak_bytes=peak
         )
@@ -870,14 +913,17 @@ def _split(net, checkpoint, device, rank, args, how):
     if args.figures and rank == 0:
         folder = Path(args.figures)
         folder.mkdir(parents=True, exist_ok=True)
+        nets = {args.checkpoint: net} | other_networks(args.compare, dataset.classes, device)
         for index in sorted({i * len(dataset) // 8 for i in range(8)}):
             image, truth = dataset[index]
-            prediction = label_map(net, image, device, args.amp, **how)
-            picture = figure_sheet(
-                net, image, prediction, dataset.palette, dataset.classes, truth, args.pixel
-            )
+            shown = dataset.palette, dataset.classes
+            if args.compare:
+                picture = comparison_sheet(nets, image, truth, *shown, device, args.amp, **how)
+            else:
+                prediction = label_map(net, image, device, args.amp, **how)
+                picture = figure_sheet(net, image, prediction, *shown, truth, args.pixel)
             picture.save(folder / f"{dataset.name(index)}.png")
-        if hasattr(net, "classifier"):
+        if hasattr(net, "classifier") and not args.compare:
             dependency = class_dependency(net, dataset, device, args.amp, args.workers)
             draw_matrix(dependency, dataset.classes).save(folder / "class_dependency.png")
             occurs = dependency.amax(1) > 0
@@ -888,13 +934,25 @@ def _split(net, checkpoint, device, rank, args, how):
                     f"class dependency: {others.mean():.3f} between two classes, in the mean (of "
                     "0…1)"
                 )
-        if getattr(net, "unity", None) is not None:  # a pyramid of outputs
-            result["levels"] = levels(net, dataset, device, args.amp, args.workers)
+        if getattr(net, "unity", None) is not None and not args.compare:  # a pyramid of outputs
+            file = folder / "levels.png"
+            result["levels"] = levels(net, dataset, device, args.amp, args.workers, file)
         print(f"figures: {folder}")
     about = dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name)
     about |= dict(split=args.split, images=len(dataset))
     about |= dict(output_stride=args.output_stride, option=args.option)
     return result | {"IoU": dict(zip(dataset.classes, result["IoU"]))} | about | how
+
+
+def other_networks(paths, classes, device):
+    """The networks of --compare: path -> network. Mistake where one has other classes."""
+    nets = {}
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        if checkpoint["classes"] != classes:
+            raise Mistake(f"--compare {path} was trained on other classes; take another one")
+        nets[path] = load(checkpoint).to(device, memory_format=torch.channels_last)
+    return nets
 
 
 def at_least(least, flag, value):

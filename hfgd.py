@@ -320,7 +320,7 @@ class HFGD(nn.Module):
     @torch.no_grad()
     def figures(self, image):
         """In the manner of Figs. 4, 5: the predictions from coarse and fine features of one image
-        `[3, H, W]` or `[1, 3, H, W]`, `compared`. Empty if not guided. ValueError in training mode.
+        `[3, H, W]` or `[1, 3, H, W]`, label maps. Empty if not guided. ValueError in training mode.
         """
         image = backbones.one_image(self, image)
         if not self.guided:
@@ -329,25 +329,7 @@ class HFGD(nn.Module):
         stride, size = self.backbone.strides[-1], image.shape[2:]
         coarse = self.backbone.upsample(self.classifier(z), stride, size)
         predictions = {"coarse": coarse, f"stride {self.stride}": self(image)}
-        return compared({name: y.argmax(1)[0] for name, y in predictions.items()})
-
-
-def compared(predictions):
-    """Figs. 4, 5, 6: label maps, and the window where they differ most, enlarged.
-
-    predictions: name -> int64 `[H, W]`, two or more -> the same, "difference" (`[H, W]`, the share
-    of pairs that disagree, 0…1), and "NAME, enlarged" (`[H/4, W/4]`), the same window of all. For
-    several checkpoints: docs/results.md.
-    """
-    maps = list(predictions.values())
-    pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]
-    difference = torch.stack(pairs).float().mean(0)
-    size = [max(1, side // 4) for side in difference.shape]
-    where = F.avg_pool2d(difference[None], size, stride=1)[0]
-    row, column = divmod(where.argmax().item(), where.shape[1])
-    window = slice(row, row + size[0]), slice(column, column + size[1])
-    enlarged = {f"{name}, enlarged": p[window] for name, p in predictions.items()}
-    return predictions | {"difference": difference} | enlarged
+        return {name: y.argmax(1)[0] for name, y in predictions.items()}
 
 
 # Sect. 4. The paper does not give crops (but for Sect. 7.2), scales, momentum, power, brightness:

@@ -2,64 +2,46 @@
 
 Chi-Wei Hsiao, Cheng Sun, Hwann-Tzong Chen, Min Sun: "Specialize and Fuse: Pyramidal Output
 Representation for Semantic Segmentation", ICCV 2021, https://arxiv.org/abs/2108.01866.
+Equations, sections, figures and tables have the paper's numbers.
 
-The idea: a large cell that lies within one class needs one label, not one for each of its pixels.
-So the network predicts labels at several levels, coarse to fine, and for each cell whether all of
-its pixels share a class (a unity-cell). What a coarser level has settled is left out of the finer
-ones, in training ("done by coarser") as in the fused result. Each level then specializes in what it
-is left with.
+The idea. Networks predict a label for every pixel, although most of an image is large and uniform:
+a cell of 32x32 pixels of sky needs one label. Here the network predicts labels at several levels,
+from coarse to fine. For each cell it also predicts whether all of its pixels have one class. Such
+a cell is a unity-cell, any other a mix-cell. The result takes each pixel's label from the coarsest
+unity-cell over it. What a coarser level has done is not trained again at the finer ones, so each
+level specializes in what is left to it.
 
-    Sect. 3.1, App. B   ground truth of both pyramids    -> pyramid_labels
-    Sect. 3.2, Table 7  "done by coarser"                -> relabel
-    Eq. (1)             loss                             -> pyramid_loss
-    Eq. (2)             fused output                     -> fuse
-    Sect. 4.1           unity head                       -> UnityHead
-    Eq. (3)             feature pyramid                  -> SemanticHead.forward
-    Eqs. (4), (5)       context, coarse to fine          -> SemanticHead.forward
-    Eq. (6), (10)       pooled context                   -> PyramidPool
-    Eq. (7)             final projection                 -> SemanticHead.project, and the classifier
-    Eqs. (8), (9)       context aggregation              -> ContextAggregation
-    Eqs. (10), (11)     context update                   -> ContextUpdate
-    App. D              decoder of a ResNet              -> ResNetDecoder
-    Fig. A              levels, and how they are fused   -> SpecializeAndFuse.figures
-    Table 9, Figs. 3, C what each level is good at       -> levels_compared
+The mathematics. Level l = 1 is the coarsest, L the finest. A cell of level l has s_l x s_l pixels,
+(s_1, …, s_L) = (32, 16, 8, 4). Y_l are its labels, U_l is 1 for unity-cells and 0 for mix-cells.
+A hat is a prediction. Up repeats each cell to the finest level, ⊙ multiplies cell by cell.
 
-Lists of levels run from coarse to fine, as in the paper; labels are int64 with 255 = "don't care".
+    U_l, Y_l from the labels of the pixels, Sect. 3.1, App. B             -> pyramid_labels
+    done_l: a cell over it, of a level k < l, has U_k = 1 and Û_k >= τ;
+            Y_l and U_l are ignored there, Sect. 3.2                      -> relabel
+    loss = 1/L Σ_l CE(Ŷ_l, Y_l) + 1/(L-1) Σ_l<L BCE(Û_l, U_l)      (1)    -> pyramid_loss
+    Ŷ = Σ_l 1[Up Û_l >= τ] ⊙ Up Ŷ_l ⊙ Π_k<l 1[Up Û_k < τ]          (2)    -> fuse; Û_L = 1
 
-What the paper leaves open, and what was chosen here:
-- The label of a finest cell, all of which count as unity-cells, is that of the pixel next to its
-  middle.
-- The unity head's 1x1 convolutions have neither norm nor activation, as Sect. 4.1 mentions none;
-  one of them embeds pixels and centroids. Then the head is linear up to its sigmoid, and costs next
-  to nothing:
+    unity head, Sect. 4.1: X [N, D, h, w] are the backbone's features; W_u, E, C, w 1x1 convolutions
+    X_u = W_u X                 [N, 64, h, w]
+    X_centroid = C mean(X_u)    [N, 64, H/s_l, W/s_l]    mean over each cell
+    Û_l = min over each cell of sigmoid(w (E X_u - Up X_centroid))        -> UnityHead
 
-      w · (e(x) - e(mean x)) + b  =  s - mean s + b,  s = w · e(x) of one channel for all levels
+    semantic head, Sect. 4.2: X_L is a 1x1 convolution of X, [N, 512, h, w]
+    X_l = AvgPool(X_L, 2^(L-l))                                    (3)    -> SemanticHead
+    θ_0 = PyramidPool(X_L)                     [N, 110, 512]       (6)    -> PyramidPool
+    X'_l = CA(X_l, θ_l-1), θ_l = CU(X'_l, θ_l-1), coarse to fine   (4) (5)
+    Ŷ_l = Conv1x1(ReLU(BN(Conv1x1(X'_l))))                         (7)
+    CA: X_att = softmax(query(X) key(θ)ᵀ / √512) value(θ)          (8)
+        X' = ReLU(BN(W_agg concat(X_att, X)))                      (9)    -> ContextAggregation
+    CU: θ' = ReLU(BN(W_upd concat(PyramidPool(X'), θ)))       (10) (11)   -> ContextUpdate
 
-  A cell's deviations average to 0, so its probability is at most σ(b): none reaches τ before b does
-  (2.2 for 0.9).
-- τ decides in training too what a true positive is.
-- Attention divides by the root of the channels, as its source [22] does; queries, keys and values
-  have 512.
-- ANL's APNB block is context aggregation from the level's own pooled features.
-- Experiment J: 0.4 of the mean of the coarser levels' losses, on the raw pyramidal ground truth.
-  Table A prints "{4, 8, 16}" for them; all but the finest, as its text says, are 8, 16, 32.
-- An output of one level is trained on the same labels as the finest of the pyramid.
-- Appendix D's 3x3 convolutions have batch norm and ReLU; HRNet's last stage has three modules.
-- Eq. (2)'s Up repeats each cell; features and logits are upsampled with align_corners=False.
-
-    Table A, ID       context        output       policy
-    A, B, C           None, "anl", "ours"         "single"
-    D, E, F           None           "pyramid"    "naive", "ground_truth", "true_positive"
-    G, H, I           "anl", "anl_multi", "ours"  "pyramid"
-    J                 "ours"         "auxiliary"
-    K                 "ours"         "pyramid"    with strides=(32, 4)
-    Tables 6 to 8     the same rows; hrnet_w32, 16K and 4K of ADE20K's training images (Sect. 5.4)
-    Tables 1 to 4     RECIPES; evaluate.py --scales … --flip
-    Tables 5, B       evaluate.py --speed; HRNet48: context=None, output="single"; ANL: "anl"
-
-To copy: this file and backbones.py. Down to `pyramid_loss` all but backbones.pixel_cross_entropy is
-torch alone.
+Also here: the decoder of App. D -> ResNetDecoder; Fig. A -> SpecializeAndFuse.figures; Table 9,
+Figs. 3 and C -> levels_compared. Lists of levels run from coarse to fine. Read first
+`pyramid_labels`, `relabel` and `fuse`, then `UnityHead`. Tests: tests/test_pyramid_fuse.py. To
+copy: this file and backbones.py.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -74,173 +56,252 @@ POLICIES = ("true_positive", "ground_truth", "naive")
 # --------------------------------------------------------------------------------- pyramidal output
 
 
-def pyramid_labels(labels, strides=(32, 16, 8, 4)):
-    """Sect. 3.1, App. B: (semantic, unity), the ground truth of each level.
+def pyramid_labels(labels, strides=(32, 16, 8, 4), finest="pixel"):
+    """The ground truth of both pyramids: (semantic, unity), a list of levels each.
 
-    labels `[N, H, W]`, H and W multiples of strides[0] -> semantic: for each level `[N, H/s, W/s]`,
-    the class of a unity-cell; unity: for all but the finest `[N, H/s, W/s]`, 1 unity-cell, 0
-    mix-cell. 255: the class of a mix-cell, and both where a cell holds pixels that are not labelled
-    and at most one class. ValueError for another size.
+    labels int64 `[N, H, W]`, 255 = ignored, H and W multiples of strides[0] -> semantic: for each
+    level `[N, H/s, W/s]`; unity: the same for all levels but the finest. Raises ValueError for
+    another size. The three cases of App. B:
+
+        the pixels of a cell                             semantic    unity
+        all are of one class                             the class   1 (unity-cell)
+        several classes                                  255         0 (mix-cell)
+        none is labelled, or one class and 255           255         255
+
+    finest: "pixel" gives each cell of the finest level the label of the pixel at its middle;
+    "ignore_mixed" applies the table to that level, too.
     """
     H, W = labels.shape[1:]
     if H % strides[0] or W % strides[0]:
-        raise ValueError(
-            f"labels of {H}x{W}: expected multiples of the coarsest stride, {strides[0]}"
-        )
-    ignored = labels == IGNORE  # whether a cell has pixels without a label
-    # its smallest and greatest class; 255 and -1 where there is none
-    low, high = (
-        labels,
-        labels.masked_fill(ignored, -1),
-    )
-    middle, size = strides[-1] // 2, 1
-    semantic, unity = [labels[:, middle :: strides[-1], middle :: strides[-1]]], []
-    for stride in reversed(strides[:-1]):
-        by = stride // size
-        low, high, ignored = (
-            _cells(low, by).amin(-1),
-            _cells(high, by).amax(-1),
-            _cells(ignored, by).any(-1),
-        )
-        size, mixed = stride, low < high
-        clear = (low == high) & ~ignored
-        semantic.insert(0, low.masked_fill(~clear, IGNORE))
-        unity.insert(0, clear.long().masked_fill(~clear & ~mixed, IGNORE))
-    return semantic, unity
+        expected = f"expected multiples of the coarsest stride, {strides[0]}"
+        raise ValueError(f"labels of {H}x{W}: {expected}")
+    semantic, unity = [], []
+    for s in strides:
+        cells = labels.unfold(1, s, s).unfold(2, s, s).flatten(3)  # [N, H/s, W/s, s²]
+        smallest = cells.amin(3)  # 255 only where no pixel is labelled
+        largest = cells.masked_fill(cells == IGNORE, -1).amax(3)  # of the labelled pixels
+        uniform = smallest == cells.amax(3)  # so cells of 255 alone are too, and stay 255
+        u = torch.full_like(smallest, IGNORE)
+        u[smallest < largest] = 0
+        u[uniform & (smallest != IGNORE)] = 1
+        semantic.append(smallest.masked_fill(u != 1, IGNORE))
+        unity.append(u)
+    if finest == "pixel":
+        # Sect. 3.2: "all cells in the finest level L are assumed to be unity-cells".
+        semantic[-1] = labels[:, s // 2 :: s, s // 2 :: s]
+    return semantic, unity[:-1]
 
 
-def _cells(x, side):
-    """`[N, H, W]` -> `[N, H/side, W/side, side²]`"""
-    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3)
-
-
-def _up(x, like):
-    """x at the size of `like`, each cell repeated."""
+def repeat_cells(x, like):
+    """Up: x `[…, h, w]` at the size of `like`, each cell repeated."""
     by = like.shape[-1] // x.shape[-1]
     return x.repeat_interleave(by, -2).repeat_interleave(by, -1)
 
 
 @torch.no_grad()
 def relabel(semantic, unity, unity_prob, threshold=0.9, policy="true_positive"):
-    """Sect. 3.2, Table 7: (semantic, unity) in which the cells that are "done by coarser" are 255.
+    """(semantic, unity) in which the cells that are "done by coarser" are 255 (Sect. 3.2).
 
-    semantic, unity: from pyramid_labels; unity_prob: predicted, for all but the finest level `[N,
-    h, w]` in 0…1.
-
-    policy: which cells settle what lies below them: "true_positive", unity-cells that are predicted
-    as such (at least `threshold`); "ground_truth", all unity-cells (the simple fix); "naive", none.
+    semantic, unity: of `pyramid_labels`. unity_prob: Û, for all levels but the finest `[N, h, w]`
+    in 0…1. policy, Table 7: which cells have done what is below them. "true_positive": unity-cells
+    that are predicted as such, Û >= threshold; "ground_truth", the simple fix: all unity-cells;
+    "naive": none. Raises ValueError for another policy.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r}: it is {', '.join(map(repr, POLICIES))}")
     relabelled, kept = [semantic[0]], []
     done = torch.zeros_like(semantic[0], dtype=torch.bool)
-    for level, (u, p) in enumerate(zip(unity, unity_prob)):
+    for u, p, finer in zip(unity, unity_prob, semantic[1:]):
         kept.append(u.masked_fill(done, IGNORE))
-        if policy != "naive":
-            done = done | ((u == 1) & (p >= threshold) if policy == "true_positive" else u == 1)
-        finer = semantic[level + 1]
-        done = _up(done, finer)
+        if policy == "true_positive":  # Its threshold is not given; as in the fused result.
+            done = done | (u == 1) & (p >= threshold)
+        elif policy == "ground_truth":
+            done = done | (u == 1)
+        done = repeat_cells(done, finer)
         relabelled.append(finer.masked_fill(done, IGNORE))
     return relabelled, kept
 
 
 def chosen_level(unity_prob, finest, threshold=0.9):
-    """Which level Eq. (2) takes at each finest cell: int64 `[N, h, w]`, 0 the coarsest, for the
-    size of `finest`.
-    """
+    """Which level Eq. (2) takes: int64 `[N, h, w]`, 0 the coarsest. `finest` gives the size."""
     level = torch.full(finest.shape[:1] + finest.shape[-2:], len(unity_prob), device=finest.device)
     for i, p in reversed(list(enumerate(unity_prob))):
-        level = level.masked_fill(_up(p >= threshold, finest), i)  # the coarser one overrides
+        level = level.masked_fill(repeat_cells(p >= threshold, finest), i)  # the coarser overrides
     return level
 
 
 def fuse(semantic, unity_prob, threshold=0.9):
-    """Eq. (2), at the finest level: the prediction of the coarsest level whose cell is a
-    unity-cell.
+    """Eq. (2): at each cell of the finest level the prediction of the coarsest unity-cell over it.
 
-    semantic: for each level `[N, C, h, w]`; unity_prob: for all but the finest `[N, h, w]` in 0…1
-    -> `[N, C, H/s_L, W/s_L]`.
+    semantic: Ŷ, for each level `[N, K, h, w]`. unity_prob: Û, for all but the finest `[N, h, w]` in
+    0…1 -> `[N, K, H/s_L, W/s_L]`.
     """
     level = chosen_level(unity_prob, semantic[-1], threshold).unsqueeze(1)
     fused = semantic[-1]
     for i, y in enumerate(semantic[:-1]):
-        fused = torch.where(level == i, _up(y, fused), fused)
+        fused = torch.where(level == i, repeat_cells(y, fused), fused)
     return fused
 
 
-def pyramid_loss(semantic_logits, unity_prob, semantic, unity):
-    """Eq. (1): {"semantic": 1/L · Σ CE, "unity": 1/(L - 1) · Σ BCE}, scalars, float32.
+def pyramid_loss(semantic_logits, unity_logits, semantic, unity):
+    """Eq. (1): {"semantic": its first sum, "unity": its second sum}, scalars, float32.
 
-    Each is the mean over the cells, of all processes, that are not 255.
+    semantic_logits: for each level `[N, K, h, w]`; unity_logits, whose sigmoid is Û: for all but
+    the finest `[N, h, w]`; semantic, unity: of `relabel`. CE and BCE are means over the cells, of
+    all processes, that are not 255.
     """
     ce = [backbones.pixel_cross_entropy(y, label) for y, label in zip(semantic_logits, semantic)]
     bce = []
-    for p, label in zip(unity_prob, unity):
-        p = p.float().clamp(1e-7, 1 - 1e-7)
-        both = torch.stack([(1 - p).log(), p.log()], dim=1)  # its softmax is (1 - p, p) again
-        bce.append(backbones.pixel_cross_entropy(both, label))
+    for u, label in zip(unity_logits, unity):
+        target = (label == 1).float()
+        loss = F.binary_cross_entropy_with_logits(u.float(), target, reduction="none")
+        bce.append(backbones.joint_mean(loss, label != IGNORE))
     return {"semantic": sum(ce) / len(ce), "unity": sum(bce) / len(bce)}
 
 
 # ------------------------------------------------------------------------------------------- layers
 
 
-class UnityHead(nn.Module):
-    """Sect. 4.1: X `[N, D, h, w]` -> for each coarser level float32 `[N, h/k, w/k]`, the
-    probability of a unity-cell.
+def resized(x, size):
+    """x `[N, C, h, w]` at `size`, bilinear, as HRNet's code resizes (align_corners=False)."""
+    if x.shape[2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
-    factors: k of each, cells of the finest level on a side, as in (8, 4, 2). The module's docstring
-    has the algebra.
+
+def conv_of_maps(maps, weight, bias=None):
+    """A 1x1 convolution of X = concat(maps, each at the first one's size): `[N, C, h, w]`.
+
+    maps: the backbone's, finest first. weight `[C, D, 1, 1]`, D their channels together.
+
+    Derivation: the weight has a block W_i for each map, so W concat(m_i) = Σ W_i m_i. A 1x1
+    convolution mixes channels and resizing mixes positions, so they can change places:
+
+        W concat(resized(m_i)) = Σ W_i resized(m_i) = Σ resized(W_i m_i)
+
+    The coarser maps are convolved at their own size, and X is not materialised.
+    """
+    blocks = weight.split([m.shape[1] for m in maps], dim=1)
+    x = F.conv2d(maps[0], blocks[0], bias)
+    for m, block in zip(maps[1:], blocks[1:]):
+        x = x + resized(F.conv2d(m, block), x.shape[2:])
+    return x
+
+
+class UnityHead(nn.Module):
+    """Sect. 4.1: maps, finest first -> Û's logits: float32 `[N, h/k, w/k]` for each k in `factors`.
+
+    factors: the side of a cell in positions of the finest map, (8, 4, 2). Each level has the same
+    four convolutions. They have no norm or activation: Sect. 4.1 mentions none.
+
+    unity: "two": E and C are two convolutions, the text's "a shared Conv1x1" being shared by the
+    levels. "tied": E and C are one. Then a cell's differences have a mean of 0, so their minimum is
+    at most 0, and Û <= sigmoid(w's bias) whatever the cell holds. "difference": tied, with the
+    absolute value of each difference: deviations of either sign count.
     """
 
-    def __init__(self, in_channels, factors, channels=64):
+    def __init__(self, in_channels, factors, unity="two", channels=64):
         super().__init__()
-        self.factors = factors
-        # biases would cancel in the difference
-        self.reduce = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.embed, self.same = (
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.Conv2d(channels, 1, 1),
-        )
+        self.factors, self.unity = factors, unity
+        # Biases of the first three would add up to one number, as w's does.
+        self.reduce = nn.Conv2d(in_channels, channels, 1, bias=False)  # W_u
+        self.embed = nn.Conv2d(channels, channels, 1, bias=False)  # E
+        two = unity == "two"
+        self.centroid = nn.Conv2d(channels, channels, 1, bias=False) if two else None  # C
+        self.same = nn.Conv2d(channels, 1, 1)  # w
 
-    def forward(self, x):
-        s = F.conv2d(self.embed(self.reduce(x)), self.same.weight)  # [N, 1, h, w]
-        s = s.to(torch.promote_types(s.dtype, torch.float32))  # a half would round p to 1
-        unity = []
+    def printed(self, maps):
+        """As Sect. 4.1 describes it."""
+        x_u = conv_of_maps(maps, self.reduce.weight)  # [N, 64, h, w]
+        embedding, unity = self.embed(x_u), []
         for k in self.factors:
-            same = (s - _up(F.avg_pool2d(s, k), s) + self.same.bias).sigmoid()  # as the centroid
-            unity.append(-F.max_pool2d(-same, k).squeeze(1))  # the pixel that is least so
-        return unity
+            centroid = (self.centroid or self.embed)(F.avg_pool2d(x_u, k))  # [N, 64, h/k, w/k]
+            difference = embedding - repeat_cells(centroid, embedding)  # X_diff  [N, 64, h, w]
+            if self.unity == "difference":
+                difference = difference.abs()
+            logits = self.same(difference)  # X_unity is its sigmoid  [N, 1, h, w]
+            unity.append(-F.max_pool2d(-logits, k).squeeze(1))  # min pooling  [N, h/k, w/k]
+        return [u.to(torch.promote_types(u.dtype, torch.float32)) for u in unity]
+
+    def forward(self, maps):
+        """The same as `printed`, with two channels instead of 64.
+
+        Derivation: without an absolute value all is linear up to the minimum. A mean over a cell
+        and a 1x1 convolution can change places. The centroid is one for all pixels of a cell, so it
+        can be taken out of the minimum:
+
+            min( w (E X_u - Up C mean(X_u)) ) = min( (w E W_u) X ) - mean( (w C W_u) X )
+        """
+        if self.unity == "difference":
+            return self.printed(maps)
+        w, b = self.same.weight.flatten(1), self.same.bias
+        both = [(w @ m.weight.flatten(1)) for m in (self.embed, self.centroid or self.embed)]
+        weight = torch.cat(both) @ self.reduce.weight.flatten(1)  # [2, D]
+        x = conv_of_maps(maps, weight[..., None, None])
+        # In float32, because the difference of two large halves would be coarse.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        pixels, centroids = x[:, :1], x[:, 1:]  # [N, 1, h, w] each
+        pooled = [-F.max_pool2d(-pixels, k) - F.avg_pool2d(centroids, k) for k in self.factors]
+        return [(u + b).squeeze(1) for u in pooled]
 
 
 class PyramidPool(nn.Module):
-    """Eqs. (6), (10): `[N, C, h, w]` -> `[N, C, 110]`, averages over 1x1, 3x3, 6x6 and 8x8 bins."""
+    """Eqs. (6), (10): `[N, C, h, w]` -> `[N, 110, C]`, averages over 1x1, 3x3, 6x6 and 8x8 bins."""
+
+    bins = (1, 3, 6, 8)
 
     def forward(self, x):
-        return torch.cat(
-            [backbones.average_pool(x, bins).flatten(2) for bins in (1, 3, 6, 8)], dim=2
-        )
+        """One product with the `[110, h·w]` matrix of the bins' weights, which reads x once.
+
+        A bin's weight of a position is the product of its row's and its column's.
+        """
+        h, w = (torch.eye(side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
+        weights = []
+        for n in self.bins:
+            rows, columns = F.adaptive_avg_pool1d(h, n), F.adaptive_avg_pool1d(w, n)  # [side, n]
+            weights.append(torch.einsum("ia,jb->abij", rows, columns).reshape(n * n, -1))
+        return torch.cat(weights) @ x.flatten(2).mT
 
 
 class ContextAggregation(nn.Module):
-    """CA, Eqs. (8), (9): x `[N, C, h, w]`, context θ `[N, C, T]` -> x' `[N, C, h, w]`."""
+    """CA, Eqs. (8), (9): X `[N, C, h, w]`, context θ `[N, T, C]` -> X' `[N, C, h, w]`."""
 
     def __init__(self, channels):
         super().__init__()
         self.query = nn.Conv2d(channels, channels, 1)
-        self.key, self.value = nn.Conv1d(channels, channels, 1), nn.Conv1d(channels, channels, 1)
+        self.key, self.value = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.aggregate = Conv2dNormActivation(2 * channels, channels, 1)
 
-    def forward(self, x, theta):
-        query, key, value = self.query(x).flatten(2).mT, self.key(theta).mT, self.value(theta).mT
-        attended = F.scaled_dot_product_attention(query, key, value)  # Eq. (8)  [N, h·w, C]
+    def printed(self, x, theta):
+        """As the equations are printed, with the 1/√C of their source [22]."""
+        q = self.query(x).flatten(2).mT  # [N, hw, C]
+        attended = F.scaled_dot_product_attention(q, self.key(theta), self.value(theta))  # Eq. (8)
         return self.aggregate(torch.cat([attended.mT.reshape(x.shape), x], dim=1))  # Eq. (9)
+
+    def forward(self, x, theta):
+        """The same as `printed`: what it convolves at h·w positions is convolved at T tokens.
+
+        Derivation: in Eq. (8), with query(x) = W_q x + b_q, and A its softmax,
+
+            query(x)ᵀ k = xᵀ (W_qᵀ k) + b_qᵀ k
+
+        In Eq. (9), with W_agg = [W_a, W_x] and X_att = A value(θ),
+
+            W_agg concat(X_att, X) = A (W_a value(θ)) + W_x X
+        """
+        convolution, norm, relu = self.aggregate
+        w_a, w_x = convolution.weight.flatten(1).chunk(2, dim=1)  # [C, C] each
+        key = self.key(theta) / math.sqrt(x.shape[1])
+        folded = key @ self.query.weight.flatten(1)  # W_qᵀ k  [N, T, C]
+        scores = x.flatten(2).mT @ folded.mT + (key @ self.query.bias).unsqueeze(1)
+        A = scores.softmax(2)  # Eq. (8)  [N, hw, T]
+        y = A @ (self.value(theta) @ w_a.mT)  # [N, hw, C]
+        y = y.mT.reshape(x.shape) + F.conv2d(x, w_x[..., None, None])  # Eq. (9)
+        return relu(norm(y))
 
 
 class ContextUpdate(nn.Module):
-    """CU, Eqs. (10), (11): x' `[N, C, h, w]`, θ of the level before `[N, C, T]` -> θ of this level
-    `[N, C, T]`.
-    """
+    """CU, Eqs. (10), (11): X' `[N, C, h, w]`, θ of the coarser level `[N, T, C]` -> θ, the same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -248,42 +309,61 @@ class ContextUpdate(nn.Module):
         self.update = Conv2dNormActivation(2 * channels, channels, 1)
 
     def forward(self, x, theta):
-        both = torch.cat([self.pool(x), theta], dim=1)  # Eq. (10)
-        return self.update(both.unsqueeze(3)).squeeze(3)  # Eq. (11)
+        both = torch.cat([self.pool(x), theta], dim=2)  # Eq. (10)  [N, T, 2C]
+        return self.update(both.mT.unsqueeze(3)).squeeze(3).mT  # Eq. (11)
+
+
+class APNB(nn.Module):
+    """ANL's block (Zhu et al., ICCV 2019), which Tables 5, 6 and A compare: `[N, C, h, w]` -> same.
+
+    Unlike CA it reads its own map. One convolution with norm and ReLU gives queries and keys. Keys
+    and values are pooled after their convolutions. `out` starts at 0. The sizes are its authors'.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.pool, width = PyramidPool(), channels // 2
+        self.query = Conv2dNormActivation(channels, width, 1)
+        self.value, self.out = nn.Conv2d(channels, width, 1), nn.Conv2d(width, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.aggregate = Conv2dNormActivation(2 * channels, channels, 1)
+        self.drop = nn.Dropout2d(0.05)
+
+    def forward(self, x):
+        q = self.query(x)  # [N, C/2, h, w]
+        key, value = self.pool(q), self.pool(self.value(x))  # [N, 110, C/2]
+        y = F.scaled_dot_product_attention(q.flatten(2).mT, key, value).mT.reshape(q.shape)
+        return self.drop(self.aggregate(torch.cat([self.out(y), x], dim=1)))
 
 
 class SemanticHead(nn.Module):
-    """Sect. 4.2: X `[N, D, h, w]` -> for each level what its last 1x1 convolution reads, `[N,
-    channels, h/k, w/k]`.
+    """Sect. 4.2: maps, finest first -> for each level what its last 1x1 convolution reads.
 
-    factors: k of each level, as in (8, 4, 2, 1). context: "ours"; "anl", a block at the finest
-    level before it is pooled; "anl_multi", one at each level; None. outputs: how many levels, the
-    finest ones, are returned.
+    factors: k of each level, (8, 4, 2, 1); the result has `[N, channels, h/k, w/k]`. context:
+    "ours"; "anl", an APNB at the finest level before it is pooled; "anl_multi", one at each level;
+    None. outputs: how many levels, the finest ones, are returned.
     """
 
     def __init__(self, in_channels, factors, context="ours", outputs=4, channels=512):
         super().__init__()
-        if context not in ("ours", "anl", "anl_multi", None):
-            raise ValueError(f"context={context!r}: it is 'ours', 'anl', 'anl_multi' or None")
-        self.factors, self.context, self.pool = factors, context, PyramidPool()
-        self.reduce = nn.Conv2d(in_channels, channels, 1)
-        blocks = {"ours": len(factors), "anl": 1, "anl_multi": len(factors), None: 0}[context]
-        self.aggregate = nn.ModuleList(ContextAggregation(channels) for _ in range(blocks))
-        updates = len(factors) - 1 if context == "ours" else 0
+        self.factors, self.context, levels = factors, context, len(factors)
+        self.reduce, self.pool = nn.Conv2d(in_channels, channels, 1), PyramidPool()
+        aggregates, updates = (levels, levels - 1) if context == "ours" else (0, 0)
+        blocks = {"anl": 1, "anl_multi": levels}.get(context, 0)
+        self.aggregate = nn.ModuleList(ContextAggregation(channels) for _ in range(aggregates))
         self.update = nn.ModuleList(ContextUpdate(channels) for _ in range(updates))
-        self.project = nn.ModuleList(
-            Conv2dNormActivation(channels, channels, 1) for _ in range(outputs)
-        )
+        self.anl = nn.ModuleList(APNB(channels) for _ in range(blocks))
+        layers = (Conv2dNormActivation(channels, channels, 1) for _ in range(outputs))
+        self.project = nn.ModuleList(layers)
 
-    def forward(self, x):
-        x = self.reduce(x)  # X^(L)
+    def forward(self, maps):
+        x = conv_of_maps(maps, self.reduce.weight, self.reduce.bias)  # X_L  [N, 512, h, w]
         if self.context == "anl":
-            x = self.aggregate[0](x, self.pool(x))
+            x = self.anl[0](x)
         levels = [F.avg_pool2d(x, k) if k > 1 else x for k in self.factors]  # Eq. (3)
         if self.context == "anl_multi":
-            levels = [
-                block(level, self.pool(level)) for block, level in zip(self.aggregate, levels)
-            ]
+            levels = [block(level) for block, level in zip(self.anl, levels)]
         if self.context == "ours":
             theta = self.pool(x)  # Eq. (6)
             for i, aggregate in enumerate(self.aggregate):
@@ -296,22 +376,19 @@ class SemanticHead(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """App. D: a backbone's four maps, finest first -> the same four with 48, 96, 192, 384 channels,
-    fused.
+    """App. D: a ResNet's four maps, finest first -> 48, 96, 192 and 384 channels, fused.
 
-    A 3x3 convolution each, then HRNet's last stage.
+    A 3x3 convolution each (batch norm, ReLU), then HRNet's last stage, which has three modules.
     """
 
     channels = (48, 96, 192, 384)
 
     def __init__(self, channels):
         super().__init__()
-        self.reduce = nn.ModuleList(
-            Conv2dNormActivation(a, b, 3) for a, b in zip(channels, self.channels)
-        )
-        self.fuse = nn.Sequential(
-            *(backbones.HighResolutionModule(self.channels) for _ in range(3))
-        )
+        pairs = zip(channels, self.channels)
+        self.reduce = nn.ModuleList(Conv2dNormActivation(a, b, 3) for a, b in pairs)
+        modules = (backbones.HighResolutionModule(self.channels) for _ in range(3))
+        self.fuse = nn.Sequential(*modules)
 
     def forward(self, maps):
         return self.fuse([reduce(x) for reduce, x in zip(self.reduce, maps)])
@@ -321,186 +398,156 @@ class ResNetDecoder(nn.Module):
 
 
 class SpecializeAndFuse(nn.Module):
-    """Backbone (with the decoder if it is no HRNet), unity head and semantic head, fused (Fig. 2).
+    """Backbone (with the decoder if it is not an HRNet), unity head, semantic head, fused (Fig. 2).
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar losses of Eq. (1),
-    "semantic" and "unity"; for one level "semantic", with output="auxiliary" also "auxiliary".
-    Images whose sides are no multiples of the coarsest stride are resized to the nearest that are,
-    and the logits back (Sect. 3.1).
+    "semantic" and "unity"; of one level "semantic", with output="auxiliary" also "auxiliary".
+    Images whose sides are not multiples of the coarsest stride are resized to the nearest size that
+    is, and the logits back (Sect. 3.1).
 
-    strides: of the levels, coarse to fine; the finest is the features', 4
-    context: "ours", "anl", "anl_multi" or None (Table 6)
-    output: "pyramid"; "single", the finest level alone; "auxiliary", the same with losses of the
-    others (Table 8)
-    policy: what is relabelled, see relabel (Table 7); threshold: τ, of a unity-cell
+    option      values                                      default           paper
+    strides     of the levels, coarse to fine, the last 4   (32, 16, 8, 4)    Table A, K: (32, 4)
+    context     "ours", "anl", "anl_multi", None            "ours"            Table 6
+    output      "pyramid"; "single", the finest level;      "pyramid"         Table 6
+                "auxiliary", the same, 0.4 · other losses                     Table 8
+    policy      "true_positive", "ground_truth", "naive"    "true_positive"   Table 7
+    threshold   τ                                           0.9               Sect. 5.1.3
+    unity       "two", "tied", "difference": see UnityHead  "two"             readings of Sect. 4.1
+    finest      "pixel", "ignore_mixed": pyramid_labels     "pixel"           Sect. 3.2; App. B
+
+    Table A   A, B, C: output="single" with context=None, "anl", "ours"
+              D, E, F: context=None with policy="naive", "ground_truth", "true_positive"
+              G, H, I: context="anl", "anl_multi", "ours"; J: output="auxiliary"; K: strides=(32, 4)
     """
 
-    def __init__(
-        self,
-        num_classes,
-        backbone="resnet50",
-        weights=None,
-        *,
-        strides=(32, 16, 8, 4),
-        context="ours",
-        output="pyramid",
-        policy="true_positive",
-        threshold=0.9,
-    ):
+    def __init__(self, num_classes, backbone="resnet50", weights=None, *, strides=(32, 16, 8, 4),
+                 context="ours", output="pyramid", policy="true_positive", threshold=0.9,
+                 unity="two", finest="pixel"):  # fmt: skip
         super().__init__()
         strides = tuple(strides) if isinstance(strides, (tuple, list)) else (strides,)
-        if (
-            strides[-1:] != (4,)
-            or len(strides) < 2
-            or any(a <= b or a % b for a, b in zip(strides, strides[1:]))
+        pairs = list(zip(strides, strides[1:]))
+        if strides[-1:] != (4,) or not pairs or any(a <= b or a % b for a, b in pairs):
+            expected = "expected multiples, coarse to fine, the last 4, as in (32, 16, 8, 4)"
+            raise ValueError(f"strides={strides}: {expected}")
+        for name, value, known in (
+            ("context", context, ("ours", "anl", "anl_multi", None)),
+            ("output", output, ("pyramid", "single", "auxiliary")),
+            ("policy", policy, POLICIES),
+            ("unity", unity, ("two", "tied", "difference")),
+            ("finest", finest, ("pixel", "ignore_mixed")),
         ):
-            raise ValueError(
-                f"strides={strides}: expected multiples, coarse to fine, the last 4, as in (32, "
-                "16, 8, 4)"
-            )
-        if output not in ("pyramid", "single", "auxiliary"):
-            raise ValueError(f"output={output!r}: it is 'pyramid', 'single' or 'auxiliary'")
-        if policy not in POLICIES:
-            raise ValueError(f"policy={policy!r}: it is {', '.join(map(repr, POLICIES))}")
-        if not isinstance(threshold, (int, float)):
-            raise ValueError(f"threshold={threshold!r}: expected a number, as 0.9")
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: it is one of {', '.join(map(repr, known))}")
         if output == "single" and context == "anl_multi":
-            raise ValueError(
-                "context='anl_multi' is for several levels: with output='single' take 'anl'"
-            )
+            raise ValueError("'anl_multi' is for several levels: with output='single' take 'anl'")
         self.strides, self.output, self.policy, self.threshold = strides, output, policy, threshold
-        self.backbone = backbones.build(backbone, 32, weights)
-        self.decoder = (
-            None if backbone.startswith("hrnet") else ResNetDecoder(self.backbone.channels)
-        )
-        width = sum(self.backbone.channels if self.decoder is None else self.decoder.channels)  # D
+        self.finest = finest
+        self.backbone, channels = backbones.build(backbone, 32, weights), ResNetDecoder.channels
+        self.decoder = None
+        if backbone.startswith("hrnet"):
+            channels = self.backbone.channels
+        else:
+            self.decoder = ResNetDecoder(self.backbone.channels)
         factors = [stride // 4 for stride in strides]
         if output == "single" and context != "ours":
             factors = factors[-1:]  # nothing needs the coarser levels
-        self.semantic = SemanticHead(
-            width, factors, context, 1 if output == "single" else len(factors)
-        )
-        self.unity = UnityHead(width, factors[:-1]) if output == "pyramid" else None
-        coarser = len(self.semantic.project) - 1
-        self.coarse_classifiers = nn.ModuleList(
-            nn.Conv2d(512, num_classes, 1) for _ in range(coarser)
-        )
+        outputs = 1 if output == "single" else len(factors)
+        self.semantic = SemanticHead(sum(channels), factors, context, outputs)
+        pyramid = output == "pyramid"
+        self.unity = UnityHead(sum(channels), factors[:-1], unity) if pyramid else None
+        coarse = (nn.Conv2d(512, num_classes, 1) for _ in range(outputs - 1))
+        self.coarse_classifiers = nn.ModuleList(coarse)
         self.classifier = nn.Conv2d(512, num_classes, 1)  # of the finest level
-        self.regularized = f"semantic.project.{coarser}.1"  # car.py acts on what enters it
+        self.regularized = f"semantic.project.{outputs - 1}.1"  # CAR acts on what enters it
 
     def pyramids(self, images):
-        """(semantic logits of each level `[N, C, h, w]`, unity probabilities of all but the finest
-        `[N, h, w]`).
-        """
-        maps = self.backbone(images, extend=False)  # they were resized, as Sect. 5 says
+        """(logits of Ŷ, each level `[N, K, h, w]`; logits of Û, all but the finest `[N, h, w]`)."""
+        maps = self.backbone(images, extend=False)  # they are resized instead, see `fitted`
         maps = maps if self.decoder is None else self.decoder(maps)
-        how = dict(size=maps[0].shape[2:], mode="bilinear", align_corners=False)
-        # X  [N, D, H/4, W/4]
-        x = torch.cat([maps[0], *(F.interpolate(m, **how) for m in maps[1:])], dim=1)
         classifiers = [*self.coarse_classifiers, self.classifier]
-        semantic = [classifier(level) for classifier, level in zip(classifiers, self.semantic(x))]
-        return semantic, [] if self.unity is None else self.unity(x)
+        levels = zip(classifiers, self.semantic(maps))
+        semantic = [classifier(level) for classifier, level in levels]  # the last layer of Eq. (7)
+        return semantic, [] if self.unity is None else self.unity(maps)
 
     def fitted(self, images):
         """The images at the nearest size of which the coarsest stride is a divisor."""
         s = self.strides[0]
-        size = [max(1, (side + s // 2) // s) * s for side in images.shape[2:]]
-        return _resized(images, size)
+        return resized(images, [max(1, (side + s // 2) // s) * s for side in images.shape[2:]])
 
     def forward(self, images, labels=None):
         fitted = self.fitted(images)
-        semantic, unity_prob = self.pyramids(fitted)
+        semantic, unity = self.pyramids(fitted)
+        unity_prob = [u.sigmoid() for u in unity]
         if labels is None:
-            logits = (
-                fuse(semantic, unity_prob, self.threshold)
-                if self.output == "pyramid"
-                else semantic[-1]
-            )
-            return _resized(_resized(logits.float(), fitted.shape[2:]), images.shape[2:])
-        if fitted.shape != images.shape:
-            labels = F.interpolate(
-                labels[:, None].float(), size=fitted.shape[2:], mode="nearest-exact"
-            )[:, 0].long()
-        truth, unity = pyramid_labels(labels, self.strides)
-        if self.output == "pyramid":
-            truth, unity = relabel(truth, unity, unity_prob, self.threshold, self.policy)
-            return pyramid_loss(semantic, unity_prob, truth, unity)
-        losses = [
-            backbones.pixel_cross_entropy(y, label) for y, label in zip(semantic[::-1], truth[::-1])
-        ]
-        auxiliary = (
-            {"auxiliary": 0.4 * sum(losses[1:]) / len(losses[1:])}
-            if self.output == "auxiliary"
-            else {}
-        )
-        return {"semantic": losses[0]} | auxiliary
+            fused = fuse(semantic, unity_prob, self.threshold) if unity else semantic[-1]
+            return resized(resized(fused.float(), fitted.shape[2:]), images.shape[2:])
+        labels = resized_labels(labels, fitted.shape[2:])
+        truth, unity_truth = pyramid_labels(labels, self.strides, self.finest)
+        if unity:
+            labels = relabel(truth, unity_truth, unity_prob, self.threshold, self.policy)
+            return pyramid_loss(semantic, unity, *labels)
+        pairs = zip(reversed(semantic), reversed(truth))
+        losses = [backbones.pixel_cross_entropy(y, label) for y, label in pairs]
+        result = {"semantic": losses[0]}
+        if self.output == "auxiliary":  # J. Table A names {4, 8, 16}; its text, all but the finest.
+            result["auxiliary"] = 0.4 * sum(losses[1:]) / len(losses[1:])
+        return result
 
     @torch.no_grad()
     def figures(self, image):
-        """Fig. A, of one image `[3, H, W]` or `[1, 3, H, W]`: label maps and maps in 0…1, each of
-        its level's size.
+        """Fig. A, of one image `[3, H, W]` or `[1, 3, H, W]`: label maps, and maps in 0…1.
 
-        "semantic s", "unity s": raw, of the level of stride s; "chosen s": its labels where the
-        fused result takes them, 255 where a coarser level has (done by coarser) or a finer one will
-        (a mix-cell); "level": which it takes, 0 the coarsest, 1 the finest; "fused". Empty for one
-        level. ValueError in training mode.
+        "semantic s", "unity s": predictions of the level of stride s, at its size. "chosen s": its
+        labels where the fused result takes them, 254 where a coarser level was taken ("done by
+        coarser"), 255 in mix-cells. "level": which is taken, 0 the coarsest, 1 the finest. "fused".
+        Empty for one level. ValueError in training mode.
         """
         images = self.fitted(backbones.one_image(self, image))
         if self.output != "pyramid":
             return {}
-        semantic, unity_prob = self.pyramids(images)
+        semantic, unity = self.pyramids(images)
+        unity_prob = [u.sigmoid() for u in unity]
         labels = [y.argmax(1)[0] for y in semantic]
         level = chosen_level(unity_prob, semantic[-1], self.threshold)[0]
         pictures = {f"semantic {s}": y for s, y in zip(self.strides, labels)}
         pictures |= {f"unity {s}": p[0] for s, p in zip(self.strides, unity_prob)}
         for i, (s, y) in enumerate(zip(self.strides, labels)):
-            pictures[f"chosen {s}"] = _up(y, level).masked_fill(level != i, IGNORE)
+            chosen = repeat_cells(y, level).masked_fill(level > i, IGNORE)
+            pictures[f"chosen {s}"] = chosen.masked_fill(level < i, 254)
         pictures["level"] = level / (len(self.strides) - 1)
         return pictures | {"fused": fuse(semantic, unity_prob, self.threshold).argmax(1)[0]}
 
 
-def _resized(x, size):
-    """x `[N, C, h, w]` at that size, bilinear."""
-    if x.shape[2:] == torch.Size(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+def resized_labels(labels, size):
+    """Labels `[N, H, W]` at `size`: of each new pixel's centre."""
+    resized = F.interpolate(labels[:, None].float(), size=tuple(size), mode="nearest-exact")
+    return resized[:, 0].long()
 
 
 @torch.no_grad()
 def levels_compared(net, pairs, num_classes):
-    """Table 9 and Figs. 3, C: (table, difference), IoU in 0…1.
+    """Table 9 and Figs. 3, C: (table `[L, L]`, difference `[L, num_classes]`), IoU in 0…1.
 
     net: a SpecializeAndFuse with output="pyramid", in evaluation mode; pairs: an iterable of
-    (images `[N, 3, H, W]`, labels `[N, H, W]`). table `[L, L]`: mIoU of the semantic level of the
-    row on the pixels for which the unity pyramid takes the level of the column, coarse to fine (the
-    paper prints them fine to coarse). difference `[L, num_classes]`: IoU of each class if the level
-    alone is the prediction, less that of the fused one (levels by nearest neighbour at the images'
-    size). NaN where a class or a level does not occur. For example:
-
-        net = evaluate.load(evaluate.read_checkpoint("runs/pyramid_fuse-camvid/last.pt"))
-        val = data.dataset("camvid", "datasets/camvid", "val")
-        pairs = ((data.normalise(x[None]), y[None].long()) for x, y in val)
-        table, difference = levels_compared(net, pairs, val.num_classes)
+    (images `[N, 3, H, W]`, labels `[N, H, W]`). table: mIoU of the level of the row on the pixels
+    where Eq. (2) takes the level of the column; coarse to fine (the paper: fine to coarse).
+    difference: IoU of each class if the level alone is the prediction, less that of the fused one.
+    NaN where a class or a level does not occur. `evaluate.py --figures` prints and draws both.
     """
     L = len(net.strides)
     # [chosen level, level, truth, prediction]
     counts = torch.zeros(L, L, num_classes, num_classes, dtype=torch.int64)
     for images, labels in pairs:
         fitted = net.fitted(images)
-        semantic, unity_prob = net.pyramids(fitted)
-        level = chosen_level(unity_prob, semantic[-1], net.threshold)
-        how = dict(size=labels.shape[1:], mode="nearest-exact")
-        level = F.interpolate(level[:, None].float(), **how)[:, 0].long()
+        semantic, unity = net.pyramids(fitted)
+        level = chosen_level([u.sigmoid() for u in unity], semantic[-1], net.threshold)
+        level, known = resized_labels(level, labels.shape[1:]), labels != IGNORE
         for i, y in enumerate(semantic):
-            prediction = _resized(
-                _resized(_up(y, semantic[-1]).float(), fitted.shape[2:]), labels.shape[1:]
-            ).argmax(1)
-            known = labels != IGNORE
-            index = ((level * L + i) * num_classes + labels)[known] * num_classes + prediction[
-                known
-            ]
-            counts += torch.bincount(index.cpu(), minlength=counts.numel()).view_as(counts)
+            y = resized(repeat_cells(y, semantic[-1]).float(), fitted.shape[2:])
+            prediction = resized(y, labels.shape[1:]).argmax(1)
+            index = ((level * L + i) * num_classes + labels) * num_classes + prediction
+            counts += torch.bincount(index[known].cpu(), minlength=counts.numel()).view_as(counts)
 
     def iou(matrix):  # [..., K, K] -> [..., K], NaN for a class that is nowhere
         hit = matrix.diagonal(dim1=-2, dim2=-1).double()
@@ -510,31 +557,25 @@ def levels_compared(net, pairs, num_classes):
     return iou(counts).nanmean(-1).T, iou(counts.sum(0)) - fused
 
 
-# Sect. 5.1.1; iterations are epochs · images / 16
-# weights: --weights, the path of HRNet's ImageNet checkpoint, or with a ResNet "imagenet"
+# Sect. 5.1.1; iterations are epochs · images / 16. Sect. 5.1.1 follows HRNet-OCR's code: there a
+# scale of 1 makes the long side 520 pixels, and for the last two datasets the rate of what is not
+# the backbone is ten times that of the backbone.
+# weights: --weights, the path of HRNet's ImageNet checkpoint, or with a ResNet "imagenet".
 _COMMON = dict(
-    backbone="hrnet_w48",
-    optimizer="sgd",
-    momentum=0.9,
-    power=0.9,
-    weight_decay=1e-4,
-    batch_size=16,
-    crop_size=512,
-    scale=(0.5, 2.0),
-    color="brightness",
+    backbone="hrnet_w48", optimizer="sgd", momentum=0.9, power=0.9, weight_decay=1e-4,
+    batch_size=16, crop_size=512, scale=(0.5, 2.0), base_size=520, color="brightness",
     bn_momentum=0.1,  # open
-)
+)  # fmt: skip
 RECIPES = {
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
-    "coco_stuff10k": _COMMON | dict(lr=0.001, iterations=61_875),  # 110 epochs of 9,000
-    "pascal_context": _COMMON | dict(lr=0.001, iterations=62_475),  # 200 epochs of 4,998
+    # Sect. 5.4, Tables 6 to 9 and A: HRNet32, 16K and 4K of ADE20K's training images
+    "ade20k_16k": _COMMON | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),
+    "coco_stuff10k": _COMMON | dict(lr=0.001, head_lr=10, iterations=61_875),  # 110 of 9,000
+    "pascal_context": _COMMON | dict(lr=0.001, head_lr=10, iterations=62_475),  # 200 of 4,998
 }
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):
-    """A SpecializeAndFuse; `options` are its keywords, the paper's by default. ValueError for an
-    unknown one.
-    """
-    return SpecializeAndFuse(
-        num_classes, backbone, weights, **backbones.check_options(SpecializeAndFuse, options)
-    )
+    """A SpecializeAndFuse. `options` are its keywords; ValueError for an unknown one."""
+    options = backbones.check_options(SpecializeAndFuse, options)
+    return SpecializeAndFuse(num_classes, backbone, weights, **options)

@@ -68,6 +68,7 @@ SETTINGS = {
     "batch_size": (8, "images a step, of all processes together"),
     "optimizer": ("sgd", "sgd, adam or adamw"),
     "lr": (0.02, "learning rate at the start"),
+    "head_lr": (1.0, "multiple of lr at which what is not the backbone learns"),
     "power": (0.9, "of the decay lr · (1 - step/iterations)^power"),
     "halve_every": (
         0,
@@ -81,6 +82,7 @@ SETTINGS = {
     "crop_size": (96, "of the training crop: its side, or height and width"),
     "scale": ((0.75, 1.5), "range of the random scale"),
     "scale_step": (0.0, "grid of that scale, 0: none"),
+    "base_size": (None, "longer side of an image at scale 1, in pixels (its own)"),
     "color": ("none", "none, brightness or photometric"),
     # the machine, and what is kept
     "seed": (0, "of everything random"),
@@ -94,7 +96,13 @@ SETTINGS = {
 }
 # What may differ when a run goes on: it changes no result, or rounding alone
 FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
-WHOLE = {"output_stride", "eval_every", "save_every"}  # whole numbers whose default is None
+WHOLE = {
+    "output_stride",
+    "eval_every",
+    "save_every",
+    "base_size",
+}  # whole numbers whose default is None
+AUGMENTATION = ("seed", "crop_size", "scale", "scale_step", "base_size", "color")
 LOG_EVERY = 10  # steps
 
 
@@ -177,15 +185,17 @@ def completed(settings):
     """The settings with defaults that depend on others filled in, if all numbers are in range."""
     if settings["data_root"] is None:
         settings["data_root"] = f"datasets/{settings['dataset']}"
-    for name in ("iterations", "batch_size", "eval_every", "save_every"):
-        if settings[name] is None:  # eval_every, save_every
+    for name in ("iterations", "batch_size", "eval_every", "save_every", "base_size"):
+        if settings[name] is None and name != "base_size":  # eval_every, save_every
             settings[name] = max(100, math.ceil(settings["iterations"] / 10))
         evaluate.at_least(1, name.replace("_", "-"), settings[name])
     sides = settings["crop_size"]
     sides = [sides] if isinstance(sides, int) else list(sides)
     evaluate.check_sides("crop-size", sides)
     settings["crop_size"] = sides if len(sides) == 2 else sides[0]
-    numbers = "seed workers lr power momentum weight_decay bn_momentum scale_step halve_every"
+    numbers = (
+        "seed workers lr head_lr power momentum weight_decay bn_momentum scale_step halve_every"
+    )
     for name in numbers.split():
         evaluate.at_least(0, name.replace("_", "-"), settings[name])
     low, high = settings["scale"] = list(settings["scale"])
@@ -408,12 +418,25 @@ def draw_samples(folder, net, dataset, device, amp, count=4):
 
 
 def make_optimizer(net, s):
-    """SGD, Adam or AdamW; with decay_norms=False what has one dimension (norms, biases) is not
-    decayed.
+    """SGD, Adam or AdamW.
+
+    With decay_norms=False what has one dimension (norms, biases) is not decayed. What is not in
+    net.backbone learns at head_lr · lr.
     """
-    groups = [{"params": [p for p in net.parameters() if p.ndim > 1 or s["decay_norms"]]}]
-    if not s["decay_norms"]:
-        groups.append({"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0})
+    parts = [(list(net.parameters()), s["lr"])]
+    if s["head_lr"] != 1:
+        if not hasattr(net, "backbone"):
+            raise Mistake(f"--head-lr: {s['method']} has no part named backbone; leave it out")
+        inside = set(net.backbone.parameters())
+        head = [p for p in net.parameters() if p not in inside]
+        parts = [(list(net.backbone.parameters()), s["lr"]), (head, s["head_lr"] * s["lr"])]
+    groups = []
+    for parameters, lr in parts:
+        decayed = [p for p in parameters if p.ndim > 1 or s["decay_norms"]]
+        groups.append({"params": decayed, "lr": lr})
+        if not s["decay_norms"]:
+            rest = [p for p in parameters if p.ndim <= 1]
+            groups.append({"params": rest, "lr": lr, "weight_decay": 0.0})
     if s["optimizer"] == "sgd":
         return torch.optim.SGD(
             groups, s["lr"], momentum=s["momentum"], weight_decay=s["weight_decay"]
@@ -574,7 +597,7 @@ def run(given, output, resume):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not s["deterministic"]
     device, rank, world = evaluate.processes(s["device"])
-    augmentation = {name: s[name] for name in ("seed", "crop_size", "scale", "scale_step", "color")}
+    augmentation = {name: s[name] for name in AUGMENTATION}
     train_set = data.dataset(s["dataset"], s["data_root"], "train", train=True, **augmentation)
     val_set = data.dataset(s["dataset"], s["data_root"], "val")
 

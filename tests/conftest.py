@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,6 +80,24 @@ class Largest(TorchDispatchMode):
 def largest():
     """Entered by a `with`, it finds the largest tensor of what is computed there."""
     return Largest()
+
+
+def trained(module):
+    """The module in evaluation mode, with norms that do something."""
+    for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        for x in (norm.running_mean, norm.bias.data):
+            x.normal_(std=0.3)
+        for x in (norm.running_var, norm.weight.data):
+            x.uniform_(0.5, 2)
+    return module.eval()
+
+
+def normed(x, conv, norm, activation=F.relu):
+    """A convolution without bias, batch norm, ReLU, as they are in the layers."""
+    assert conv.bias is None
+    y = F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.kernel_size[0] // 2)
+    y = (y - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
+    return activation(y * norm.weight[:, None, None] + norm.bias[:, None, None])
 
 
 @pytest.fixture

@@ -619,12 +619,53 @@ def test_several_scales_are_measured_together_and_each_alone():
     assert "mIoU at scale 0.5" in evaluate.table(result, dataset.classes)
 
 
-def test_levels_are_printed_and_without_nan(capsys):
+def test_compared_by_hand():
+    a = torch.zeros(8, 16, dtype=torch.long)
+    b, c = a.clone(), a.clone()
+    b[0, 0] = 1  # one pixel here
+    b[4:6, 9:13] = 2  # and a whole window there
+    c[5, 10] = 1
+    pictures = evaluate.compared({"a": a, "b": b, "c": c}, truth=c)
+    assert list(pictures) == [
+        "a",
+        "b",
+        "c",
+        "difference",
+        "a, enlarged",
+        "b, enlarged",
+        "c, enlarged",
+        "truth, enlarged",
+    ]
+    assert torch.equal(pictures["truth, enlarged"], pictures["c, enlarged"])
+    assert pictures["b, enlarged"].tolist() == [[2] * 4] * 2
+    assert (
+        pictures["c, enlarged"].tolist() == [[0] * 4, [0, 1, 0, 0]]
+        and pictures["a, enlarged"].tolist() == [[0] * 4] * 2
+    )
+    # of the three pairs, two disagree where b alone differs, three where b and c do, each otherwise
+    difference = pictures["difference"]
+    assert (
+        difference[0, 0].item() == pytest.approx(2 / 3)
+        and difference[5, 10] == 1
+        and difference[7, 7] == 0
+    )
+    tiles = evaluate.drawn(
+        pictures, torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)]
+    )
+    assert tiles[1][:, 0, 0].tolist() == [1, 2, 3]  # a label map in its colours
+    assert (
+        tiles[3][:, 5, 10].tolist() > tiles[3][:, 0, 0].tolist() > tiles[3][:, 7, 7].tolist()
+    )  # the share as heat
+
+
+def test_levels_are_printed_and_without_nan(capsys, tmp_path):
     torch.manual_seed(0)
     net = evaluate.network(
         "pyramid_fuse", 4, "resnet18", options={"strides": (8, 4), "context": None}
     ).eval()
-    found = evaluate.levels(net, Two((32, 64)), torch.device("cpu"), "off", 0)
+    found = evaluate.levels(
+        net, Two((32, 64)), torch.device("cpu"), "off", 0, tmp_path / "levels.png"
+    )
     table, difference = np.array(found["table"], float), np.array(found["difference"], float)
     assert found["strides"] == [8, 4] and table.shape == (2, 2) and difference.shape == (2, 4)
     assert (

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import normed, trained
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
@@ -324,24 +325,6 @@ def test_hard_examples_of_two_processes_are_those_of_the_joint_batch(two_process
 
 
 # ------------------------------------------------------------------------------ encoder and decoder
-
-
-def trained(module):
-    """The module in evaluation mode, with norms that do something."""
-    for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        for x in (norm.running_mean, norm.bias.data):
-            x.normal_(std=0.3)
-        for x in (norm.running_var, norm.weight.data):
-            x.uniform_(0.5, 2)
-    return module.eval()
-
-
-def normed(x, conv, norm, activation=F.relu):
-    """A convolution without bias, batch norm, ReLU, as they are in the layers."""
-    assert conv.bias is None
-    y = F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.kernel_size[0] // 2)
-    y = (y - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
-    return activation(y * norm.weight[:, None, None] + norm.bias[:, None, None])
 
 
 def bottleneck(x, block):
