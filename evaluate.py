@@ -18,6 +18,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import statistics
 import sys
@@ -576,14 +577,31 @@ def class_dependency(net, dataset, device, amp, workers):
 
 
 def levels(net, dataset, device, amp, workers, file):
-    """pyramid_fuse.levels_compared over all of `dataset`, as lists, for --json. Its text is
-    printed, and Fig. C drawn to `file`: the difference, clipped to -15 … +1 % as in the paper.
+    """Table 9 and Figs. 3, C of Specialize and Fuse, printed, and as lists for --json.
+
+    net: a SpecializeAndFuse with output="pyramid". "table": mIoU of the level of the row on the
+    pixels where the fused result takes the level of the column, coarse to fine (the paper: fine to
+    coarse). "difference": IoU of each class if the level alone is the prediction, less that of the
+    fused one, which `file` gets as a picture, clipped to -15 … +1 % as in the paper. NaN where a
+    class or a level does not occur.
     """
-    with autocast(device, amp):
-        pairs = read_all(dataset, device, workers, "levels")
-        table, difference = method_file("pyramid_fuse").levels_compared(
-            net, pairs, dataset.num_classes
-        )
+    L, K = len(net.strides), dataset.num_classes
+    counts = [[ConfusionMatrix(K, device) for _ in range(L)] for _ in range(L)]
+    for images, labels in read_all(dataset, device, workers, "levels"):
+        with autocast(device, amp):
+            taken, alone = net.levels(images)
+        for row, prediction in zip(counts, alone):
+            for i, matrix in enumerate(row):
+                matrix.update(prediction, labels.masked_fill(taken != i, data.IGNORE))
+
+    def iou(parts):  # of all the pixels that the parts count
+        total = ConfusionMatrix(K)
+        total.matrix = sum(part.matrix for part in parts)
+        return torch.tensor([math.nan if v is None else v for v in total.result()["IoU"]])
+
+    fused = iou([counts[i][i] for i in range(L)])
+    table = torch.tensor([[matrix.result()["mIoU"] for matrix in row] for row in counts])
+    difference = torch.stack([iou(row) - fused for row in counts])
     print(
         "mIoU of each level's prediction (rows) where the unity pyramid takes the level of the "
         "column:"

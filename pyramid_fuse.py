@@ -35,10 +35,9 @@ A hat is a prediction. Up repeats each cell to the finest level, ⊙ multiplies 
         X' = ReLU(BN(W_agg concat(X_att, X)))                      (9)    -> ContextAggregation
     CU: θ' = ReLU(BN(W_upd concat(PyramidPool(X'), θ)))       (10) (11)   -> ContextUpdate
 
-Also here: the decoder of App. D -> ResNetDecoder; Fig. A -> SpecializeAndFuse.figures; Table 9,
-Figs. 3 and C -> levels_compared. Lists of levels run from coarse to fine. Read first
-`pyramid_labels`, `relabel` and `fuse`, then `UnityHead`. Tests: tests/test_pyramid_fuse.py. To
-copy: this file and backbones.py.
+Also here: the decoder of App. D -> ResNetDecoder; Fig. A -> SpecializeAndFuse.figures. Lists of
+levels run from coarse to fine. Read first `pyramid_labels`, `relabel` and `fuse`, then `UnityHead`.
+Tests: tests/test_pyramid_fuse.py. To copy: this file and backbones.py.
 """
 
 import math
@@ -52,6 +51,14 @@ import backbones
 
 IGNORE = 255  # "don't care"
 POLICIES = ("true_positive", "ground_truth", "naive")
+
+
+def check(**options):
+    """ValueError for an option that is not one of its values: name=(value, known values)."""
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: it is one of {', '.join(map(repr, known))}")
+
 
 # --------------------------------------------------------------------------------- pyramidal output
 
@@ -73,17 +80,15 @@ def pyramid_labels(labels, strides=(32, 16, 8, 4), finest="pixel"):
     """
     H, W = labels.shape[1:]
     if H % strides[0] or W % strides[0]:
-        expected = f"expected multiples of the coarsest stride, {strides[0]}"
-        raise ValueError(f"labels of {H}x{W}: {expected}")
+        raise ValueError(f"labels of {H}x{W}: expected multiples of the stride {strides[0]}")
     semantic, unity = [], []
     for s in strides:
         cells = labels.unfold(1, s, s).unfold(2, s, s).flatten(3)  # [N, H/s, W/s, s²]
         smallest = cells.amin(3)  # 255 only where no pixel is labelled
         largest = cells.masked_fill(cells == IGNORE, -1).amax(3)  # of the labelled pixels
-        uniform = smallest == cells.amax(3)  # so cells of 255 alone are too, and stay 255
         u = torch.full_like(smallest, IGNORE)
         u[smallest < largest] = 0
-        u[uniform & (smallest != IGNORE)] = 1
+        u[(cells == largest.unsqueeze(3)).all(3)] = 1  # every pixel, so none is 255
         semantic.append(smallest.masked_fill(u != 1, IGNORE))
         unity.append(u)
     if finest == "pixel":
@@ -107,8 +112,7 @@ def relabel(semantic, unity, unity_prob, threshold=0.9, policy="true_positive"):
     that are predicted as such, Û >= threshold; "ground_truth", the simple fix: all unity-cells;
     "naive": none. Raises ValueError for another policy.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy={policy!r}: it is {', '.join(map(repr, POLICIES))}")
+    check(policy=(policy, POLICIES))
     relabelled, kept = [semantic[0]], []
     done = torch.zeros_like(semantic[0], dtype=torch.bool)
     for u, p, finer in zip(unity, unity_prob, semantic[1:]):
@@ -131,10 +135,9 @@ def chosen_level(unity_prob, finest, threshold=0.9):
 
 
 def fuse(semantic, unity_prob, threshold=0.9):
-    """Eq. (2): at each cell of the finest level the prediction of the coarsest unity-cell over it.
+    """Eq. (2), `[N, K, H/s_L, W/s_L]`: each finest cell's prediction of the coarsest unity-cell.
 
-    semantic: Ŷ, for each level `[N, K, h, w]`. unity_prob: Û, for all but the finest `[N, h, w]` in
-    0…1 -> `[N, K, H/s_L, W/s_L]`.
+    semantic: Ŷ, for each level `[N, K, h, w]`. unity_prob: Û, all but the finest `[N, h, w]`, 0…1.
     """
     level = chosen_level(unity_prob, semantic[-1], threshold).unsqueeze(1)
     fused = semantic[-1]
@@ -167,6 +170,12 @@ def resized(x, size):
     if x.shape[2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def resized_labels(labels, size):
+    """Labels `[N, H, W]` at `size`: of each new pixel's centre."""
+    labels = labels.unsqueeze(1).float()
+    return F.interpolate(labels, size=tuple(size), mode="nearest-exact").squeeze(1).long()
 
 
 def conv_of_maps(maps, weight, bias=None):
@@ -246,15 +255,15 @@ class UnityHead(nn.Module):
 
 
 class PyramidPool(nn.Module):
-    """Eqs. (6), (10): `[N, C, h, w]` -> `[N, 110, C]`, averages over 1x1, 3x3, 6x6 and 8x8 bins."""
+    """Eqs. (6), (10): `[N, C, h, w]` -> `[N, 110, C]`, averages over 1x1, 3x3, 6x6 and 8x8 bins.
+
+    One product with the `[110, h·w]` matrix of the bins' weights, which reads x once. The weight of
+    a position is the product of its row's and its column's.
+    """
 
     bins = (1, 3, 6, 8)
 
     def forward(self, x):
-        """One product with the `[110, h·w]` matrix of the bins' weights, which reads x once.
-
-        A bin's weight of a position is the product of its row's and its column's.
-        """
         h, w = (torch.eye(side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
         weights = []
         for n in self.bins:
@@ -364,21 +373,18 @@ class SemanticHead(nn.Module):
         levels = [F.avg_pool2d(x, k) if k > 1 else x for k in self.factors]  # Eq. (3)
         if self.context == "anl_multi":
             levels = [block(level) for block, level in zip(self.anl, levels)]
-        if self.context == "ours":
-            theta = self.pool(x)  # Eq. (6)
-            for i, aggregate in enumerate(self.aggregate):
-                levels[i] = aggregate(levels[i], theta)  # Eq. (4)
-                if i < len(self.update):
-                    theta = self.update[i](levels[i], theta)  # Eq. (5)
-        levels = levels[-len(self.project) :]
-        # Eq. (7), all but its last layer
-        return [project(level) for project, level in zip(self.project, levels)]
+        theta = self.pool(x) if self.context == "ours" else None  # Eq. (6)
+        for i, aggregate in enumerate(self.aggregate):
+            levels[i] = aggregate(levels[i], theta)  # Eq. (4)
+            if i < len(self.update):
+                theta = self.update[i](levels[i], theta)  # Eq. (5)
+        pairs = zip(self.project, levels[-len(self.project) :])
+        return [project(level) for project, level in pairs]  # Eq. (7), all but its last layer
 
 
 class ResNetDecoder(nn.Module):
-    """App. D: a ResNet's four maps, finest first -> 48, 96, 192 and 384 channels, fused.
-
-    A 3x3 convolution each (batch norm, ReLU), then HRNet's last stage, which has three modules.
+    """App. D: a ResNet's four maps, finest first -> maps of 48, 96, 192 and 384 channels, fused by
+    HRNet's last stage, which has three modules. The 3x3 convolutions have batch norm and ReLU.
     """
 
     channels = (48, 96, 192, 384)
@@ -387,8 +393,7 @@ class ResNetDecoder(nn.Module):
         super().__init__()
         pairs = zip(channels, self.channels)
         self.reduce = nn.ModuleList(Conv2dNormActivation(a, b, 3) for a, b in pairs)
-        modules = (backbones.HighResolutionModule(self.channels) for _ in range(3))
-        self.fuse = nn.Sequential(*modules)
+        self.fuse = nn.Sequential(*map(backbones.HighResolutionModule, 3 * [self.channels]))
 
     def forward(self, maps):
         return self.fuse([reduce(x) for reduce, x in zip(self.reduce, maps)])
@@ -430,35 +435,29 @@ class SpecializeAndFuse(nn.Module):
         if strides[-1:] != (4,) or not pairs or any(a <= b or a % b for a, b in pairs):
             expected = "expected multiples, coarse to fine, the last 4, as in (32, 16, 8, 4)"
             raise ValueError(f"strides={strides}: {expected}")
-        for name, value, known in (
-            ("context", context, ("ours", "anl", "anl_multi", None)),
-            ("output", output, ("pyramid", "single", "auxiliary")),
-            ("policy", policy, POLICIES),
-            ("unity", unity, ("two", "tied", "difference")),
-            ("finest", finest, ("pixel", "ignore_mixed")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: it is one of {', '.join(map(repr, known))}")
+        check(context=(context, ("ours", "anl", "anl_multi", None)), policy=(policy, POLICIES),
+              output=(output, ("pyramid", "single", "auxiliary")),
+              unity=(unity, ("two", "tied", "difference")),
+              finest=(finest, ("pixel", "ignore_mixed")))  # fmt: skip
         if output == "single" and context == "anl_multi":
             raise ValueError("'anl_multi' is for several levels: with output='single' take 'anl'")
         self.strides, self.output, self.policy, self.threshold = strides, output, policy, threshold
         self.finest = finest
-        self.backbone, channels = backbones.build(backbone, 32, weights), ResNetDecoder.channels
-        self.decoder = None
-        if backbone.startswith("hrnet"):
-            channels = self.backbone.channels
-        else:
-            self.decoder = ResNetDecoder(self.backbone.channels)
+        self.backbone = backbones.build(backbone, 32, weights)
+        hrnet = backbone.startswith("hrnet")
+        self.decoder = None if hrnet else ResNetDecoder(self.backbone.channels)
+        channels = (self.decoder or self.backbone).channels
         factors = [stride // 4 for stride in strides]
         if output == "single" and context != "ours":
             factors = factors[-1:]  # nothing needs the coarser levels
         outputs = 1 if output == "single" else len(factors)
         self.semantic = SemanticHead(sum(channels), factors, context, outputs)
-        pyramid = output == "pyramid"
-        self.unity = UnityHead(sum(channels), factors[:-1], unity) if pyramid else None
-        coarse = (nn.Conv2d(512, num_classes, 1) for _ in range(outputs - 1))
-        self.coarse_classifiers = nn.ModuleList(coarse)
-        self.classifier = nn.Conv2d(512, num_classes, 1)  # of the finest level
+        self.unity = None
+        if output == "pyramid":
+            self.unity = UnityHead(sum(channels), factors[:-1], unity)
+        classifiers = [nn.Conv2d(512, num_classes, 1) for _ in range(outputs)]
+        *coarser, self.classifier = classifiers  # the last one is the finest level's
+        self.coarse_classifiers = nn.ModuleList(coarser)
         self.regularized = f"semantic.project.{outputs - 1}.1"  # CAR acts on what enters it
 
     def pyramids(self, images):
@@ -488,23 +487,34 @@ class SpecializeAndFuse(nn.Module):
             labels = relabel(truth, unity_truth, unity_prob, self.threshold, self.policy)
             return pyramid_loss(semantic, unity, *labels)
         pairs = zip(reversed(semantic), reversed(truth))
-        losses = [backbones.pixel_cross_entropy(y, label) for y, label in pairs]
-        result = {"semantic": losses[0]}
-        if self.output == "auxiliary":  # J. Table A names {4, 8, 16}; its text, all but the finest.
-            result["auxiliary"] = 0.4 * sum(losses[1:]) / len(losses[1:])
-        return result
+        finest, *coarser = [backbones.pixel_cross_entropy(y, label) for y, label in pairs]
+        if not coarser:
+            return {"semantic": finest}
+        # J. Table A names the levels {4, 8, 16}, its text all but the finest.
+        return {"semantic": finest, "auxiliary": 0.4 * sum(coarser) / len(coarser)}
+
+    @torch.no_grad()
+    def levels(self, images):
+        """(Which level Eq. (2) takes, 0 the coarsest; a list of the classes that each level alone
+        predicts), int64 `[N, H, W]` at the images' size: for Table 9, Figs. 3 and C of evaluate.py.
+        """
+        size, fitted = images.shape[2:], self.fitted(images)
+        semantic, unity = self.pyramids(fitted)
+        level = chosen_level([u.sigmoid() for u in unity], semantic[-1], self.threshold)
+        alone = [repeat_cells(y, semantic[-1]).float() for y in semantic]
+        alone = [resized(resized(y, fitted.shape[2:]), size).argmax(1) for y in alone]
+        return resized_labels(level, size), alone
 
     @torch.no_grad()
     def figures(self, image):
         """Fig. A, of one image `[3, H, W]` or `[1, 3, H, W]`: label maps, and maps in 0…1.
 
-        "semantic s", "unity s": predictions of the level of stride s, at its size. "chosen s": its
-        labels where the fused result takes them, 254 where a coarser level was taken ("done by
-        coarser"), 255 in mix-cells. "level": which is taken, 0 the coarsest, 1 the finest. "fused".
-        Empty for one level. ValueError in training mode.
+        "semantic s", "unity s": predictions of the level of stride s. "chosen s": its labels where
+        they are taken, 254 where a coarser one was ("done by coarser"), 255 in mix-cells. "level":
+        0 the coarsest, 1 the finest. Empty for one level. ValueError in training mode.
         """
         images = self.fitted(backbones.one_image(self, image))
-        if self.output != "pyramid":
+        if self.unity is None:
             return {}
         semantic, unity = self.pyramids(images)
         unity_prob = [u.sigmoid() for u in unity]
@@ -519,48 +529,9 @@ class SpecializeAndFuse(nn.Module):
         return pictures | {"fused": fuse(semantic, unity_prob, self.threshold).argmax(1)[0]}
 
 
-def resized_labels(labels, size):
-    """Labels `[N, H, W]` at `size`: of each new pixel's centre."""
-    resized = F.interpolate(labels[:, None].float(), size=tuple(size), mode="nearest-exact")
-    return resized[:, 0].long()
-
-
-@torch.no_grad()
-def levels_compared(net, pairs, num_classes):
-    """Table 9 and Figs. 3, C: (table `[L, L]`, difference `[L, num_classes]`), IoU in 0…1.
-
-    net: a SpecializeAndFuse with output="pyramid", in evaluation mode; pairs: an iterable of
-    (images `[N, 3, H, W]`, labels `[N, H, W]`). table: mIoU of the level of the row on the pixels
-    where Eq. (2) takes the level of the column; coarse to fine (the paper: fine to coarse).
-    difference: IoU of each class if the level alone is the prediction, less that of the fused one.
-    NaN where a class or a level does not occur. `evaluate.py --figures` prints and draws both.
-    """
-    L = len(net.strides)
-    # [chosen level, level, truth, prediction]
-    counts = torch.zeros(L, L, num_classes, num_classes, dtype=torch.int64)
-    for images, labels in pairs:
-        fitted = net.fitted(images)
-        semantic, unity = net.pyramids(fitted)
-        level = chosen_level([u.sigmoid() for u in unity], semantic[-1], net.threshold)
-        level, known = resized_labels(level, labels.shape[1:]), labels != IGNORE
-        for i, y in enumerate(semantic):
-            y = resized(repeat_cells(y, semantic[-1]).float(), fitted.shape[2:])
-            prediction = resized(y, labels.shape[1:]).argmax(1)
-            index = ((level * L + i) * num_classes + labels) * num_classes + prediction
-            counts += torch.bincount(index[known].cpu(), minlength=counts.numel()).view_as(counts)
-
-    def iou(matrix):  # [..., K, K] -> [..., K], NaN for a class that is nowhere
-        hit = matrix.diagonal(dim1=-2, dim2=-1).double()
-        return hit / (matrix.sum(-1) + matrix.sum(-2) - hit)
-
-    fused = iou(sum(counts[i, i] for i in range(L)))
-    return iou(counts).nanmean(-1).T, iou(counts.sum(0)) - fused
-
-
-# Sect. 5.1.1; iterations are epochs · images / 16. Sect. 5.1.1 follows HRNet-OCR's code: there a
-# scale of 1 makes the long side 520 pixels, and for the last two datasets the rate of what is not
-# the backbone is ten times that of the backbone.
-# weights: --weights, the path of HRNet's ImageNet checkpoint, or with a ResNet "imagenet".
+# Sect. 5.1.1; iterations are epochs · images / 16. It follows HRNet-OCR's code: there a scale of 1
+# makes the long side 520 pixels, and for the last two datasets what is not the backbone learns ten
+# times as fast. --weights: the path of HRNet's ImageNet checkpoint, or with a ResNet "imagenet".
 _COMMON = dict(
     backbone="hrnet_w48", optimizer="sgd", momentum=0.9, power=0.9, weight_decay=1e-4,
     batch_size=16, crop_size=512, scale=(0.5, 2.0), base_size=520, color="brightness",

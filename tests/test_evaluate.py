@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -656,6 +657,35 @@ def test_compared_by_hand():
     assert (
         tiles[3][:, 5, 10].tolist() > tiles[3][:, 0, 0].tolist() > tiles[3][:, 7, 7].tolist()
     )  # the share as heat
+
+
+def test_table_9_by_hand(tmp_path):
+    class Net(torch.nn.Module):
+        strides = (8, 4)
+
+        def levels(self, images):
+            left = (torch.arange(16) < 8).expand(1, 8, 16)
+            coarse = (~left).long()  # class 0 on the left, 1 on the right
+            fine = ((torch.arange(16) // 4) == 1).long().expand(1, 8, 16)  # 0 1 0 0
+            return coarse, [coarse, fine]  # the left half is taken from the coarse level
+
+    class One(Two):
+        def __getitem__(self, index):
+            label = torch.zeros(8, 16, dtype=torch.uint8)  # all is class 0
+            label[:, 15] = 255
+            return torch.zeros(3, 8, 16, dtype=torch.uint8), label
+
+        def __len__(self):
+            return 1
+
+    found = evaluate.levels(Net(), One((8, 16)), torch.device("cpu"), "off", 0, tmp_path / "l.png")
+    # rows: the level that predicts; columns: the level that is taken. coarse: class 0 on the left,
+    # class 1 on the right. fine: half of the left half is wrong, IoU 1/2 and 0.
+    assert found["table"] == [[1, 0], [0.25, 1]]
+    # fused: all right. The coarse level is right on 64 of 120 pixels.
+    assert found["difference"][0][0] == pytest.approx(64 / 120 - 1)
+    assert math.isnan(found["difference"][0][2])  # class 2 is nowhere
+    assert Image.open(tmp_path / "l.png").size == (120 + 20 * 4, 120 + 20 * 2)
 
 
 def test_levels_are_printed_and_without_nan(capsys, tmp_path):
