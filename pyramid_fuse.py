@@ -22,7 +22,7 @@ A hat is a prediction. Up repeats each cell to the finest level, ⊙ multiplies 
     Ŷ = Σ_l 1[Up Û_l >= τ] ⊙ Up Ŷ_l ⊙ Π_k<l 1[Up Û_k < τ]          (2)    -> fuse; Û_L = 1
 
     unity head, Sect. 4.1: X [N, D, h, w] are the backbone's features; W_u, E, C, w 1x1 convolutions
-    X_u = W_u X                 [N, 64, h, w]
+    X_u = BN(W_u X)             [N, 64, h, w]
     X_centroid = C mean(X_u)    [N, 64, H/s_l, W/s_l]    mean over each cell
     Û_l = min over each cell of sigmoid(w (E X_u - Up X_centroid))        -> UnityHead
 
@@ -200,20 +200,23 @@ def conv_of_maps(maps, weight, bias=None):
 class UnityHead(nn.Module):
     """Sect. 4.1: maps, finest first -> Û's logits: float32 `[N, h/k, w/k]` for each k in `factors`.
 
-    factors: the side of a cell in positions of the finest map, (8, 4, 2). Each level has the same
-    four convolutions. They have no norm or activation: Sect. 4.1 mentions none.
+    factors: the side of a cell in positions of the finest map, (8, 4, 2). The levels share the four
+    convolutions, of which none has an activation, as Sect. 4.1 mentions none.
 
-    unity: "two": E and C are two convolutions, the text's "a shared Conv1x1" being shared by the
-    levels. "tied": E and C are one. Then a cell's differences have a mean of 0, so their minimum is
-    at most 0, and Û <= sigmoid(w's bias) whatever the cell holds. "difference": tied, with the
-    absolute value of each difference: deviations of either sign count.
+    unity: "two": E and C are two convolutions; the text's "a shared Conv1x1" is one for all levels.
+    "tied": E and C are one. Then a cell's differences have a mean of 0, so their minimum is at most
+    0, and Û <= sigmoid(w's bias) whatever the cell holds. "difference": tied, with the absolute
+    value of each difference, so deviations of either sign count.
+    norm: batch norm on X_u. Sect. 4.1 mentions none (False), but with two convolutions the loss was
+    not finite after 26 steps at the paper's rate of 0.02 without it: see docs/results.md.
     """
 
-    def __init__(self, in_channels, factors, unity="two", channels=64):
+    def __init__(self, in_channels, factors, unity="two", norm=True, channels=64):
         super().__init__()
         self.factors, self.unity = factors, unity
         # Biases of the first three would add up to one number, as w's does.
         self.reduce = nn.Conv2d(in_channels, channels, 1, bias=False)  # W_u
+        self.norm = nn.BatchNorm2d(channels, affine=False) if norm else nn.Identity()
         self.embed = nn.Conv2d(channels, channels, 1, bias=False)  # E
         two = unity == "two"
         self.centroid = nn.Conv2d(channels, channels, 1, bias=False) if two else None  # C
@@ -221,7 +224,7 @@ class UnityHead(nn.Module):
 
     def printed(self, maps):
         """As Sect. 4.1 describes it."""
-        x_u = conv_of_maps(maps, self.reduce.weight)  # [N, 64, h, w]
+        x_u = self.norm(conv_of_maps(maps, self.reduce.weight))  # [N, 64, h, w]
         embedding, unity = self.embed(x_u), []
         for k in self.factors:
             centroid = (self.centroid or self.embed)(F.avg_pool2d(x_u, k))  # [N, 64, h/k, w/k]
@@ -233,20 +236,21 @@ class UnityHead(nn.Module):
         return [u.to(torch.promote_types(u.dtype, torch.float32)) for u in unity]
 
     def forward(self, maps):
-        """The same as `printed`, with two channels instead of 64.
+        """The same as `printed`, with two channels after X_u instead of 64.
 
-        Derivation: without an absolute value all is linear up to the minimum. A mean over a cell
-        and a 1x1 convolution can change places. The centroid is one for all pixels of a cell, so it
-        can be taken out of the minimum:
+        Derivation: without an absolute value all is linear after X_u, up to the minimum. A mean
+        over a cell and a 1x1 convolution can change places. The centroid is one for all pixels of a
+        cell, so it can be taken out of the minimum:
 
-            min( w (E X_u - Up C mean(X_u)) ) = min( (w E W_u) X ) - mean( (w C W_u) X )
+            min( w (E X_u - Up C mean(X_u)) ) = min( (w E) X_u ) - mean( (w C) X_u )
         """
         if self.unity == "difference":
             return self.printed(maps)
         w, b = self.same.weight.flatten(1), self.same.bias
-        both = [(w @ m.weight.flatten(1)) for m in (self.embed, self.centroid or self.embed)]
-        weight = torch.cat(both) @ self.reduce.weight.flatten(1)  # [2, D]
-        x = conv_of_maps(maps, weight[..., None, None])
+        both = (self.embed, self.centroid or self.embed)
+        weight = torch.cat([w @ layer.weight.flatten(1) for layer in both])  # [2, 64]
+        x_u = self.norm(conv_of_maps(maps, self.reduce.weight))
+        x = F.conv2d(x_u, weight[..., None, None])  # [N, 2, h, w]
         # In float32, because the difference of two large halves would be coarse.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         pixels, centroids = x[:, :1], x[:, 1:]  # [N, 1, h, w] each
@@ -419,6 +423,7 @@ class SpecializeAndFuse(nn.Module):
     policy      "true_positive", "ground_truth", "naive"    "true_positive"   Table 7
     threshold   τ                                           0.9               Sect. 5.1.3
     unity       "two", "tied", "difference": see UnityHead  "two"             readings of Sect. 4.1
+    unity_norm  False: without batch norm, as printed       True              Sect. 4.1
     finest      "pixel", "ignore_mixed": pyramid_labels     "pixel"           Sect. 3.2; App. B
 
     Table A   A, B, C: output="single" with context=None, "anl", "ours"
@@ -428,7 +433,7 @@ class SpecializeAndFuse(nn.Module):
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, strides=(32, 16, 8, 4),
                  context="ours", output="pyramid", policy="true_positive", threshold=0.9,
-                 unity="two", finest="pixel"):  # fmt: skip
+                 unity="two", unity_norm=True, finest="pixel"):  # fmt: skip
         super().__init__()
         strides = tuple(strides) if isinstance(strides, (tuple, list)) else (strides,)
         pairs = list(zip(strides, strides[1:]))
@@ -454,7 +459,7 @@ class SpecializeAndFuse(nn.Module):
         self.semantic = SemanticHead(sum(channels), factors, context, outputs)
         self.unity = None
         if output == "pyramid":
-            self.unity = UnityHead(sum(channels), factors[:-1], unity)
+            self.unity = UnityHead(sum(channels), factors[:-1], unity, unity_norm)
         classifiers = [nn.Conv2d(512, num_classes, 1) for _ in range(outputs)]
         *coarser, self.classifier = classifiers  # the last one is the finest level's
         self.coarse_classifiers = nn.ModuleList(coarser)

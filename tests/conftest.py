@@ -85,10 +85,10 @@ def largest():
 def trained(module):
     """The module in evaluation mode, with norms that do something."""
     for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        for x in (norm.running_mean, norm.bias.data):
-            x.normal_(std=0.3)
-        for x in (norm.running_var, norm.weight.data):
-            x.uniform_(0.5, 2)
+        for x in (norm.running_mean, norm.bias):
+            None if x is None else torch.nn.init.normal_(x, std=0.3)
+        for x in (norm.running_var, norm.weight):
+            None if x is None else torch.nn.init.uniform_(x, 0.5, 2)
     return module.eval()
 
 

@@ -366,16 +366,20 @@ def test_a_convolution_of_maps_is_that_of_their_concatenation():
 
 # Two images of one cell of 2x2 positions and two channels. The first image has 1 3 5 7 (mean 4) and
 # 0 0 0 4 (mean 1), the second 2 2 2 2 and 1 1 1 1. W_u and E are the identity, w y = y_1 - y_2 + 2.
+# The running mean of the norm is (1, 1), its deviation 1: the same shift for all pixels. It changes
+# what C doubles: the centroid of the first image is (6, 0), of the second (2, 0).
 # tied: differences (-3 -1 1 3), (-1 -1 -1 3): w gives 0 2 4 2. Second image: 0 and 0, w gives 2.
 # difference: (3 1 1 3), (1 1 1 3): 4 2 2 2, and 2.
-# two: C doubles the first channel. (-7 -5 -3 -1), (-1 -1 -1 3): -4 -2 0 -2. (-2), (0): 0.
+# two: C doubles the first channel. (-6 -4 -2 0), (-1 -1 -1 3): -3 -1 1 -1. (-1), (0): 1.
 @pytest.mark.equation
 @pytest.mark.parametrize(
-    "unity, expected", [("tied", [0, 2]), ("difference", [2, 2]), ("two", [-4, 0])]
+    "unity, expected", [("tied", [0, 2]), ("difference", [2, 2]), ("two", [-3, 1])]
 )
 def test_sect_4_1_unity_head_by_hand(unity, expected):
-    head = pf.UnityHead(2, (2,), unity, channels=2)
+    head = pf.UnityHead(2, (2,), unity, channels=2).eval()
+    head.norm.eps = 0.0
     with torch.no_grad():
+        head.norm.running_mean.fill_(1)
         for conv in (head.reduce, head.embed):
             conv.weight.copy_(torch.eye(2)[..., None, None])
         if unity == "two":
@@ -388,20 +392,23 @@ def test_sect_4_1_unity_head_by_hand(unity, expected):
 
 
 @pytest.mark.equation
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("unity", ["two", "tied", "difference"])
-def test_unity_head_takes_the_pixel_least_like_its_centroid(unity):
-    head = pf.UnityHead(5, (4, 2), unity, channels=3).double()
+def test_unity_head_takes_the_pixel_least_like_its_centroid(unity, norm):
+    head = pf.UnityHead(5, (4, 2), unity, norm, channels=3).double()
     x = torch.randn(2, 5, 4, 8, dtype=torch.float64, requires_grad=True)
     convs = head.reduce, head.embed, head.centroid or head.embed, head.same
     w_u, e, c, w = (conv.weight[:, :, 0, 0] for conv in convs)
     assert (head.centroid is None) == (unity != "two")
     assert all(conv.bias is None for conv in convs[:3])
-    expected = []
+    x_us, expected = torch.einsum("uc,nchw->nuhw", w_u, x), []
+    if norm:  # in training: each channel over the batch
+        x_us = x_us - x_us.mean((0, 2, 3), keepdim=True)
+        x_us = x_us / (x_us.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
     for k in (4, 2):
         unities = []
         for n, a, b in product(range(2), range(4 // k), range(8 // k)):
-            cell = x[n, :, a * k : (a + 1) * k, b * k : (b + 1) * k].flatten(1).T  # [k², 5]
-            x_u = cell @ w_u.T
+            x_u = x_us[n, :, a * k : (a + 1) * k, b * k : (b + 1) * k].flatten(1).T  # [k², 3]
             difference = x_u @ e.T - c @ x_u.mean(0)
             difference = difference.abs() if unity == "difference" else difference
             probabilities = torch.sigmoid(difference @ w.T + head.same.bias)
