@@ -522,10 +522,10 @@ _ADE20K = """
 """
 
 
-def _ade20k(root, split):
+def _ade20k(root, split, name="ade20k"):
     """Raw - 1; 0, anything else, is ignored."""
     part, base = {"train": "training", "val": "validation"}[split], root / "ADEChallengeData2016"
-    files = _pairs("ade20k", split, root, base / "images" / part, base / "annotations" / part)
+    files = _pairs(name, split, root, base / "images" / part, base / "annotations" / part)
     return (
         files,
         _names(_ADE20K),
@@ -536,7 +536,7 @@ def _ade20k(root, split):
 
 def _ade20k_16k(root, split):
     """ADE20K's training images alone, for ablations: val is every fifth by name, train the rest."""
-    files, *rest = _ade20k(root, "train")
+    files, *rest = _ade20k(root, "train", "ade20k_16k")
     return [pair for i, pair in enumerate(files) if (i % 5 == 4) == (split == "val")], *rest
 
 
@@ -723,7 +723,7 @@ LAYOUTS = {
     ),
     "ade20k_16k": Layout(
         _ade20k_16k,
-        "as of ade20k, in datasets/ade20k_16k or by --data-root",
+        "ADEChallengeData2016/{images,annotations}/training/ADE_*.{jpg,png}, that of ade20k",
         "http://sceneparsing.csail.mit.edu",
         dict(train=16168, val=4042),
     ),

@@ -355,6 +355,17 @@ def test_a_padded_side_has_the_scaled_length():
     assert ((label[:, 0] == 0).sum(), (label[0] == 0).sum()) == (30, 45)
 
 
+def test_base_size_is_the_longer_side_at_scale_1():
+    # 200x100, scale 1.5: without it 300x150, with 50 75x38, with 800 1200x600
+    for base, sides in ((None, (300, 150)), (50, (75, 38)), (800, (1200, 600))):
+        whole = data.random_window((200, 100), (2000, 2000), (1.5, 1.5), 0.0, base)
+        assert whole == ((slice(0, 200), slice(0, 100)), list(sides))
+    cut = data.random_window((200, 100), (32, 32), (1.5, 1.5), 0.0, 50)  # 32 / 1.5 · 200 / 50
+    assert [s.stop - s.start for s in cut[0]] == [85, 85] and cut[1] == [32, 32]
+    small = data.dataset("shapes", train=True, crop_size=96, scale=(1.0, 1.0), base_size=24)
+    assert (small[0][1] != 255).sum() == 24 * 24
+
+
 @pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
 @pytest.mark.parametrize("size", [(200, 240), (70, 90)], ids=["cut", "padded"])
 def test_image_and_label_stay_aligned_through_scale_crop_and_flip(axis, size):
@@ -1259,6 +1270,17 @@ def test_ade20k_is_raw_less_1_and_0_is_ignored(tmp_path):
         pair(image, label, (0, 1, 2, 150))
         Image.open(image).convert("L").save(image)  # a few are gray
     assert labels_of("ade20k", tmp_path) == {"ADE_train_00000001": [255, 0, 1, 149]}
+    labels = tmp_path / "ADEChallengeData2016"
+    for i in range(2, 12):  # eleven images: the fifth and the tenth by name are val
+        for kind in ("images", "annotations"):
+            first = next((labels / kind / "training").glob("*1.*"))
+            first.with_stem(f"ADE_train_{i:08d}").write_bytes(first.read_bytes())
+    names = {
+        split: [pair[0].stem[-2:] for pair in data.dataset("ade20k_16k", tmp_path, split).files]
+        for split in ("train", "val")
+    }
+    train = ["01", "02", "03", "04", "06", "07", "08", "09", "11"]
+    assert names == dict(train=train, val=["05", "10"])
     dataset = data.dataset("ade20k", tmp_path, "val")
     assert dataset[0][0].shape == (3, 1, 4) and dataset.num_classes == 150
     known = {

@@ -338,6 +338,28 @@ def test_figures_of_a_split(trained, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "class_dependency.png"]
 
 
+def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
+    _, checkpoint, _ = trained
+    saved = evaluate.read_checkpoint(checkpoint)
+    other, strange = tmp_path / "other.pt", tmp_path / "strange.pt"
+    torch.save(saved | dict(net={k: -v for k, v in saved["net"].items()}), other)
+    torch.save(saved | dict(classes=["a", "b", "c"]), strange)
+    flags = ["--checkpoint", checkpoint, "--figures", str(tmp_path / "f"), "--device", "cpu"]
+    flags += ["--workers", "0"]
+    assert evaluate.main([*flags, "--compare", str(other)]) == 0
+    pictures = sorted((tmp_path / "f").iterdir())
+    assert [file.name for file in pictures] == [f"{i}.png" for i in range(5)]
+    # image, truth, two predictions, difference, both and the truth enlarged
+    assert Image.open(pictures[0]).width == 8 * 244 + 4
+    capsys.readouterr()
+    assert evaluate.main([*flags, "--compare", str(strange)]) == 2
+    assert "strange.pt was trained on other classes" in capsys.readouterr().err
+    line = mistake(capsys, "--checkpoint", checkpoint, "--compare", str(other))
+    assert "--compare has no effect without --figures" in line
+    line = mistake(capsys, *flags[:4], "--compare", str(other), "--pixel", "1", "1")
+    assert "--pixel has no effect with --compare" in line
+
+
 def test_matrix_has_a_square_for_each_entry_rows_downwards():
     picture = evaluate.draw_matrix(
         torch.tensor([[1.0, 0.0], [0.5, 0.0]]), ["a", "b"], cell=20, margin=40

@@ -167,6 +167,27 @@ def test_norms_and_biases_are_left_out_of_the_decay_only_where_asked(flags):
         assert type(train.make_optimizer(net, settings | {"optimizer": name})) is kind
 
 
+def test_what_is_not_the_backbone_learns_at_a_multiple(flags):
+    settings, _ = train.resolve(train.arguments([*flags, "--lr", "0.2", "--head-lr", "10"])[0])
+    net = nn.Module()
+    net.backbone, net.head = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+    groups = train.make_optimizer(net, settings).param_groups
+    assert [(g["params"], g["lr"]) for g in groups] == [
+        (list(net.backbone.parameters()), 0.2),
+        (list(net.head.parameters()), 2.0),
+    ]
+    state = train.State(net, settings, None, torch.device("cpu"), 0)
+    state.optimizer.step()
+    state.schedule.step()
+    first, second = state.schedule.get_last_lr()
+    assert second == pytest.approx(10 * first) and first < 0.2
+    groups = train.make_optimizer(net, settings | {"decay_norms": False}).param_groups
+    rates = [(g["lr"], g["weight_decay"], g["params"][0].ndim) for g in groups]
+    assert rates == [(0.2, 1e-4, 4), (0.2, 0.0, 1), (2.0, 1e-4, 4), (2.0, 0.0, 1)]
+    with pytest.raises(Mistake, match="--head-lr: my_method has no part named backbone"):
+        train.make_optimizer(nn.Conv2d(1, 1, 1), settings)
+
+
 def test_learning_rate_falls_as_the_recipe_says(flags):
     settings, _ = train.resolve(train.arguments([*flags, "--iterations", "10", "--lr", "0.8"])[0])
 
