@@ -753,6 +753,13 @@ def one_pixel(pixel, size):
     return row, column
 
 
+def check_choices(**options):
+    """ValueError for an option that is not one of its values: name=(value, known values)."""
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: it is one of {', '.join(map(repr, known))}")
+
+
 def check_options(network, options, *parts):
     """`options`, if each is a keyword-only argument of the class `network`, or of one of the
     classes `parts`, to which it hands them on; else a ValueError that lists those. For a

@@ -499,7 +499,8 @@ def compared(predictions, truth=None):
     pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
     size = [max(1, side // 4) for side in difference.shape]
-    where = F.avg_pool2d(difference[None], size, stride=1)[0]
+    where = F.avg_pool2d(difference[None], (size[0], 1), stride=1)
+    where = F.avg_pool2d(where, (1, size[1]), stride=1)[0]
     row, column = divmod(where.argmax().item(), where.shape[1])
     window = slice(row, row + size[0]), slice(column, column + size[1])
     shown = predictions | ({} if truth is None else {"truth": truth})
@@ -579,27 +580,29 @@ def class_dependency(net, dataset, device, amp, workers):
 def levels(net, dataset, device, amp, workers, file):
     """Table 9 and Figs. 3, C of Specialize and Fuse, printed, and as lists for --json.
 
-    net: a SpecializeAndFuse with output="pyramid". "table": mIoU of the level of the row on the
-    pixels where the fused result takes the level of the column, coarse to fine (the paper: fine to
-    coarse). "difference": IoU of each class if the level alone is the prediction, less that of the
-    fused one, which `file` gets as a picture, clipped to -15 … +1 % as in the paper. NaN where a
-    class or a level does not occur.
+    net: a SpecializeAndFuse with output="pyramid", at scale 1. "table": mIoU of the level of the
+    row on the pixels where the fused result takes the level of the column, coarse to fine (the
+    paper: fine to coarse). "difference": IoU of each class if the level alone is the prediction,
+    less that of the fused one; `file` gets it as a picture, clipped to -15 … +1 % as in the paper.
+    NaN where a class or a level does not occur.
     """
     L, K = len(net.strides), dataset.num_classes
     counts = [[ConfusionMatrix(K, device) for _ in range(L)] for _ in range(L)]
+    prediction = ConfusionMatrix(K, device)
     for images, labels in read_all(dataset, device, workers, "levels"):
         with autocast(device, amp):
-            taken, alone = net.levels(images)
-        for row, prediction in zip(counts, alone):
+            taken, alone, fused = net.levels(images)
+        prediction.update(fused, labels)
+        for row, level in zip(counts, alone):
             for i, matrix in enumerate(row):
-                matrix.update(prediction, labels.masked_fill(taken != i, data.IGNORE))
+                matrix.update(level, labels.masked_fill(taken != i, data.IGNORE))
 
     def iou(parts):  # of all the pixels that the parts count
         total = ConfusionMatrix(K)
         total.matrix = sum(part.matrix for part in parts)
         return torch.tensor([math.nan if v is None else v for v in total.result()["IoU"]])
 
-    fused = iou([counts[i][i] for i in range(L)])
+    fused = iou([prediction])
     table = torch.tensor([[matrix.result()["mIoU"] for matrix in row] for row in counts])
     difference = torch.stack([iou(row) - fused for row in counts])
     print(
@@ -618,7 +621,7 @@ def levels(net, dataset, device, amp, workers, file):
         )
     brightness = (difference.clamp(-0.15, 0.01) + 0.15) / 0.16
     rows = [f"stride {stride}" for stride in net.strides]
-    draw_matrix(brightness.nan_to_num(0), dataset.classes, rows).save(file)
+    draw_matrix(brightness, dataset.classes, rows).save(file)
     return {
         "strides": list(net.strides),
         "table": table.tolist(),
@@ -636,14 +639,14 @@ def without_nan(numbers):
 
 
 def draw_matrix(values, columns, rows=None, cell=20, margin=120):
-    """A matrix of numbers in 0…1 as a picture, dark blue to yellow, its columns and rows named.
-
-    rows: None if they have the columns' names.
+    """A matrix of numbers in 0…1 as a picture, dark blue to yellow, NaN grey; rows and columns have
+    names. rows: None if theirs are the columns'.
     """
     rows = columns if rows is None else rows
     height, width = cell * len(rows), cell * len(columns)
     picture = Image.new("RGB", (margin + width, margin + height), "white")
-    tiles = heat(values, torch.zeros(3, height, width, dtype=torch.uint8))
+    tiles = heat(values.nan_to_num(0), torch.zeros(3, height, width, dtype=torch.uint8))
+    tiles[:, values.isnan().repeat_interleave(cell, 0).repeat_interleave(cell, 1)] = 200
     picture.paste(Image.fromarray(tiles.permute(1, 2, 0).numpy()), (margin, margin))
     font = ImageFont.load_default(12)
     for names, turn, x, anchor in (
@@ -931,7 +934,9 @@ def _split(net, checkpoint, device, rank, args, how):
     if args.figures and rank == 0:
         folder = Path(args.figures)
         folder.mkdir(parents=True, exist_ok=True)
-        nets = {args.checkpoint: net} | other_networks(args.compare, dataset.classes, device)
+        nets = {args.checkpoint: net} | other_networks(
+            args.compare, args.checkpoint, dataset.classes, device
+        )
         for index in sorted({i * len(dataset) // 8 for i in range(8)}):
             image, truth = dataset[index]
             shown = dataset.palette, dataset.classes
@@ -962,11 +967,13 @@ def _split(net, checkpoint, device, rank, args, how):
     return result | {"IoU": dict(zip(dataset.classes, result["IoU"]))} | about | how
 
 
-def other_networks(paths, classes, device):
+def other_networks(paths, first, classes, device):
     """The networks of --compare: path -> network. Mistake where one has other classes."""
     nets = {}
     for path in paths:
         checkpoint = read_checkpoint(path)
+        if path in nets or path == first:
+            raise Mistake(f"--compare {path}: a checkpoint is compared with others; name each once")
         if checkpoint["classes"] != classes:
             raise Mistake(f"--compare {path} was trained on other classes; take another one")
         nets[path] = load(checkpoint).to(device, memory_format=torch.channels_last)

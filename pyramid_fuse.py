@@ -8,36 +8,37 @@ The idea. Networks predict a label for every pixel, although most of an image is
 a cell of 32x32 pixels of sky needs one label. Here the network predicts labels at several levels,
 from coarse to fine. For each cell it also predicts whether all of its pixels have one class. Such
 a cell is a unity-cell, any other a mix-cell. The result takes each pixel's label from the coarsest
-unity-cell over it. What a coarser level has done is not trained again at the finer ones, so each
-level specializes in what is left to it.
+unity-cell over it. Finer levels are not trained on what a coarser level has done, so each level
+specializes in what is left to it.
 
 The mathematics. Level l = 1 is the coarsest, L the finest. A cell of level l has s_l x s_l pixels,
-(s_1, …, s_L) = (32, 16, 8, 4). Y_l are its labels, U_l is 1 for unity-cells and 0 for mix-cells.
-A hat is a prediction. Up repeats each cell to the finest level, ⊙ multiplies cell by cell.
+(s_1, …, s_L) = (32, 16, 8, 4). Y_l are the labels of its cells, U_l is 1 for unity-cells and 0 for
+mix-cells. A hat is a prediction: Ŷ_l are logits, Û_l is in 0…1. h x w = H/4 x W/4. Up repeats each
+cell to the size h x w. 1[…] is 1 where it is true, else 0. ⊙ multiplies cell by cell.
 
     U_l, Y_l from the labels of the pixels, Sect. 3.1, App. B             -> pyramid_labels
-    done_l: a cell over it, of a level k < l, has U_k = 1 and Û_k >= τ;
-            Y_l and U_l are ignored there, Sect. 3.2                      -> relabel
+    done by coarser: cells under a cell of a coarser level k that is a unity-cell, U_k = 1, and is
+        predicted as one, Û_k >= τ = 0.9; they are ignored, Sect. 3.2     -> relabel
     loss = 1/L Σ_l CE(Ŷ_l, Y_l) + 1/(L-1) Σ_l<L BCE(Û_l, U_l)      (1)    -> pyramid_loss
-    Ŷ = Σ_l 1[Up Û_l >= τ] ⊙ Up Ŷ_l ⊙ Π_k<l 1[Up Û_k < τ]          (2)    -> fuse; Û_L = 1
+    Ŷ = Σ_l 1[Up Û_l >= τ] ⊙ Up Ŷ_l ⊙ Π_k<l 1[Up Û_k < τ], Û_L = 1 (2)    -> fuse
 
-    unity head, Sect. 4.1: X [N, D, h, w] are the backbone's features; W_u, E, C, w 1x1 convolutions
-    X_u = BN(W_u X)             [N, 64, h, w]
-    X_centroid = C mean(X_u)    [N, 64, H/s_l, W/s_l]    mean over each cell
-    Û_l = min over each cell of sigmoid(w (E X_u - Up X_centroid))        -> UnityHead
+    unity head, Sect. 4.1: X [N, D, h, w] are the backbone's features, W_… are 1x1 convolutions
+    X_u = W_u X                       [N, 64, h, w]
+    X_centroid = W_c mean(X_u)        [N, 64, H/s_l, W/s_l]     the mean over each cell
+    X_diff = |W_e X_u - Up X_centroid|                          the bars are this file's
+    Û_l = min over each cell of sigmoid(W_s X_diff)                       -> UnityHead
 
     semantic head, Sect. 4.2: X_L is a 1x1 convolution of X, [N, 512, h, w]
-    X_l = AvgPool(X_L, 2^(L-l))                                    (3)    -> SemanticHead
-    θ_0 = PyramidPool(X_L)                     [N, 110, 512]       (6)    -> PyramidPool
+    X_l = AvgPool(X_L, s_l / s_L)                                  (3)    -> SemanticHead
+    θ_0 = PyramidPool(X_L)  [N, 110, 512]  the context: 110 tokens (6)    -> PyramidPool
     X'_l = CA(X_l, θ_l-1), θ_l = CU(X'_l, θ_l-1), coarse to fine   (4) (5)
     Ŷ_l = Conv1x1(ReLU(BN(Conv1x1(X'_l))))                         (7)
-    CA: X_att = softmax(query(X) key(θ)ᵀ / √512) value(θ)          (8)
-        X' = ReLU(BN(W_agg concat(X_att, X)))                      (9)    -> ContextAggregation
-    CU: θ' = ReLU(BN(W_upd concat(PyramidPool(X'), θ)))       (10) (11)   -> ContextUpdate
+    CA(X, θ): X_att = softmax(query(X) key(θ)ᵀ / √512) value(θ)    (8)
+              X' = ReLU(BN(W_agg concat(X_att, X)))                (9)    -> ContextAggregation
+    CU(X', θ): ReLU(BN(W_upd concat(PyramidPool(X'), θ)))     (10) (11)   -> ContextUpdate
 
-Also here: the decoder of App. D -> ResNetDecoder; Fig. A -> SpecializeAndFuse.figures. Lists of
-levels run from coarse to fine. Read first `pyramid_labels`, `relabel` and `fuse`, then `UnityHead`.
-Tests: tests/test_pyramid_fuse.py. To copy: this file and backbones.py.
+Lists of levels run from coarse to fine. Read first `pyramid_labels`, `relabel` and `fuse`, then
+`UnityHead`. Tests: tests/test_pyramid_fuse.py. To copy: this file and backbones.py.
 """
 
 import math
@@ -52,30 +53,21 @@ import backbones
 IGNORE = 255  # "don't care"
 POLICIES = ("true_positive", "ground_truth", "naive")
 
-
-def check(**options):
-    """ValueError for an option that is not one of its values: name=(value, known values)."""
-    for name, (value, known) in options.items():
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: it is one of {', '.join(map(repr, known))}")
-
-
 # --------------------------------------------------------------------------------- pyramidal output
 
 
 def pyramid_labels(labels, strides=(32, 16, 8, 4), finest="pixel"):
-    """The ground truth of both pyramids: (semantic, unity), a list of levels each.
+    """The ground truth of every level: (semantic, unity), two lists.
 
-    labels int64 `[N, H, W]`, 255 = ignored, H and W multiples of strides[0] -> semantic: for each
-    level `[N, H/s, W/s]`; unity: the same for all levels but the finest. Raises ValueError for
-    another size. The three cases of App. B:
+    labels int64 `[N, H, W]`, 255 = ignored; H and W have to be multiples of strides[0], else
+    ValueError -> semantic: for each level `[N, H/s, W/s]`; unity: for all but the finest. App. B:
 
         the pixels of a cell                             semantic    unity
-        all are of one class                             the class   1 (unity-cell)
-        several classes                                  255         0 (mix-cell)
-        none is labelled, or one class and 255           255         255
+        all of one class                                 the class   1 (unity-cell)
+        two or more classes, with or without 255         255         0 (mix-cell)
+        one class and 255, or 255 alone                  255         255
 
-    finest: "pixel" gives each cell of the finest level the label of the pixel at its middle;
+    finest: "pixel" gives a cell of the finest level the label of its pixel (s/2, s/2);
     "ignore_mixed" applies the table to that level, too.
     """
     H, W = labels.shape[1:]
@@ -88,12 +80,13 @@ def pyramid_labels(labels, strides=(32, 16, 8, 4), finest="pixel"):
         largest = cells.masked_fill(cells == IGNORE, -1).amax(3)  # of the labelled pixels
         u = torch.full_like(smallest, IGNORE)
         u[smallest < largest] = 0
-        u[(cells == largest.unsqueeze(3)).all(3)] = 1  # every pixel, so none is 255
+        u[(cells == largest.unsqueeze(3)).all(3)] = 1  # a 255 makes it false
         semantic.append(smallest.masked_fill(u != 1, IGNORE))
         unity.append(u)
     if finest == "pixel":
         # Sect. 3.2: "all cells in the finest level L are assumed to be unity-cells".
-        semantic[-1] = labels[:, s // 2 :: s, s // 2 :: s]
+        middle = strides[-1] // 2
+        semantic[-1] = labels[:, middle :: strides[-1], middle :: strides[-1]]
     return semantic, unity[:-1]
 
 
@@ -108,17 +101,17 @@ def relabel(semantic, unity, unity_prob, threshold=0.9, policy="true_positive"):
     """(semantic, unity) in which the cells that are "done by coarser" are 255 (Sect. 3.2).
 
     semantic, unity: of `pyramid_labels`. unity_prob: Û, for all levels but the finest `[N, h, w]`
-    in 0…1. policy, Table 7: which cells have done what is below them. "true_positive": unity-cells
-    that are predicted as such, Û >= threshold; "ground_truth", the simple fix: all unity-cells;
-    "naive": none. Raises ValueError for another policy.
+    in 0…1. policy, Table 7: which cells make the finer cells under them "done". "true_positive":
+    unity-cells that are predicted as such, Û >= threshold; "ground_truth", the paper's simple fix:
+    all unity-cells; "naive": none. Raises ValueError for another policy.
     """
-    check(policy=(policy, POLICIES))
+    backbones.check_choices(policy=(policy, POLICIES))
     relabelled, kept = [semantic[0]], []
     done = torch.zeros_like(semantic[0], dtype=torch.bool)
     for u, p, finer in zip(unity, unity_prob, semantic[1:]):
         kept.append(u.masked_fill(done, IGNORE))
-        if policy == "true_positive":  # Its threshold is not given; as in the fused result.
-            done = done | (u == 1) & (p >= threshold)
+        if policy == "true_positive":  # The paper gives no threshold here; this is Eq. (2)'s.
+            done = done | ((u == 1) & (p >= threshold))
         elif policy == "ground_truth":
             done = done | (u == 1)
         done = repeat_cells(done, finer)
@@ -126,18 +119,20 @@ def relabel(semantic, unity, unity_prob, threshold=0.9, policy="true_positive"):
     return relabelled, kept
 
 
-def chosen_level(unity_prob, finest, threshold=0.9):
-    """Which level Eq. (2) takes: int64 `[N, h, w]`, 0 the coarsest. `finest` gives the size."""
-    level = torch.full(finest.shape[:1] + finest.shape[-2:], len(unity_prob), device=finest.device)
+def chosen_level(unity_prob, like, threshold=0.9):
+    """Which level Eq. (2) takes: int64 `[N, h, w]`, 0 the coarsest; `like` has the finest size."""
+    finest = len(unity_prob)
+    level = torch.full(like.shape[:1] + like.shape[-2:], finest, device=like.device)
     for i, p in reversed(list(enumerate(unity_prob))):
-        level = level.masked_fill(repeat_cells(p >= threshold, finest), i)  # the coarser overrides
+        level = level.masked_fill(repeat_cells(p >= threshold, like), i)  # the coarser overrides
     return level
 
 
 def fuse(semantic, unity_prob, threshold=0.9):
-    """Eq. (2), `[N, K, H/s_L, W/s_L]`: each finest cell's prediction of the coarsest unity-cell.
+    """Eq. (2): each finest cell has the logits of the coarsest predicted unity-cell over it.
 
-    semantic: Ŷ, for each level `[N, K, h, w]`. unity_prob: Û, all but the finest `[N, h, w]`, 0…1.
+    semantic: Ŷ, for each level `[N, K, h, w]`. unity_prob: Û, for all but the finest `[N, h, w]` in
+    0…1 -> `[N, K, H/s_L, W/s_L]`.
     """
     level = chosen_level(unity_prob, semantic[-1], threshold).unsqueeze(1)
     fused = semantic[-1]
@@ -150,8 +145,8 @@ def pyramid_loss(semantic_logits, unity_logits, semantic, unity):
     """Eq. (1): {"semantic": its first sum, "unity": its second sum}, scalars, float32.
 
     semantic_logits: for each level `[N, K, h, w]`; unity_logits, whose sigmoid is Û: for all but
-    the finest `[N, h, w]`; semantic, unity: of `relabel`. CE and BCE are means over the cells, of
-    all processes, that are not 255.
+    the finest `[N, h, w]`; semantic, unity: of `relabel`. CE and BCE are means over the cells of
+    all processes that are not 255.
     """
     ce = [backbones.pixel_cross_entropy(y, label) for y, label in zip(semantic_logits, semantic)]
     bce = []
@@ -166,7 +161,7 @@ def pyramid_loss(semantic_logits, unity_logits, semantic, unity):
 
 
 def resized(x, size):
-    """x `[N, C, h, w]` at `size`, bilinear, as HRNet's code resizes (align_corners=False)."""
+    """Pixels or cells x `[N, C, h, w]` at `size`, bilinear: cell i covers pixels 4i … 4i + 3."""
     if x.shape[2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
@@ -181,50 +176,48 @@ def resized_labels(labels, size):
 def conv_of_maps(maps, weight, bias=None):
     """A 1x1 convolution of X = concat(maps, each at the first one's size): `[N, C, h, w]`.
 
-    maps: the backbone's, finest first. weight `[C, D, 1, 1]`, D their channels together.
+    maps: the backbone's, finest first. weight `[C, D, 1, 1]`, D is the sum of their channels.
 
     Derivation: the weight has a block W_i for each map, so W concat(m_i) = Σ W_i m_i. A 1x1
     convolution mixes channels and resizing mixes positions, so they can change places:
 
-        W concat(resized(m_i)) = Σ W_i resized(m_i) = Σ resized(W_i m_i)
+        W concat(resize(m_i)) = Σ W_i resize(m_i) = Σ resize(W_i m_i)
 
     The coarser maps are convolved at their own size, and X is not materialised.
     """
     blocks = weight.split([m.shape[1] for m in maps], dim=1)
     x = F.conv2d(maps[0], blocks[0], bias)
     for m, block in zip(maps[1:], blocks[1:]):
-        x = x + resized(F.conv2d(m, block), x.shape[2:])
+        x = x + backbones.resize(F.conv2d(m, block), x)
     return x
 
 
 class UnityHead(nn.Module):
     """Sect. 4.1: maps, finest first -> Û's logits: float32 `[N, h/k, w/k]` for each k in `factors`.
 
-    factors: the side of a cell in positions of the finest map, (8, 4, 2). The levels share the four
-    convolutions, of which none has an activation, as Sect. 4.1 mentions none.
+    factors: the side of a cell, counted on the finest map, (8, 4, 2). All levels share the four
+    convolutions. No activation follows them, because Sect. 4.1 names none.
 
-    unity: "two": E and C are two convolutions; the text's "a shared Conv1x1" is one for all levels.
-    "tied": E and C are one. Then a cell's differences have a mean of 0, so their minimum is at most
-    0, and Û <= sigmoid(w's bias) whatever the cell holds. "difference": tied, with the absolute
-    value of each difference, so deviations of either sign count.
-    norm: batch norm on X_u. Sect. 4.1 mentions none (False), but with two convolutions the loss was
-    not finite after 26 steps at the paper's rate of 0.02 without it: see docs/results.md.
+    unity: readings of "a shared Conv1x1" and "measure the difference". "difference": W_e and W_c
+    are one, and X_diff is an absolute value, so deviations of either sign count. The text does not
+    print the bars, but this form finds the most unity-cells: see docs/results.md. "two": signed;
+    W_e and W_c differ, "shared" means by the levels. It diverged on CamVid. "tied": signed; W_e and
+    W_c are one. The differences of a cell then have a mean of 0, and W_s keeps that. So their
+    minimum is at most 0, and Û <= sigmoid(W_s's bias), whatever the cell holds.
     """
 
-    def __init__(self, in_channels, factors, unity="two", norm=True, channels=64):
+    def __init__(self, in_channels, factors, unity="difference", channels=64):
         super().__init__()
         self.factors, self.unity = factors, unity
-        # Biases of the first three would add up to one number, as w's does.
+        # No biases here: subtracted, they would only add a constant to that of W_s.
         self.reduce = nn.Conv2d(in_channels, channels, 1, bias=False)  # W_u
-        self.norm = nn.BatchNorm2d(channels, affine=False) if norm else nn.Identity()
-        self.embed = nn.Conv2d(channels, channels, 1, bias=False)  # E
+        self.embed = nn.Conv2d(channels, channels, 1, bias=False)  # W_e
         two = unity == "two"
-        self.centroid = nn.Conv2d(channels, channels, 1, bias=False) if two else None  # C
-        self.same = nn.Conv2d(channels, 1, 1)  # w
+        self.centroid = nn.Conv2d(channels, channels, 1, bias=False) if two else None  # W_c
+        self.same = nn.Conv2d(channels, 1, 1)  # W_s
 
-    def printed(self, maps):
-        """As Sect. 4.1 describes it."""
-        x_u = self.norm(conv_of_maps(maps, self.reduce.weight))  # [N, 64, h, w]
+    def forward(self, maps):
+        x_u = conv_of_maps(maps, self.reduce.weight)  # [N, 64, h, w]
         embedding, unity = self.embed(x_u), []
         for k in self.factors:
             centroid = (self.centroid or self.embed)(F.avg_pool2d(x_u, k))  # [N, 64, h/k, w/k]
@@ -235,34 +228,12 @@ class UnityHead(nn.Module):
             unity.append(-F.max_pool2d(-logits, k).squeeze(1))  # min pooling  [N, h/k, w/k]
         return [u.to(torch.promote_types(u.dtype, torch.float32)) for u in unity]
 
-    def forward(self, maps):
-        """The same as `printed`, with two channels after X_u instead of 64.
-
-        Derivation: without an absolute value all is linear after X_u, up to the minimum. A mean
-        over a cell and a 1x1 convolution can change places. The centroid is one for all pixels of a
-        cell, so it can be taken out of the minimum:
-
-            min( w (E X_u - Up C mean(X_u)) ) = min( (w E) X_u ) - mean( (w C) X_u )
-        """
-        if self.unity == "difference":
-            return self.printed(maps)
-        w, b = self.same.weight.flatten(1), self.same.bias
-        both = (self.embed, self.centroid or self.embed)
-        weight = torch.cat([w @ layer.weight.flatten(1) for layer in both])  # [2, 64]
-        x_u = self.norm(conv_of_maps(maps, self.reduce.weight))
-        x = F.conv2d(x_u, weight[..., None, None])  # [N, 2, h, w]
-        # In float32, because the difference of two large halves would be coarse.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        pixels, centroids = x[:, :1], x[:, 1:]  # [N, 1, h, w] each
-        pooled = [-F.max_pool2d(-pixels, k) - F.avg_pool2d(centroids, k) for k in self.factors]
-        return [(u + b).squeeze(1) for u in pooled]
-
 
 class PyramidPool(nn.Module):
-    """Eqs. (6), (10): `[N, C, h, w]` -> `[N, 110, C]`, averages over 1x1, 3x3, 6x6 and 8x8 bins.
+    """Eqs. (6), (10): `[N, C, h, w]` -> `[N, 110, C]`, averages of 1x1, 3x3, 6x6 and 8x8 bins.
 
-    One product with the `[110, h·w]` matrix of the bins' weights, which reads x once. The weight of
-    a position is the product of its row's and its column's.
+    One product with a `[110, h·w]` matrix reads x once, in its channels-last order. A bin's weight
+    of a position is its row's times its column's, which pooled identity matrices give.
     """
 
     bins = (1, 3, 6, 8)
@@ -286,19 +257,20 @@ class ContextAggregation(nn.Module):
         self.aggregate = Conv2dNormActivation(2 * channels, channels, 1)
 
     def printed(self, x, theta):
-        """As the equations are printed, with the 1/√C of their source [22]."""
+        """As the equations are printed. "Attention" in Eq. (8) has the 1/√C of its source."""
         q = self.query(x).flatten(2).mT  # [N, hw, C]
         attended = F.scaled_dot_product_attention(q, self.key(theta), self.value(theta))  # Eq. (8)
         return self.aggregate(torch.cat([attended.mT.reshape(x.shape), x], dim=1))  # Eq. (9)
 
     def forward(self, x, theta):
-        """The same as `printed`: what it convolves at h·w positions is convolved at T tokens.
+        """The same as `printed`, cheaper: W_q and a half of W_agg are applied to the T tokens, not
+        to the h·w positions.
 
-        Derivation: in Eq. (8), with query(x) = W_q x + b_q, and A its softmax,
+        Derivation: of Eq. (8), for one position x, one key k, and query(x) = W_q x + b_q,
 
             query(x)ᵀ k = xᵀ (W_qᵀ k) + b_qᵀ k
 
-        In Eq. (9), with W_agg = [W_a, W_x] and X_att = A value(θ),
+        Of Eq. (9), with W_agg = [W_a, W_x] and X_att = A value(θ), A the softmax of Eq. (8),
 
             W_agg concat(X_att, X) = A (W_a value(θ)) + W_x X
         """
@@ -330,7 +302,7 @@ class APNB(nn.Module):
     """ANL's block (Zhu et al., ICCV 2019), which Tables 5, 6 and A compare: `[N, C, h, w]` -> same.
 
     Unlike CA it reads its own map. One convolution with norm and ReLU gives queries and keys. Keys
-    and values are pooled after their convolutions. `out` starts at 0. The sizes are its authors'.
+    and values are pooled after their convolutions. The last layer starts at 0. Its authors' sizes.
     """
 
     def __init__(self, channels):
@@ -351,11 +323,11 @@ class APNB(nn.Module):
 
 
 class SemanticHead(nn.Module):
-    """Sect. 4.2: maps, finest first -> for each level what its last 1x1 convolution reads.
+    """Sect. 4.2: maps, finest first -> each level's features before its classifier, a list.
 
-    factors: k of each level, (8, 4, 2, 1); the result has `[N, channels, h/k, w/k]`. context:
+    factors: k of each level, (8, 4, 2, 1); its features are `[N, channels, h/k, w/k]`. context:
     "ours"; "anl", an APNB at the finest level before it is pooled; "anl_multi", one at each level;
-    None. outputs: how many levels, the finest ones, are returned.
+    None. outputs: only the finest `outputs` levels are returned.
     """
 
     def __init__(self, in_channels, factors, context="ours", outputs=4, channels=512):
@@ -411,20 +383,21 @@ class SpecializeAndFuse(nn.Module):
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar losses of Eq. (1),
-    "semantic" and "unity"; of one level "semantic", with output="auxiliary" also "auxiliary".
+    "semantic" and "unity"; output="single": "semantic"; "auxiliary": "semantic" and "auxiliary".
     Images whose sides are not multiples of the coarsest stride are resized to the nearest size that
     is, and the logits back (Sect. 3.1).
 
     option      values                                      default           paper
-    strides     of the levels, coarse to fine, the last 4   (32, 16, 8, 4)    Table A, K: (32, 4)
+    strides     coarse to fine; the last is 4               (32, 16, 8, 4)    Table A, K: (32, 4)
     context     "ours", "anl", "anl_multi", None            "ours"            Table 6
     output      "pyramid"; "single", the finest level;      "pyramid"         Table 6
-                "auxiliary", the same, 0.4 · other losses                     Table 8
+                "auxiliary", that and 0.4 · the mean loss of the others       Table 8
     policy      "true_positive", "ground_truth", "naive"    "true_positive"   Table 7
-    threshold   τ                                           0.9               Sect. 5.1.3
-    unity       "two", "tied", "difference": see UnityHead  "two"             readings of Sect. 4.1
-    unity_norm  False: without batch norm, as printed       True              Sect. 4.1
+    threshold   τ, in 0…1                                   0.9               Sect. 5.1.3
+    unity       "difference", "two", "tied": UnityHead      "difference"      readings of Sect. 4.1
     finest      "pixel", "ignore_mixed": pyramid_labels     "pixel"           Sect. 3.2; App. B
+
+    policy, threshold and unity belong to output="pyramid".
 
     Table A   A, B, C: output="single" with context=None, "anl", "ours"
               D, E, F: context=None with policy="naive", "ground_truth", "true_positive"
@@ -433,17 +406,22 @@ class SpecializeAndFuse(nn.Module):
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, strides=(32, 16, 8, 4),
                  context="ours", output="pyramid", policy="true_positive", threshold=0.9,
-                 unity="two", unity_norm=True, finest="pixel"):  # fmt: skip
+                 unity="difference", finest="pixel"):  # fmt: skip
         super().__init__()
         strides = tuple(strides) if isinstance(strides, (tuple, list)) else (strides,)
         pairs = list(zip(strides, strides[1:]))
-        if strides[-1:] != (4,) or not pairs or any(a <= b or a % b for a, b in pairs):
-            expected = "expected multiples, coarse to fine, the last 4, as in (32, 16, 8, 4)"
-            raise ValueError(f"strides={strides}: {expected}")
-        check(context=(context, ("ours", "anl", "anl_multi", None)), policy=(policy, POLICIES),
-              output=(output, ("pyramid", "single", "auxiliary")),
-              unity=(unity, ("two", "tied", "difference")),
-              finest=(finest, ("pixel", "ignore_mixed")))  # fmt: skip
+        whole = all(type(s) is int for s in strides) and strides[-1:] == (4,)
+        if not whole or not pairs or any(a <= b or a % b for a, b in pairs):
+            raise ValueError(f"strides={strides}: expected multiples, coarse to fine, the last 4")
+        backbones.check_choices(
+            context=(context, ("ours", "anl", "anl_multi", None)),
+            output=(output, ("pyramid", "single", "auxiliary")),
+            policy=(policy, POLICIES),
+            unity=(unity, ("difference", "two", "tied")),
+            finest=(finest, ("pixel", "ignore_mixed")),
+        )
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold}: expected a number in 0…1")
         if output == "single" and context == "anl_multi":
             raise ValueError("'anl_multi' is for several levels: with output='single' take 'anl'")
         self.strides, self.output, self.policy, self.threshold = strides, output, policy, threshold
@@ -459,11 +437,11 @@ class SpecializeAndFuse(nn.Module):
         self.semantic = SemanticHead(sum(channels), factors, context, outputs)
         self.unity = None
         if output == "pyramid":
-            self.unity = UnityHead(sum(channels), factors[:-1], unity, unity_norm)
+            self.unity = UnityHead(sum(channels), factors[:-1], unity)
         classifiers = [nn.Conv2d(512, num_classes, 1) for _ in range(outputs)]
         *coarser, self.classifier = classifiers  # the last one is the finest level's
         self.coarse_classifiers = nn.ModuleList(coarser)
-        self.regularized = f"semantic.project.{outputs - 1}.1"  # CAR acts on what enters it
+        self.regularized = f"semantic.project.{outputs - 1}.1"  # CAR acts on its input: linear
 
     def pyramids(self, images):
         """(logits of Ŷ, each level `[N, K, h, w]`; logits of Û, all but the finest `[N, h, w]`)."""
@@ -479,13 +457,18 @@ class SpecializeAndFuse(nn.Module):
         s = self.strides[0]
         return resized(images, [max(1, (side + s // 2) // s) * s for side in images.shape[2:]])
 
+    @staticmethod
+    def to_pixels(logits, fitted, images):
+        """Logits of cells at the size of the fitted images, then at that of the given ones."""
+        return resized(resized(logits.float(), fitted.shape[2:]), images.shape[2:])
+
     def forward(self, images, labels=None):
         fitted = self.fitted(images)
         semantic, unity = self.pyramids(fitted)
         unity_prob = [u.sigmoid() for u in unity]
         if labels is None:
             fused = fuse(semantic, unity_prob, self.threshold) if unity else semantic[-1]
-            return resized(resized(fused.float(), fitted.shape[2:]), images.shape[2:])
+            return self.to_pixels(fused, fitted, images)
         labels = resized_labels(labels, fitted.shape[2:])
         truth, unity_truth = pyramid_labels(labels, self.strides, self.finest)
         if unity:
@@ -495,28 +478,31 @@ class SpecializeAndFuse(nn.Module):
         finest, *coarser = [backbones.pixel_cross_entropy(y, label) for y, label in pairs]
         if not coarser:
             return {"semantic": finest}
-        # J. Table A names the levels {4, 8, 16}, its text all but the finest.
+        # J: all levels but the finest, as App. C's text says (Table A prints {4, 8, 16}); of 0.4 it
+        # does not say whether it is that of their mean, as here, or of their sum.
         return {"semantic": finest, "auxiliary": 0.4 * sum(coarser) / len(coarser)}
 
     @torch.no_grad()
     def levels(self, images):
-        """(Which level Eq. (2) takes, 0 the coarsest; a list of the classes that each level alone
-        predicts), int64 `[N, H, W]` at the images' size: for Table 9, Figs. 3 and C of evaluate.py.
+        """(Level that Eq. (2) takes, 0 the coarsest; what each level alone predicts, a list; the
+        prediction), int64 `[N, H, W]` each, for Table 9, Figs. 3 and C in evaluate.py.
         """
-        size, fitted = images.shape[2:], self.fitted(images)
+        fitted = self.fitted(images)
         semantic, unity = self.pyramids(fitted)
-        level = chosen_level([u.sigmoid() for u in unity], semantic[-1], self.threshold)
-        alone = [repeat_cells(y, semantic[-1]).float() for y in semantic]
-        alone = [resized(resized(y, fitted.shape[2:]), size).argmax(1) for y in alone]
-        return resized_labels(level, size), alone
+        unity_prob = [u.sigmoid() for u in unity]
+        taken = chosen_level(unity_prob, semantic[-1], self.threshold)
+        alone = [repeat_cells(y, semantic[-1]) for y in semantic]
+        fused = fuse(semantic, unity_prob, self.threshold)
+        *alone, fused = [self.to_pixels(y, fitted, images).argmax(1) for y in [*alone, fused]]
+        return resized_labels(taken, images.shape[2:]), alone, fused
 
     @torch.no_grad()
     def figures(self, image):
         """Fig. A, of one image `[3, H, W]` or `[1, 3, H, W]`: label maps, and maps in 0…1.
 
         "semantic s", "unity s": predictions of the level of stride s. "chosen s": its labels where
-        they are taken, 254 where a coarser one was ("done by coarser"), 255 in mix-cells. "level":
-        0 the coarsest, 1 the finest. Empty for one level. ValueError in training mode.
+        they are taken, 254 in cells that are done by coarser, 255 in mix-cells. "level": the taken
+        one, 0 coarsest … 1 finest. Empty for one level. ValueError in training mode.
         """
         images = self.fitted(backbones.one_image(self, image))
         if self.unity is None:
@@ -534,17 +520,17 @@ class SpecializeAndFuse(nn.Module):
         return pictures | {"fused": fuse(semantic, unity_prob, self.threshold).argmax(1)[0]}
 
 
-# Sect. 5.1.1; iterations are epochs · images / 16. It follows HRNet-OCR's code: there a scale of 1
-# makes the long side 520 pixels, and for the last two datasets what is not the backbone learns ten
-# times as fast. --weights: the path of HRNet's ImageNet checkpoint, or with a ResNet "imagenet".
+# Sect. 5.1.1; iterations are epochs · images / 16. It follows HRNet-OCR's code: there scale 1 makes
+# the longer side 520 pixels, and for the last two datasets all but the backbone learns ten times as
+# fast. --weights: a path to HRNet's ImageNet weights, or with a ResNet "imagenet".
 _COMMON = dict(
     backbone="hrnet_w48", optimizer="sgd", momentum=0.9, power=0.9, weight_decay=1e-4,
     batch_size=16, crop_size=512, scale=(0.5, 2.0), base_size=520, color="brightness",
-    bn_momentum=0.1,  # open
+    bn_momentum=0.1,  # not given
 )  # fmt: skip
 RECIPES = {
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
-    # Sect. 5.4, Tables 6 to 9 and A: HRNet32, 16K and 4K of ADE20K's training images
+    # Sect. 5.4, Tables 6 to 9 and A: HRNet32, 16K training images of ADE20K, evaluated on 4K others
     "ade20k_16k": _COMMON | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),
     "coco_stuff10k": _COMMON | dict(lr=0.001, head_lr=10, iterations=61_875),  # 110 of 9,000
     "pascal_context": _COMMON | dict(lr=0.001, head_lr=10, iterations=62_475),  # 200 of 4,998

@@ -2,49 +2,51 @@
 
 Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xiong, Thomas S. Huang,
 Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798.
-Sections, figures and tables have the paper's numbers; it numbers no equation.
+Sections, figures and tables have the paper's numbers. Its equations have none.
 
 The idea. An encoder-decoder sees the whole image once. SPGNet puts two of them in a row, so that
 the second one can look again. What should pass from the first to the second? Squeeze-and-excite
-weights features by their averages, which know nothing of the task. Here the first decoder's
-features are classified, and these predictions have a loss of their own. A 1x1 convolution turns
-them into a weight for every channel at every pixel: supervise, then excite.
+computes a weight for each channel from its average, and no loss tells it about classes. Here the
+first decoder's features are classified, and these predictions have a loss of their own. A 1x1
+convolution turns them into a weight for every channel at every pixel: "supervise-and-excite".
 
-The mathematics. x_d [N, D, H, W] is the finest map of a decoder, K the number of classes, E the
-number of channels that the next encoder takes. W_… are 1x1 convolutions with biases, ⊙ multiplies
-element by element.
-
-    guidance, Fig. 3, Sect. 3.4                           -> SemanticPredictionGuidance
-    x_l = W_l x_d                       [N, K, H, W]      logits, which have their own loss
-    m   = sigmoid(W_m x_l)              [N, D, H, W]      the guided attention
-    out = W_o (x_d + m ⊙ W_t x_d)       [N, E, H, W]      the input of the next stage
+The mathematics. N images of H x W pixels, K classes, D channels in the decoder, E channels at the
+entry of the next encoder. W are 1x1 convolutions with biases. ⊙ multiplies element by element.
 
     one stage, Fig. 2 (a): encoder maps e_s and decoder maps d_s, at strides s = 4, 8, 16, 32
-    g   = W_g mean(e_32)                [N, D, 1, 1]      -> EncoderDecoder
-    d_s = R_3(R_2(R_1(e_s) + up(d_2s))) [N, D, H/s, W/s]  Fig. 2 (b) -> UpsampleModule; d_64 = g
-    R_i: a bottleneck of ResNet                           -> ResidualBlock
+    d_64 = W_g mean(e_32)                  [N, D, 1, 1]      -> EncoderDecoder
+    d_s  = R_3(R_2( R_1(e_s) + up(d_2s) )) [N, D, H/s, W/s]  Fig. 2 (b) -> UpsampleModule
+    x_d  = 3x3 convolution of d_4          [N, D, H/4, W/4]  what the decoder gives
+    R is a bottleneck of ResNet -> ResidualBlock; up is bilinear, to the size of e_s
 
-    between stages, Fig. 2 (c): what stage 2 adds to its own encoder map e'_s
-    e'_s + A_s(e_s) + B_s(d_s)                            -> CrossStageAggregation
+    guidance, Fig. 3, Sect. 3.4                              -> SemanticPredictionGuidance
+    x_l = W_l x_d                          [N, K, H/4, W/4]  logits, which have their own loss
+    m   = sigmoid(W_m x_l)                 [N, D, H/4, W/4]  the guided attention
+    out = W_o (x_d + m ⊙ W_t x_d)          [N, E, H/4, W/4]  the input of the next stage
 
-Fig. 2 with two stages. U is the upsample module; e_s and d_s go to the second encoder, too:
+    the encoder maps e' of the next stage, Fig. 2 (c); its next level and its U read the sum
+    e'_s <- e'_s + A_s(e_s) + B_s(d_s)                       -> CrossStageAggregation
+    A and B are 1x1 convolutions with batch norm and ReLU
+
+Fig. 2 with two stages; U is the upsample module, "+" is where e and d of stage 1 are added:
 
     image --> stem --> e_4 --> e_8 --> e_16 --> e_32 --> mean, W_g
                         |       |        |        |          |
-                       d_4 <-- U <----- U <------ U <--------+       d_4 = 3x3 conv of U(e_4, d_8)
-                        |
-                      guidance --> x_l --> loss "stage_1"
-                        |
-                       out --> e'_4 --> e'_8 --> e'_16 --> e'_32 --> mean, W_g
-                                |        |         |         |           |
-                   logits <--- d'_4 <--- U <------ U <------ U <---------+
-                     |
-                   loss "cross_entropy"
+                x_d <-- U <---- U <----- U <----- U <--------+
+                 |
+              guidance --> x_l --> loss "stage_1"
+                 |
+                out --> e'_4+ --> e'_8+ --> e'_16+ --> e'_32+ --> mean, W_g
+                         |         |          |          |            |
+                x'_d <-- U <------ U <------- U <------- U <----------+
+                 |
+             classifier --> logits --> loss "cross_entropy"
 
-Also here: hard example mining (Table 8) -> online_hard_example_loss; the attention of a class
-(Sect. 4.5) -> SPGNet.figures. Read first `SemanticPredictionGuidance`, then `EncoderDecoder`, then
-`SPGNet.forward`. Tests: tests/test_spgnet.py. To copy: this file and backbones.py.
+Read first `SemanticPredictionGuidance`, then `EncoderDecoder`, then `SPGNet.forward`. Tests:
+tests/test_spgnet.py. To copy: this file and backbones.py.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +63,13 @@ def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
     """Cross entropy, the mean over the hard pixels of all processes (Table 8): scalar, float32.
 
     logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1, 255 = ignored. A pixel is hard if
-    its true class has a probability below `threshold`. The hardest pixels of each image, a share
-    `minimum` of the labelled ones, are hard in any case. 0 where no pixel is hard.
+    its true class has a probability below `threshold`. In each image at least a share `minimum` of
+    the labelled pixels is kept, the hardest. 0 where no pixel is labelled.
     """
-    # The paper only cites others for the rule. 15 % is the share of DeeperLab, which it cites.
+    # The paper does not state the rule. 15 % is DeeperLab's, which it cites; 0.7 is a common value.
     loss = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="none").flatten(1)
     count = (labels != 255).flatten(1).sum(1, keepdim=True)  # [N, 1]
-    # Ignored pixels have a loss of 0, the least possible, and their -1 sorts them behind the rest.
+    # An ignored pixel has a loss of 0, and so may an easy one. With -1 it comes last.
     order = loss.detach().masked_fill((labels == 255).flatten(1), -1).argsort(1, descending=True)
     loss = loss.gather(1, order)  # [N, HW], the hardest first
     rank = torch.arange(loss.shape[1], device=loss.device)
@@ -81,14 +83,12 @@ def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
 class SemanticPredictionGuidance(nn.Module):
     """Fig. 3: x_d `[N, D, H, W]` -> (out `[N, out_channels, H, W]`, x_l `[N, K, H, W]`).
 
-    excite: "sigmoid"; "softmax", over the positions; "sum", W_m x_l is added, nothing is multiplied
-    identity: add x_d. ValueError for another `excite`.
+    excite: "sigmoid", or "softmax" over the positions: out = W_o (x_d + m ⊙ W_t x_d); "sum":
+    out = W_o (x_d + W_m x_l + W_t x_d). identity=False leaves x_d out.
     """
 
     def __init__(self, channels, num_classes, out_channels, excite="sigmoid", identity=True):
         super().__init__()
-        if excite not in ("sigmoid", "softmax", "sum"):
-            raise ValueError(f"excite={excite!r}: it is 'sigmoid', 'softmax' or 'sum'")
         self.excite, self.identity = excite, identity
         self.logits = nn.Conv2d(channels, num_classes, 1)
         self.attention = nn.Conv2d(num_classes, channels, 1)
@@ -105,16 +105,17 @@ class SemanticPredictionGuidance(nn.Module):
     def forward(self, x_d):
         x_l = self.logits(x_d)
         m, t = self.mask(x_l), self.transform(x_d)
-        # Sect. 4.4 describes "sum" as x_d + W_m x_l. Table 3 prints the multiply-adds of the other
-        # rows for it, and it has a tick for the identity: so W_t is a part of it.
+        # Sect. 4.4 describes "sum" as x_d + W_m x_l. But Table 3 has the same multiply-adds for it
+        # as for "sigmoid", 218.0, so it contains W_t. It also has a tick for the identity.
         y = m + t if self.excite == "sum" else m * t
         return self.out(x_d + y if self.identity else y), x_l
 
 
 class GatherExcite(nn.Module):
-    """GE-θ⁻ of extent 8 (Hu et al., "Gather-Excite", NeurIPS 2018), with averages as in Fig. 1 (b).
+    """Gather-Excite without weights (Hu et al., NeurIPS 2018, GE-θ⁻, extent 8): `[N, C, H, W]`.
 
-    x `[N, C, H, W]` times the sigmoid of its averages: over 15x15 around every eighth position.
+    x times the sigmoid of its averages over 15x15 windows, one at every eighth position, resized
+    bilinearly, as Sect. 4.2 resizes. The paper gives no extent; 8 is a choice.
     """
 
     def forward(self, x):
@@ -123,9 +124,9 @@ class GatherExcite(nn.Module):
 
 
 class WithoutGuidance(nn.Module):
-    """Tables 3 and 4: passes x_d on without its predictions; shapes as SemanticPredictionGuidance.
+    """What takes the guidance's place in Tables 3 and 4: x_d -> (out, x_l), of the same shapes.
 
-    gate: None, directly; "se" or "ge". supervise: predict x_l for the loss, else x_l is None.
+    gate: None passes x_d on unchanged; "se" and "ge" gate it. supervise=False: x_l is None.
     """
 
     def __init__(self, channels, num_classes, out_channels, gate=None, supervise=True):
@@ -133,8 +134,8 @@ class WithoutGuidance(nn.Module):
         self.gate = GatherExcite() if gate == "ge" else nn.Identity()
         if gate == "se":  # with SENet's reduction of 16, as the paper does not say
             self.gate = SqueezeExcitation(channels, channels // 16)
-        # The difference of Table 3's 215.5 and 218.0 is that of W_m and W_t alone. So the logits
-        # and their loss are a part of the baseline.
+        # Table 3: 215.5e9 multiply-adds without guidance, 218.0e9 with it. The difference is the
+        # cost of W_m and W_t alone. So the row without guidance has the logits, and their loss.
         self.logits = nn.Conv2d(channels, num_classes, 1) if supervise else None
         self.out = nn.Conv2d(channels, out_channels, 1)
 
@@ -145,8 +146,8 @@ class WithoutGuidance(nn.Module):
 class ResidualBlock(Bottleneck):
     """`[N, in_channels, h, w] -> [N, channels, h, w]`, "same bottleneck module used in ResNet".
 
-    Its middle is a quarter as wide as its output (caption of Fig. 2). Batch norm and ReLU, here and
-    in all layers: the paper has In-place ABN (Sect. 4.2), whose activation is a leaky ReLU.
+    Its middle is a quarter as wide as its output (caption of Fig. 2). All layers of this file have
+    batch norm and ReLU. The paper has In-place ABN with a leaky ReLU (Sect. 4.2).
     """
 
     def __init__(self, in_channels, channels):
@@ -162,8 +163,8 @@ class UpsampleModule(nn.Module):
     def __init__(self, encoder_channels, channels):
         super().__init__()
         self.reduce = ResidualBlock(encoder_channels, channels)
-        # Sect. 3.3 names one block here. With two, and the decoder's 3x3 convolution, all rows of
-        # the tables are met; where exactly the two of them are, the tables do not tell.
+        # Sect. 3.3 names one block here. The multiply-adds of the tables are reached only with two,
+        # and a 3x3 convolution on the finest map. The tables do not tell where exactly they are.
         self.fuse = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(2)))
 
     def forward(self, encoder_map, decoder_map):
@@ -187,13 +188,13 @@ class CrossStageAggregation(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), each of four.
+    """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), two lists of four.
 
-    The maps are listed finest first, strides 4 to 32. The first stage has a stem and reads images
-    `[N, 3, H, W]`. A later one reads what the guidance gives, `[N, entry, H/4, W/4]`, with as many
-    channels as a stem would give (64 of a ResNet), and the maps of the stage before.
+    Both are finest first, strides 4 to 32. The first stage has a stem and reads images
+    `[N, 3, H, W]`. A later one reads what the guidance gives, `[N, entry, H/4, W/4]`, and both
+    lists of the stage before. `entry` is what a stem would give, 64 channels for a ResNet.
 
-    before: the widths of that stage's encoder maps; None: no cross-stage aggregation.
+    before: widths of the previous stage's encoder maps; None: no cross-stage aggregation.
     """
 
     def __init__(self, backbone, channels, weights=None, first=True, before=None):
@@ -214,8 +215,8 @@ class EncoderDecoder(nn.Module):
                 x = x + self.aggregate[i](maps_before[0][i], maps_before[1][i])
             encoded.append(x)
         y, decoded = self.image_level(x.mean((2, 3), keepdim=True)), []
-        for upsample, x in zip(reversed(self.upsample), reversed(encoded)):
-            y = upsample(x, y)
+        for upsample, e in zip(reversed(self.upsample), reversed(encoded)):
+            y = upsample(e, y)
             decoded.insert(0, y)
         return encoded, [self.last(y), *decoded[1:]]
 
@@ -231,27 +232,27 @@ class SPGNet(nn.Module):
     logits between the stages, if they are supervised, and "cross_entropy" of the last stage's.
 
     option          values                             default         paper
-    backbones       one name for each stage            twice backbone  Tables 3, 5, 6, 7
-    channels        D, a multiple of 16                256             128 in Tables 3 to 8; Table 9
-    guidance        "spg", None: passed on directly    "spg"           Table 3
+    backbones       one for each stage, not `backbone` twice backbone  Tables 3, 5, 6, 7
+    channels        D, a multiple of 16                256             Table 9; 3 to 8: 128
+    guidance        "spg"; None: x_d is passed on      "spg"           Table 3
                     "se", "ge", with supervise=False                   Table 4
     excite          "sigmoid", "softmax", "sum"        "sigmoid"       Table 3
     identity        False: without x_d in out          True            Table 3 (Id.)
     supervise       False: no loss between stages      True            Table 3 (Sup.)
     stage_weights   a loss weight for each stage       all 1           Sect. 4.4, "More stages"
     aggregate       False: no cross-stage aggregation  True            Sect. 4.4
-    hard_examples   False: losses of all pixels        True            Table 8; False in 3 to 7
+    hard_examples   False: losses of all pixels        True            Table 8; 3 to 7: False
 
-    excite and identity belong to "spg" and have no effect on the others.
-    ValueError for other values, and for a weights' path where the backbones differ.
+    excite and identity belong to "spg", all but the last of stage_weights to supervise. ValueError
+    for other values, and for a weights file with different backbones.
     """
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
                  stage_weights=None, aggregate=True, hard_examples=True):  # fmt: skip
         super().__init__()
-        names = (backbone, backbone) if backbones is None else backbones
-        checked(names, weights, channels, guidance, stage_weights)
+        names = (backbone, backbone) if backbones is None else backbones  # the option
+        check_values(names, weights, channels, guidance, excite, stage_weights)
         self.stages = nn.ModuleList([EncoderDecoder(names[0], channels, weights)])
         self.guides = nn.ModuleList()
         for name in names[1:]:
@@ -265,7 +266,7 @@ class SPGNet(nn.Module):
             self.stages.append(stage)
             self.guides.append(guide)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
-        self.regularized = "classifier"  # CAR acts on what enters it
+        self.regularized = "classifier"  # the losses of car.py act on what enters it
         self.supervise, self.hard_examples = supervise, hard_examples
         self.stage_weights = [1.0] * len(names) if stage_weights is None else list(stage_weights)
 
@@ -291,9 +292,9 @@ class SPGNet(nn.Module):
         """Sect. 4.5: the first guidance's attention of each class, for an image `[3, H, W]` or
         `[1, 3, H, W]`.
 
-        dict of class number -> map `[H, W]` in 0…1: the l2 norm of the 15 channels of m with the
-        class's largest weights. Empty where nothing is excited by predictions. ValueError in
-        training mode.
+        dict of class number -> map `[H, W]`: the l2 norm of the 15 channels of m to which the class
+        has the largest weights, scaled to 0…1. Empty unless guidance="spg" multiplies by m.
+        ValueError in training mode.
         """
         image = backbones.one_image(self, image)
         guide = self.guides[0] if self.guides else None
@@ -309,8 +310,8 @@ class SPGNet(nn.Module):
         return dict(enumerate((maps - low) / (high - low).clamp(min=1e-12)))
 
 
-def checked(names, weights, channels, guidance, stage_weights):
-    """ValueError for values of SPGNet's options that it does not have."""
+def check_values(names, weights, channels, guidance, excite, stage_weights):
+    """ValueError for option values that SPGNet does not know."""
     several = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
     if not (several and names):
         one = "expected a name for each stage, as in ('resnet50',) for one"
@@ -318,27 +319,28 @@ def checked(names, weights, channels, guidance, stage_weights):
     if weights not in (None, "imagenet") and len(set(names)) > 1:
         kinds = f"weights '{weights}' cannot fit {' and '.join(names)}"
         raise ValueError(f"{kinds}: give 'imagenet', or one kind of backbone")
-    if channels < 16 or channels % 16:
-        raise ValueError(f"channels={channels}: expected a multiple of 16")
-    if guidance not in ("spg", "se", "ge", None):
-        raise ValueError(f"guidance={guidance!r}: it is 'spg', 'se', 'ge' or None")
+    if not isinstance(channels, int) or channels < 16 or channels % 16:
+        raise ValueError(f"channels={channels!r}: expected a multiple of 16")
+    guidances, excites = ("spg", "se", "ge", None), ("sigmoid", "softmax", "sum")
+    backbones.check_choices(guidance=(guidance, guidances), excite=(excite, excites))
     if stage_weights is not None and (
         not isinstance(stage_weights, (tuple, list))
         or len(stage_weights) != len(names)
-        or not all(isinstance(weight, (int, float)) for weight in stage_weights)
+        or not all(type(w) in (int, float) and 0 <= w < math.inf for w in stage_weights)
     ):
-        raise ValueError(f"stage_weights={stage_weights!r}: expected {len(names)} numbers")
+        expected = f"expected {len(names)} numbers of at least 0, one for each stage"
+        raise ValueError(f"stage_weights={stage_weights!r}: {expected}")
 
 
 _COMMON = dict(
     # Sect. 4.2; Sect. 3.2 builds on ImageNet weights
     backbone="resnet50", weights="imagenet", optimizer="sgd", lr=0.01, power=0.9, momentum=0.9,
     weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none",
-    bn_momentum=0.1,  # open
+    bn_momentum=0.1,  # not given in the paper
 )  # fmt: skip
 RECIPES = {
-    # The crop size is open; DeepLab's. Tables 1, 2: train and val together (Sect. 4.3), evaluated
-    # at the scales 0.75 1 1.25 1.5 1.75 2.
+    # The paper gives no crop size; this is DeepLab's. Tables 1, 2: train and val together (Sect.
+    # 4.3), evaluated at the scales 0.75 1 1.25 1.5 1.75 2.
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
     # Sect. 4.6, Table 10: "we follow the settings in [11]", DeepLabv3+, whose rate is 0.007.
     "pascal_voc_aug": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),

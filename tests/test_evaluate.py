@@ -354,6 +354,8 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate.main([*flags, "--compare", str(strange)]) == 2
     assert "strange.pt was trained on other classes" in capsys.readouterr().err
+    line = mistake(capsys, *flags[:4], "--compare", checkpoint)
+    assert "a checkpoint is compared with others" in line
     line = mistake(capsys, "--checkpoint", checkpoint, "--compare", str(other))
     assert "--compare has no effect without --figures" in line
     line = mistake(capsys, *flags[:4], "--compare", str(other), "--pixel", "1", "1")
@@ -689,7 +691,8 @@ def test_table_9_by_hand(tmp_path):
             left = (torch.arange(16) < 8).expand(1, 8, 16)
             coarse = (~left).long()  # class 0 on the left, 1 on the right
             fine = ((torch.arange(16) // 4) == 1).long().expand(1, 8, 16)  # 0 1 0 0
-            return coarse, [coarse, fine]  # the left half is taken from the coarse level
+            # The left half is taken from the coarse level. What is fused is the third.
+            return coarse, [coarse, fine], torch.zeros_like(coarse)
 
     class One(Two):
         def __getitem__(self, index):
@@ -707,7 +710,10 @@ def test_table_9_by_hand(tmp_path):
     # fused: all right. The coarse level is right on 64 of 120 pixels.
     assert found["difference"][0][0] == pytest.approx(64 / 120 - 1)
     assert math.isnan(found["difference"][0][2])  # class 2 is nowhere
-    assert Image.open(tmp_path / "l.png").size == (120 + 20 * 4, 120 + 20 * 2)
+    picture = Image.open(tmp_path / "l.png")
+    assert picture.size == (120 + 20 * 4, 120 + 20 * 2)
+    worst, absent = (10, 10, 60), (200, 200, 200)  # -47 % is clipped to -15; no IoU is grey
+    assert [picture.getpixel((x, 130)) for x in (130, 170)] == [worst, absent]
 
 
 def test_levels_are_printed_and_without_nan(capsys, tmp_path):

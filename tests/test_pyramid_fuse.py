@@ -358,28 +358,25 @@ def test_a_convolution_of_maps_is_that_of_their_concatenation():
     sizes = ((2, (8, 16)), (3, (4, 8)), (1, (1, 2)))
     maps = [torch.randn(2, c, *s, dtype=torch.float64, requires_grad=True) for c, s in sizes]
     weight, bias = torch.randn(5, 6, 1, 1).double().requires_grad_(), torch.randn(5).double()
-    kwargs = dict(size=(8, 16), mode="bilinear", align_corners=False)
+    kwargs = dict(size=(8, 16), mode="bilinear", align_corners=True)  # as in HRNet's modules
     x = torch.cat([maps[0], *(F.interpolate(m, **kwargs) for m in maps[1:])], 1)
     found, expected = pf.conv_of_maps(maps, weight, bias), F.conv2d(x, weight, bias)
     same_with_gradients([found], [expected], [*maps, weight])
 
 
 # Two images of one cell of 2x2 positions and two channels. The first image has 1 3 5 7 (mean 4) and
-# 0 0 0 4 (mean 1), the second 2 2 2 2 and 1 1 1 1. W_u and E are the identity, w y = y_1 - y_2 + 2.
-# The running mean of the norm is (1, 1), its deviation 1: the same shift for all pixels. It changes
-# what C doubles: the centroid of the first image is (6, 0), of the second (2, 0).
+# 0 0 0 4 (mean 1), the second 2 2 2 2 and 1 1 1 1. W_u and W_e are the identity, W_s gives
+# w = y_1 - y_2 + 2.
 # tied: differences (-3 -1 1 3), (-1 -1 -1 3): w gives 0 2 4 2. Second image: 0 and 0, w gives 2.
 # difference: (3 1 1 3), (1 1 1 3): 4 2 2 2, and 2.
-# two: C doubles the first channel. (-6 -4 -2 0), (-1 -1 -1 3): -3 -1 1 -1. (-1), (0): 1.
+# two: W_c doubles the first channel. (-7 -5 -3 -1), (-1 -1 -1 3): -4 -2 0 -2. (-2), (0): 0.
 @pytest.mark.equation
 @pytest.mark.parametrize(
-    "unity, expected", [("tied", [0, 2]), ("difference", [2, 2]), ("two", [-3, 1])]
+    "unity, expected", [("tied", [0, 2]), ("difference", [2, 2]), ("two", [-4, 0])]
 )
 def test_sect_4_1_unity_head_by_hand(unity, expected):
-    head = pf.UnityHead(2, (2,), unity, channels=2).eval()
-    head.norm.eps = 0.0
+    head = pf.UnityHead(2, (2,), unity, channels=2)
     with torch.no_grad():
-        head.norm.running_mean.fill_(1)
         for conv in (head.reduce, head.embed):
             conv.weight.copy_(torch.eye(2)[..., None, None])
         if unity == "two":
@@ -387,36 +384,32 @@ def test_sect_4_1_unity_head_by_hand(unity, expected):
         head.same.weight.copy_(torch.tensor([[1.0, -1]])[..., None, None])
         head.same.bias.fill_(2)
     x = torch.tensor([[[[1.0, 3], [5, 7]], [[0, 0], [0, 4]]], [[[2, 2], [2, 2]], [[1, 1], [1, 1]]]])
-    for found in (head([x]), head.printed([x])):
-        assert len(found) == 1 and found[0].tolist() == [[[value]] for value in expected]
+    (found,) = head([x])
+    assert found.tolist() == [[[value]] for value in expected]
 
 
 @pytest.mark.equation
-@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("unity", ["two", "tied", "difference"])
-def test_unity_head_takes_the_pixel_least_like_its_centroid(unity, norm):
-    head = pf.UnityHead(5, (4, 2), unity, norm, channels=3).double()
+def test_unity_head_takes_the_pixel_least_like_its_centroid(unity):
+    head = pf.UnityHead(5, (4, 2), unity, channels=3).double()
     x = torch.randn(2, 5, 4, 8, dtype=torch.float64, requires_grad=True)
     convs = head.reduce, head.embed, head.centroid or head.embed, head.same
     w_u, e, c, w = (conv.weight[:, :, 0, 0] for conv in convs)
     assert (head.centroid is None) == (unity != "two")
     assert all(conv.bias is None for conv in convs[:3])
-    x_us, expected = torch.einsum("uc,nchw->nuhw", w_u, x), []
-    if norm:  # in training: each channel over the batch
-        x_us = x_us - x_us.mean((0, 2, 3), keepdim=True)
-        x_us = x_us / (x_us.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+    expected = []
     for k in (4, 2):
         unities = []
         for n, a, b in product(range(2), range(4 // k), range(8 // k)):
-            x_u = x_us[n, :, a * k : (a + 1) * k, b * k : (b + 1) * k].flatten(1).T  # [k², 3]
+            cell = x[n, :, a * k : (a + 1) * k, b * k : (b + 1) * k].flatten(1).T  # [k², 5]
+            x_u = cell @ w_u.T
             difference = x_u @ e.T - c @ x_u.mean(0)
             difference = difference.abs() if unity == "difference" else difference
             probabilities = torch.sigmoid(difference @ w.T + head.same.bias)
             unities.append(probabilities.min())
         expected.append(torch.stack(unities).view(2, 4 // k, 8 // k))
-    for form in (head, head.printed):
-        found = [u.sigmoid() for u in form([x])]
-        same_with_gradients(found, expected, [x, *head.parameters()])
+    found = [u.sigmoid() for u in head([x])]
+    same_with_gradients(found, expected, [x, *head.parameters()])
 
 
 @pytest.mark.equation
@@ -523,7 +516,8 @@ def test_eqs_10_11_update_joins_new_and_old_context():
 def test_eqs_3_to_7_coarse_to_fine():
     head = trained(pf.SemanticHead(6, (8, 4, 2, 1), channels=4))
     maps = [torch.randn(1, 4, 8, 16), torch.randn(1, 2, 4, 8)]
-    x = torch.cat([maps[0], F.interpolate(maps[1], size=(8, 16), mode="bilinear")], 1)
+    kwargs = dict(size=(8, 16), mode="bilinear", align_corners=True)
+    x = torch.cat([maps[0], F.interpolate(maps[1], **kwargs)], 1)
     x4 = F.conv2d(x, head.reduce.weight, head.reduce.bias)  # neither norm nor activation
     theta = pf.PyramidPool()(x4)  # Eq. (6)
     for i, (k, found) in enumerate(zip((8, 4, 2, 1), head(maps), strict=True)):
@@ -688,8 +682,9 @@ def test_logits_are_the_fused_levels_upsampled():
     fused = pf.fuse(semantic, [u.sigmoid() for u in unity], net.threshold)
     torch.testing.assert_close(net(images), F.interpolate(fused, size=(64, 96), mode="bilinear"))
     maps = net.decoder(net.backbone(images, extend=False))
-    joint = torch.cat([F.interpolate(m, size=(16, 24), mode="bilinear") for m in maps], 1)
-    torch.testing.assert_close(unity, net.unity.printed([joint]))
+    kwargs = dict(size=(16, 24), mode="bilinear", align_corners=True)
+    joint = torch.cat([F.interpolate(m, **kwargs) for m in maps], 1)
+    torch.testing.assert_close(unity, net.unity([joint]))
     found = net.semantic([joint])
     torch.testing.assert_close(semantic[3], net.classifier(found[3]))
     torch.testing.assert_close(semantic[1], net.coarse_classifiers[1](found[1]))
@@ -772,7 +767,11 @@ def test_bf16_trains():
         (dict(threshold="high"), "threshold='high': expected a number"),
         (dict(strides=(8, 32, 4)), "coarse to fine"),
         (dict(output="both"), "output='both': it is one of 'pyramid', 'single', 'auxiliary'"),
-        (dict(unity="three"), "unity='three': it is one of 'two', 'tied', 'difference'"),
+        (dict(unity="three"), "unity='three': it is one of 'difference', 'two', 'tied'"),
+        (dict(strides=(32.0, 4)), "the last 4"),
+        (dict(strides=(None, 4)), "the last 4"),
+        (dict(threshold=float("nan")), "threshold=nan: expected a number in 0…1"),
+        (dict(threshold=2), "threshold=2: expected a number in 0…1"),
         (dict(finest="none"), "finest='none': it is one of 'pixel', 'ignore_mixed'"),
         (dict(policy="best"), "'true_positive', 'ground_truth', 'naive'"),
         (dict(context="ocr"), "'ours', 'anl', 'anl_multi', None"),
@@ -847,7 +846,8 @@ def test_fig_a_greys_what_is_done_by_coarser():
 def test_levels_are_those_of_eq_2_and_each_level_alone():
     images = torch.randn(1, 3, 64, 96)
     net = mixed(images)
-    taken, alone = net.levels(images)
+    taken, alone, fused = net.levels(images)
+    assert torch.equal(fused, net(images).argmax(1))
     figures = net.figures(images)
     wanted = (3 * figures["level"]).round().long().repeat_interleave(4, 0).repeat_interleave(4, 1)
     assert torch.equal(taken[0], wanted) and len(alone) == 4

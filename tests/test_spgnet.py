@@ -127,7 +127,7 @@ def test_softmax_mask_sums_to_one_over_the_positions_and_sigmoid_is_a_gate():
 
 @pytest.mark.network
 def test_unknown_excitation_is_named():
-    with pytest.raises(ValueError, match="excite='tanh': it is 'sigmoid', 'softmax' or 'sum'"):
+    with pytest.raises(ValueError, match="excite='tanh': it is one of 'sigmoid', 'softmax', 'sum'"):
         tiny(excite="tanh")
 
 
@@ -539,15 +539,18 @@ def test_bf16_trains():
 def test_mistakes_name_what_is_expected():
     with pytest.raises(ValueError, match=r"backbones='resnet18': expected a name for each stage"):
         tiny(backbones="resnet18")
-    with pytest.raises(ValueError, match="guidance='gate': it is 'spg', 'se', 'ge' or None"):
+    with pytest.raises(ValueError, match="guidance='gate': it is one of 'spg', 'se', 'ge', None"):
         tiny(guidance="gate")
     with pytest.raises(ValueError, match="SPGNet has no option stages"):
         tiny(stages=2)
     with pytest.raises(ValueError, match="channels=24: expected a multiple of 16"):
         tiny(channels=24)
-    for wrong in ((1, 2, 3), 2, ("a", "b")):
+    for wrong in ((1, 2, 3), 2, ("a", "b"), (1, float("nan")), (True, 1), (-1, 1)):
         with pytest.raises(ValueError, match="stage_weights=.*: expected 2 numbers"):
             tiny(stage_weights=wrong)
+    for wrong in ("x", None, 32.0):
+        with pytest.raises(ValueError, match="channels=.*: expected a multiple of 16"):
+            tiny(channels=wrong)
     with pytest.raises(ValueError, match="weights 'w.pth' cannot fit resnet18 and resnet34"):
         tiny(backbones=("resnet18", "resnet34"), weights="w.pth")
     with pytest.raises(
