@@ -222,8 +222,7 @@ class UnityHead(nn.Module):
         for k in self.factors:
             centroid = (self.centroid or self.embed)(F.avg_pool2d(x_u, k))  # [N, 64, h/k, w/k]
             difference = embedding - repeat_cells(centroid, embedding)  # X_diff  [N, 64, h, w]
-            if self.unity == "difference":
-                difference = difference.abs()
+            difference = difference.abs() if self.unity == "difference" else difference
             logits = self.same(difference)  # X_unity is its sigmoid  [N, 1, h, w]
             unity.append(-F.max_pool2d(-logits, k).squeeze(1))  # min pooling  [N, h/k, w/k]
         return [u.to(torch.promote_types(u.dtype, torch.float32)) for u in unity]
@@ -526,12 +525,10 @@ class SpecializeAndFuse(nn.Module):
 _COMMON = dict(
     backbone="hrnet_w48", optimizer="sgd", momentum=0.9, power=0.9, weight_decay=1e-4,
     batch_size=16, crop_size=512, scale=(0.5, 2.0), base_size=520, color="brightness",
-    bn_momentum=0.1,  # not given
 )  # fmt: skip
 RECIPES = {
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
-    # Sect. 5.4, Tables 6 to 9 and A: HRNet32, 16K training images of ADE20K, evaluated on 4K others
-    "ade20k_16k": _COMMON | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),
+    "ade20k_16k": _COMMON | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # Sect. 5.4
     "coco_stuff10k": _COMMON | dict(lr=0.001, head_lr=10, iterations=61_875),  # 110 of 9,000
     "pascal_context": _COMMON | dict(lr=0.001, head_lr=10, iterations=62_475),  # 200 of 4,998
 }
