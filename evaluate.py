@@ -1,9 +1,10 @@
-"""Measure a trained network, look at what it does, and price any network.
+"""Measure a trained network, visualise it, and count parameters and multiply-adds of any network.
 
     python evaluate.py --checkpoint runs/caa-shapes/last.pt          # mIoU and IoU per class
     python evaluate.py --checkpoint … --scales 0.75 1 1.25 --flip --json result.json
-    python evaluate.py --checkpoint … --images street.jpg            # any photograph
+    python evaluate.py --checkpoint … --images street.jpg            # any photograph, any folder
     python evaluate.py --checkpoint … --figures figures              # internal visualisations
+    python evaluate.py --checkpoint … --figures figures --compare OTHER.pt    # beside each other
     python evaluate.py --method caa --backbone resnet101 --cost      # parameters, multiply-adds
     python evaluate.py --method caa --backbone resnet50 --speed      # images per second, memory
     torchrun --nproc-per-node 8 evaluate.py --checkpoint …           # the same, on eight processes
@@ -20,6 +21,7 @@ import inspect
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -37,7 +39,7 @@ from tqdm import tqdm
 
 import backbones
 import data
-from data import Mistake
+from data import UserError
 
 # ------------------------------------------------------------------------------------------ metrics
 
@@ -64,12 +66,11 @@ class ConfusionMatrix:
 
     def result(self):
         """mIoU, pixel_accuracy, class_accuracy in 0…1, IoU per class (None: in neither labels nor
-        predictions).
+        predictions), labelled (whether the class is labelled somewhere).
 
-        class_accuracy is the mean over the classes that are labelled somewhere. NaN where nothing
-        is labelled.
+        class_accuracy is the mean over the labelled classes. NaN where nothing is labelled.
         """
-        matrix = self.matrix.double().cpu()
+        matrix = self.matrix.cpu().double()
         hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
         union = true + predicted - hit
         iou = hit / union  # NaN where the union is empty
@@ -78,26 +79,41 @@ class ConfusionMatrix:
             "pixel_accuracy": (hit.sum() / matrix.sum()).item(),
             "class_accuracy": (hit / true)[true > 0].mean().item(),
             "IoU": [value.item() if count else None for value, count in zip(iou, union)],
+            "labelled": (true > 0).tolist(),
         }
 
 
 def table(result, classes):
-    """The result as text: IoU per class, then the means; classes without an IoU are named at the
-    end.
-    """
-    lines = [
-        f"  {name:<20} {value:6.3f}"
-        for name, value in zip(classes, result["IoU"])
-        if value is not None
-    ]
-    for name in ("mIoU", "pixel_accuracy", "class_accuracy"):
-        lines.append(f"{name.replace('_', ' '):<22} {result[name]:6.3f}")
-    for scale, value in result.get("mIoU_at_scale", {}).items():
-        lines.append(f"{'mIoU at scale ' + scale:<22} {value:6.3f}")
-    absent = [name for name, value in zip(classes, result["IoU"]) if value is None]
+    """The result as text: IoU per class, then the means; classes without an IoU are named last."""
+    pairs, absent = list(zip(classes, result["IoU"])), []
+    lines = [f"  {name:<20} {value:6.3f}" for name, value in pairs if value is not None]
+    rows = {
+        name.replace("_", " "): result[name]
+        for name in ("mIoU", "pixel_accuracy", "class_accuracy")
+    }
+    rows |= {f"mIoU at scale {s}": value for s, value in result.get("mIoU_at_scale", {}).items()}
+    lines += [f"{k:<22} {math.nan if value is None else value:6.3f}" for k, value in rows.items()]
+    absent = ", ".join(name for name, value in pairs if value is None)
     if absent:
-        lines.append(f"not in the mean (neither labelled nor predicted): {', '.join(absent)}")
+        lines.append(f"not in the mean (neither labelled nor predicted): {absent}")
     return "\n".join(lines)
+
+
+def warn_of_absent(result, dataset, name):
+    """A warning on stderr, where a result could be wrong unnoticed: classes without any label."""
+    absent = [c for c, labelled in zip(dataset.classes, result["labelled"]) if not labelled]
+    if len(absent) == dataset.num_classes:
+        print(
+            f"warning: no pixel of {name} is labelled: there is nothing to measure", file=sys.stderr
+        )
+    elif absent:
+        text = f"warning: no label of {name} holds {', '.join(absent)}"
+        print(
+            f"{text}; is that right? `python data.py` shows the ids of the files", file=sys.stderr
+        )
+
+
+# --------------------------------------------------------------------------------------- prediction
 
 
 @torch.no_grad()
@@ -107,10 +123,10 @@ def predict(net, images, scales=(1.0,), flip=False, window=None):
     The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image
     into overlapping squares of that side (steps of two thirds), and average where they overlap.
     """
-    total = 0
-    for scale in scales:
-        total = total + at_scale(net, images, scale, flip, window)
-    return total / len(scales)
+    total = at_scale(net, images, scales[0], flip, window)
+    for scale in scales[1:]:
+        total += at_scale(net, images, scale, flip, window)
+    return total.div_(len(scales))
 
 
 @torch.no_grad()
@@ -118,44 +134,51 @@ def at_scale(net, images, scale, flip=False, window=None):
     """`predict` of one scale: probabilities at the size of the images, which the network sees
     resized.
     """
-    size, scaled = images.shape[2:], images
+    size, scaled, kwargs = images.shape[2:], images, dict(mode="bilinear", align_corners=False)
     if scale != 1:
         target = [max(1, round(side * scale)) for side in size]
-        scaled = F.interpolate(
-            images, size=target, mode="bilinear", align_corners=False, antialias=True
-        )
+        scaled = F.interpolate(images, size=target, antialias=True, **kwargs)
+    p = _windows(net, scaled, window)
+    if flip:
+        p += _windows(net, scaled.flip(3), window).flip(3)
+        p /= 2
+    return p if p.shape[2:] == size else F.interpolate(p, size=size, **kwargs)
 
-    def seen(view):
-        p = _windows(net, view, window)
-        return (
-            p
-            if p.shape[2:] == size
-            else F.interpolate(p, size=size, mode="bilinear", align_corners=False)
-        )
 
-    return (seen(scaled) + seen(scaled.flip(3)).flip(3)) / 2 if flip else seen(scaled)
+@torch.no_grad()
+def classify(net, images, scales=(1.0,), flip=False, window=None):
+    """The classes int64 `[N, H, W]` of `predict`. One view needs no probabilities."""
+    one = tuple(scales) == (1.0,) and not flip and not (window and max(images.shape[2:]) > window)
+    return (net(images) if one else predict(net, images, scales, flip, window)).argmax(1)
 
 
 def label_map(net, image, device, amp="off", **kwargs):
     """The predicted classes int64 `[H, W]` of one image, uint8 `[3, H, W]`; kwargs of `predict`."""
     with autocast(device, amp):
-        images = data.normalise(image[None].to(device))
-        return predict(net, images, **kwargs).argmax(1)[0]
+        return classify(net, data.normalise(image[None].to(device)), **kwargs)[0]
+
+
+def _softmax(logits):
+    """In place: at 2048x1024 with 171 classes a second map would take 1.4 GB."""
+    logits -= logits.amax(1, keepdim=True)
+    logits.exp_()
+    return logits.div_(logits.sum(1, keepdim=True))
 
 
 def _windows(net, images, window):
     H, W = images.shape[2:]
     if window is None or max(H, W) <= window:
-        return net(images).softmax(1)
-    total, count = 0, images.new_zeros(1, 1, H, W)
+        return _softmax(net(images).float())
+    total, count = None, images.new_zeros(1, 1, H, W)
     for top in _starts(H, window):
         for left in _starts(W, window):
-            part = net(images[:, :, top : top + window, left : left + window]).softmax(1)
-            if isinstance(total, int):
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            part = _softmax(net(images[:, :, rows, columns]).float())
+            if total is None:
                 total = part.new_zeros(len(images), part.shape[1], H, W)
-            total[:, :, top : top + window, left : left + window] += part
-            count[:, :, top : top + window, left : left + window] += 1
-    return total / count
+            total[:, :, rows, columns] += part
+            count[:, :, rows, columns] += 1
+    return total.div_(count)
 
 
 def _starts(side, window):
@@ -163,48 +186,36 @@ def _starts(side, window):
     return sorted({min(start, last) for start in range(0, last + window, max(1, window * 2 // 3))})
 
 
-def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lambda: False, **how):
+def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lambda: False,
+             scales=(1.0,), **kwargs):  # fmt: skip
     """The result of `net` (in evaluation mode) over all of `dataset`, shared among the processes of
     the run.
 
-    Process r of w takes the images r, r + w, …: none twice, none left out; unequal shares are fine,
-    for nothing is exchanged before the counts are added up. how: `scales`, `flip`, `window` of
-    `predict`; of several scales the mIoU of each alone is in the result too, "mIoU_at_scale". save:
-    called with (index, prediction `[H, W]`). stopped: asked before every image; where it says yes
-    the result is that of a part.
+    Process r of w takes the images r, r + w, …: none twice, none left out; shares may be unequal,
+    because nothing is exchanged before the counts are added up. scales, kwargs: see `predict`; of
+    several scales the mIoU of each alone is in the result too, "mIoU_at_scale". save: called with
+    (index, prediction `[H, W]`). stopped: asked before every image; where it says yes the result is
+    that of a part.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
-    scales = how.pop("scales", (1.0,))
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    alone = (
-        {scale: ConfusionMatrix(dataset.num_classes, device) for scale in scales}
-        if len(scales) > 1
-        else {}
-    )
-    loader = DataLoader(
-        Subset(dataset, indices), batch_size=1, num_workers=workers, worker_init_fn=own_session
-    )
-    bar = tqdm(
-        zip(indices, loader),
-        total=len(indices),
-        desc="evaluating",
-        unit="img",
-        leave=False,
-        disable=rank > 0 or None,
-    )
-    for index, (image, labels) in bar:
+    several = scales if len(scales) > 1 else ()
+    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in several}
+    pairs = read_all(Subset(dataset, indices), device, workers, "evaluating", rank > 0)
+    for index, (image, labels) in zip(indices, pairs):
         if stopped():
             break
-        total, image, labels = 0, data.normalise(image.to(device)), labels.to(device)
-        for scale in scales:
-            with autocast(device, amp):
-                probabilities = at_scale(net, image, scale, **how)
-            if alone:
-                alone[scale].update(probabilities.argmax(1), labels)
-            total = total + probabilities
-            del probabilities  # 1.4 GB at 2048x1024 with 171 classes
-        prediction = total.argmax(1)  # of the sum, as of the mean
+        with autocast(device, amp):
+            if several:
+                total = 0
+                for scale in scales:
+                    p = at_scale(net, image, scale, **kwargs)
+                    alone[scale].update(p.argmax(1), labels)
+                    total = p.add_(total)
+                prediction = total.argmax(1)  # of the sum, as of the mean
+            else:
+                prediction = classify(net, image, scales, **kwargs)
         matrix.update(prediction, labels)
         if save:
             save(index, prediction[0])
@@ -214,9 +225,15 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
     return matrix.result() | ({"mIoU_at_scale": each} if each else {})
 
 
+def read_all(dataset, device, workers, what, quiet=False):
+    """(images float32 `[1, 3, H, W]`, labels int64 `[1, H, W]`) of `dataset`; a progress bar."""
+    loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
+    for image, labels in tqdm(loader, desc=what, unit="img", leave=False, disable=quiet or None):
+        yield data.normalise(image.to(device)), labels.to(device).long()
+
+
 def own_session(worker):
-    """For a DataLoader's workers: Ctrl-C and SIGTERM to the whole group are for the main process
-    alone to answer.
+    """For a DataLoader's workers: signals to the whole group are for the main process to answer.
 
     They must not ignore SIGTERM instead: it is how the main process ends them, and waits for their
     end.
@@ -224,95 +241,88 @@ def own_session(worker):
     os.setsid()
 
 
-# ------------------------------------------------------------------- networks, processes, precision
+# ------------- what train.py uses too: networks, checkpoints, processes, precision, flags, errors
 
 
 def network(method, num_classes, backbone, weights=None, output_stride=None, options=None):
-    """`METHOD.build(…)` of the file METHOD.py; Mistake where there is none or its options do not
-    fit.
-    """
-    module = method_file(method)
-    options = dict(options or {})
+    """`METHOD.build(…)` of METHOD.py; UserError if there is none, or if its options do not fit."""
+    module, options = method_file(method), dict(options or {})
     if output_stride is not None:
         options["output_stride"] = output_stride
-    reserved = {"num_classes", "backbone", "weights"} & set(options)
+    reserved = ", ".join({"num_classes", "backbone", "weights"} & set(options))
     if reserved:
-        raise Mistake(
-            f"{', '.join(reserved)} is no --option; it has a flag of its own, or follows from the "
-            "dataset"
-        )
+        text = f"{reserved} is not an --option; it has a flag of its own, or follows from the"
+        raise UserError(f"{text} dataset")
     try:
         return module.build(num_classes, backbone, weights=weights, **options)
     except (ValueError, FileNotFoundError) as error:
-        raise Mistake(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
     except (TypeError, RuntimeError) as error:
         if not options:
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise Mistake(
-            f"{method} cannot be built with the options {given} ({' '.join(str(error).split())})"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{method} cannot be built with the options {given} ({reason})") from error
 
 
 def method_file(name):
     """The module NAME.py, with its `build`."""
     if not name.isidentifier() or name.startswith("__") or importlib.util.find_spec(name) is None:
-        raise Mistake(f"unknown method '{name}': there is no file {name}.py with a function build")
+        raise UserError(
+            f"unknown method '{name}': there is no file {name}.py with a function build"
+        )
     module = importlib.import_module(name)
     if not hasattr(module, "build"):
-        raise Mistake(
-            f"'{name}' is no method: {getattr(module, '__file__', name)} has no function build"
-        )
+        file = getattr(module, "__file__", name)
+        raise UserError(f"'{name}' is not a method: {file} has no function build")
     return module
 
 
 def read_checkpoint(path):
-    """What train.py saved at `path`; Mistake where it cannot be read."""
+    """What train.py saved at `path`; UserError where it cannot be read."""
+    expected = "expected a last.pt or best.pt that train.py wrote"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Mistake(
-            f"no checkpoint '{path}'; expected the path of a last.pt or best.pt that train.py wrote"
-        ) from None
+        raise UserError(f"no checkpoint '{path}'; {expected}") from None
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Mistake(f"checkpoint '{path}' cannot be read ({reason}); take another one") from None
+        raise UserError(f"checkpoint '{path}' cannot be read ({reason}); {expected}") from None
     if not isinstance(checkpoint, dict) or not {"net", "settings", "step"} <= set(checkpoint):
-        raise Mistake(
-            f"'{path}' is no checkpoint of train.py; a backbone's weights go to --weights"
-        )
+        text = f"'{path}' is not a checkpoint of train.py"
+        raise UserError(f"{text}; a backbone's weights go to --weights")
     return checkpoint
 
 
 def load(checkpoint, output_stride=None, options=None):
     """The trained network in a checkpoint, in evaluation mode.
 
-    output_stride, options: evaluate so and not as trained, where that changes no weight. Mistake
+    output_stride, options: evaluate so and not as trained, where that changes no weight. UserError
     where it does, or where the method's file has changed.
     """
     settings, changed = checkpoint["settings"], output_stride is not None or bool(options)
     output_stride = settings["output_stride"] if output_stride is None else output_stride
-    options = settings["option"] | (options or {})
-    classes = len(checkpoint["classes"])
-    method, backbone = settings["method"], settings["backbone"]
-    net = network(method, classes, backbone, None, output_stride, options)
+    options, classes = settings["option"] | (options or {}), len(checkpoint["classes"])
+    parts = settings["method"], classes, settings["backbone"], None, output_stride, options
+    net = network(*parts)
     restore(net, checkpoint, changed)
     return net.eval()
 
 
 def restore(net, checkpoint, changed=False):
-    """The checkpoint's weights into `net`; Mistake where they do not fit."""
+    """The checkpoint's weights into `net`; UserError where they do not fit."""
     try:
         net.load_state_dict(checkpoint["net"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         if changed:
-            raise Mistake(
-                "with these --option and --output-stride the network has other weights than the "
-                f"checkpoint; only what changes no weight can be changed ({reason})"
-            ) from None
+            text = "with these --option and --output-stride the network has other weights than the"
+            text = f"{text} checkpoint; only what changes no weight can be changed ({reason})"
+            raise UserError(text) from None
         method = checkpoint["settings"]["method"]
-        raise Mistake(f"the checkpoint does not fit {method}.py as it is now ({reason})") from None
+        raise UserError(
+            f"the checkpoint does not fit {method}.py as it is now ({reason})"
+        ) from None
 
 
 def processes(device=None):
@@ -321,39 +331,44 @@ def processes(device=None):
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        kind = torch.device(device).type
+        kind, count = torch.device(device).type, torch.cuda.device_count()
     except RuntimeError:
-        raise Mistake(f"unknown device '{device}'; expected cpu, cuda or cuda:N") from None
-    if kind not in ("cpu", "cuda"):
-        raise Mistake(f"device '{device}': expected cpu, cuda or cuda:N")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise Mistake(
-            f"device '{device}': torch sees {torch.cuda.device_count()} CUDA GPUs here; take "
-            "another, or --device cpu"
-        )
+        kind = None
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"unknown device '{device}'; expected cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and (torch.device(device).index or 0) >= count:
+        text = f"device '{device}': torch sees {count} CUDA GPUs here; take another"
+        raise UserError(f"{text}, or --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps': torch sees no Apple GPU here; take --device cpu")
     if "WORLD_SIZE" not in os.environ:
         return torch.device(device), 0, 1
+    if kind == "mps":
+        raise UserError("device 'mps' is for one process: start it without torchrun")
     if kind == "cuda":
         local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise Mistake(
-                f"process {local} of this machine has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}"
-            )
+        if local >= count:
+            text = f"process {local} of this machine has no GPU of its own: there are {count}"
+            raise UserError(f"{text}; start fewer processes")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
+def device_name(device):
+    """The GPU's name, or that of the device with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+
+
 def amp_dtype(amp, device):
-    """The type of mixed precision: None, torch.bfloat16 or torch.float16, for amp "auto", "bf16",
-    "fp16", "off".
-    """
+    """The type of mixed precision "auto", "bf16", "fp16", "off": None, bfloat16 or float16."""
     if amp == "off" or (amp == "auto" and device.type != "cuda"):
         return None
     if amp == "fp16" and device.type != "cuda":
-        raise Mistake("--amp fp16 needs a CUDA GPU; take bf16 or off on the CPU")
+        raise UserError("--amp fp16 needs a CUDA GPU; take bf16 or off")
     if amp == "bf16" or (amp == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)):
         return torch.bfloat16
     return torch.float16
@@ -363,6 +378,87 @@ def autocast(device, amp):
     """The context of mixed precision `amp` on `device`."""
     dtype = amp_dtype(amp, device)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def parse_options(pairs):
+    """["KEY=VALUE", …] -> dict; values are Python literals where they can be, else text."""
+    options, words = {}, {"true": "True", "false": "False", "none": "None"}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
+        try:
+            options[key] = ast.literal_eval(words.get(value.lower(), value))
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def at_least(least, name, value):
+    """UserError where the value of a flag is a number below `least`, or NaN."""
+    if value is not None and not least <= value < math.inf:
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} {value}: expected a number of at least {least}")
+
+
+def check_sides(flag, sides):
+    """UserError where --FLAG is not one side or two, each of at least 1."""
+    if len(sides) > 2:
+        given = " ".join(map(str, sides))
+        raise UserError(f"--{flag} {given}: expected one side, or height and width")
+    at_least(1, flag, min(sides))
+
+
+# What PyTorch says at a machine's limits -> what to do
+MEMORY = r"out of memory|an't allocate memory|annot allocate memory|bad_alloc|MemoryError"
+LIMITS = {
+    MEMORY: "not enough memory; in training try a larger --accumulate or a smaller --crop-size, in "
+    "evaluation --window",
+    r"shared memory|Bus error|unable to (write|open|mmap|resize)|torch_shm_manager": "/dev/shm, "
+    "which loader processes share, is full; make it larger, or take --workers 0",
+    r"Too many open files|ancdata": "too many open files; raise the limit, as by "
+    "`ulimit -n 4096`, or take fewer --workers",
+    r"DataLoader worker \(pid": "a loader process was killed, by the machine if memory is full; "
+    "try again with fewer --workers",
+    r"No space left|Disk quota|File too large|write failed|unexpected pos": "the disk is full; "
+    "free some space, or take another folder",
+    r"Expected more than 1 value": "batch norm needs more than one value per channel; take a "
+    "--batch-size of at least 2 for each process, or larger crops",
+}
+OTHERS = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]arrier|TCPStore"
+
+
+def guarded(script, work):
+    """Exit status of `work()`, or 2 after an error of the user or the machine, in one line."""
+    data.tolerate_encodings()
+    try:
+        return work() or 0
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        # What a DataLoader's worker raised arrives inside its traceback, whose last line tells.
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        full = f"{type(error).__name__} {error}"
+        advice = [advice for pattern, advice in LIMITS.items() if re.search(pattern, full)]
+        if "WORLD_SIZE" in os.environ and re.search(OTHERS, full):
+            advice = ["another process of this run has stopped; its own line says why"]
+        if isinstance(error, UserError):
+            text = last.removeprefix("data.UserError: ")
+        elif advice:
+            text = f"{advice[0]} ({' '.join(full.split())[:160]})"
+        elif isinstance(error, OSError) or "more than 1 value per channel" in full:
+            text = last
+        else:
+            raise
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{script}: {text}", file=sys.stderr)
+    return 2
 
 
 # ----------------------------------------------------------------------------------- cost and speed
@@ -379,8 +475,7 @@ def cost(net, size):
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         net.eval()(torch.zeros(1, 3, *size, device=next(net.parameters()).device))
-    children = {name: 0 for name, _ in net.named_children()}
-    flops = counter.get_flop_counts()
+    children, flops = {name: 0 for name, _ in net.named_children()}, counter.get_flop_counts()
     for name, counts in flops.items():
         parts = name.split(".")
         # a ModuleList is not called, its members are
@@ -391,10 +486,8 @@ def cost(net, size):
 
 
 def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
-    """Median seconds and peak bytes of a forward pass and of a training step (SGD) on `batch_size`
-    random images of `size`.
-
-    It trains `net`: on noise, so use it no more.
+    """{"forward", "training step": (median seconds, peak bytes)} on random images of `size`, of
+    SGD. It trains `net` on noise, so use it no more.
     """
     net.to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
@@ -416,32 +509,27 @@ def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
         scaler.step(optimizer)
         scaler.update()
 
-    return {
-        "forward": measure(forward, device, runs),
-        "training step": measure(training, device, runs),
-    }
+    works = {"forward": forward, "training step": training}
+    return {name: measure(work, device, runs) for name, work in works.items()}
 
 
 def measure(work, device, runs=5):
     """(median seconds, peak bytes or None) of `work()`, after two calls to warm up. On the CPU the
-    peak is what the process grew by, which only Linux tells."""
+    peak is what the process grew by, which only Linux tells.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(2):
         work()
+    wait()
     seconds, before = [], _reset_peak(device)
     for _ in range(runs):
-        _wait(device)
         start = time.perf_counter()
         work()
-        _wait(device)
+        wait()
         seconds.append(time.perf_counter() - start)
     if device.type == "cuda":
         return statistics.median(seconds), torch.cuda.max_memory_allocated(device)
     return statistics.median(seconds), None if before is None else _status("VmHWM") - before
-
-
-def _wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _reset_peak(device):
@@ -470,11 +558,9 @@ def heat(values, image):
     overlaid = values.shape == image.shape[1:]
     values = values.detach().float().cpu()[None, None]
     values = F.interpolate(values, size=image.shape[1:], mode="nearest")[0, 0].numpy()
-    stops = np.array(
-        [(10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)], np.float32
-    )
-    colors = np.stack([np.interp(values, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)])
-    gray = image.float().mean(0).numpy()
+    stops = (10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)
+    colors = [np.interp(values, np.linspace(0, 1, 5), channel) for channel in zip(*stops)]
+    colors, gray = np.stack(colors), image.float().mean(0).numpy()
     return torch.from_numpy((0.65 * colors + 0.35 * gray if overlaid else colors).astype(np.uint8))
 
 
@@ -521,7 +607,7 @@ def method_figures(net, image, palette, classes, pixel=None):
     try:
         figures = net.figures(data.normalise(image.to(device)), **arguments)
     except ValueError as error:
-        raise Mistake(str(error)) from error
+        raise UserError(str(error)) from error
     maps = [not m.is_floating_point() and m.shape == image.shape[1:] for m in figures.values()]
     figures = compared(figures) if all(maps) and len(maps) > 1 else figures
     tiles = drawn(figures, image, palette)
@@ -561,13 +647,6 @@ def comparison_sheet(nets, image, truth, palette, classes, device, amp, **kwargs
     return data.sheet([tiles], ["image", "truth", *maps], classes, palette)
 
 
-def read_all(dataset, device, workers, what):
-    """(images float32 `[1, 3, H, W]`, labels int64 `[1, H, W]`) of `dataset`; a progress bar."""
-    loader = DataLoader(dataset, batch_size=1, num_workers=workers, worker_init_fn=own_session)
-    for image, labels in tqdm(loader, desc=what, unit="img", leave=False, disable=None):
-        yield data.normalise(image.to(device)), labels.to(device).long()
-
-
 def class_dependency(net, dataset, device, amp, workers):
     """car.class_dependency of what enters the classifier, over all of `dataset`: `[K, K]` in 0…1,
     on the CPU.
@@ -605,10 +684,8 @@ def levels(net, dataset, device, amp, workers, file):
     fused = iou([prediction])
     table = torch.tensor([[matrix.result()["mIoU"] for matrix in row] for row in counts])
     difference = torch.stack([iou(row) - fused for row in counts])
-    print(
-        "mIoU of each level's prediction (rows) where the unity pyramid takes the level of the "
-        "column:"
-    )
+    print("mIoU of each level's prediction (rows) where the unity pyramid takes the level of the"
+          " column:")  # fmt: skip
     print("  stride " + "".join(f"{s:>8}" for s in net.strides))
     for stride, row in zip(net.strides, table):
         print(f"  {stride:>6} " + "".join(f"{value:>8.3f}" for value in row))
@@ -620,22 +697,17 @@ def levels(net, dataset, device, amp, workers, file):
             f"  {stride:>6}   " + ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen)
         )
     brightness = (difference.clamp(-0.15, 0.01) + 0.15) / 0.16
-    rows = [f"stride {stride}" for stride in net.strides]
-    draw_matrix(brightness, dataset.classes, rows).save(file)
-    return {
-        "strides": list(net.strides),
-        "table": table.tolist(),
-        "difference": difference.tolist(),
-    }
+    draw_matrix(brightness, dataset.classes, [f"stride {s}" for s in net.strides]).save(file)
+    return dict(strides=list(net.strides), table=table.tolist(), difference=difference.tolist())
 
 
 def without_nan(numbers):
-    """Numbers in dicts and lists, with None where they are no number: JSON has none."""
+    """Numbers in dicts and lists, with None for what is not a number: JSON has no NaN."""
     if isinstance(numbers, dict):
         return {name: without_nan(value) for name, value in numbers.items()}
     if isinstance(numbers, (list, tuple)):
         return [without_nan(value) for value in numbers]
-    return None if numbers != numbers else numbers
+    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
 def draw_matrix(values, columns, rows=None, cell=20, margin=120):
@@ -648,16 +720,17 @@ def draw_matrix(values, columns, rows=None, cell=20, margin=120):
     tiles = heat(values.nan_to_num(0), torch.zeros(3, height, width, dtype=torch.uint8))
     tiles[:, values.isnan().repeat_interleave(cell, 0).repeat_interleave(cell, 1)] = 200
     picture.paste(Image.fromarray(tiles.permute(1, 2, 0).numpy()), (margin, margin))
-    font = ImageFont.load_default(12)
-    for names, turn, x, anchor in (
-        (columns, Image.Transpose.ROTATE_270, height + 6, "lm"),
-        (rows, Image.Transpose.ROTATE_90, margin - 6, "rm"),
-    ):
+    font, turns = (
+        ImageFont.load_default(12),
+        (Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90),
+    )
+    sides = (columns, height + 6, "lm"), (rows, margin - 6, "rm")
+    for turn, (names, x, anchor) in zip(turns, sides):
         # the columns' names are written on its side, where they are rows
         picture = picture.transpose(turn)
-        draw = ImageDraw.Draw(picture)
         for i, name in enumerate(names):
-            draw.text((x, margin + cell * (i + 0.5)), name[:18], "black", font, anchor=anchor)
+            place = x, margin + cell * (i + 0.5)
+            ImageDraw.Draw(picture).text(place, name[:18], "black", font, anchor=anchor)
     return picture
 
 
@@ -665,76 +738,17 @@ def save_prediction(prediction, palette, file, raw_ids=None):
     """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's
     colours.
 
-    raw_ids: what stands for each class instead, as in the label files and submissions of its
-    benchmark.
+    raw_ids: the id of each class in the label files and submissions of its benchmark, if another.
     """
-    raw_ids = raw_ids or range(len(palette))
     table, colors = torch.zeros(256, dtype=torch.uint8), [0] * 768
-    for i, (raw, color) in enumerate(zip(raw_ids, palette)):
+    for i, (raw, color) in enumerate(zip(raw_ids or range(len(palette)), palette)):
         table[i], colors[3 * raw : 3 * raw + 3] = raw, color
     picture = Image.fromarray(table[prediction.cpu().long()].numpy())
     picture.putpalette(colors)
     picture.save(file)
 
 
-def _photographs(net, checkpoint, device, args, how):
-    """`--images`: the prediction over each photograph, its palette PNG, and the classes' shares,
-    printed and returned.
-    """
-    classes, palette, numbers = checkpoint["classes"], checkpoint["palette"], {}
-    folder = Path(args.save_predictions or "predictions")
-    stems = [Path(file).stem for file in args.images]
-    if len(set(stems)) < len(stems):
-        raise Mistake(
-            "--images: two photographs of one name would share an output file; give them one call "
-            "each"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.samefile(Path(file).parent) for file in args.images if Path(file).is_file()):
-        raise Mistake(
-            f"--save-predictions {folder} holds the photographs themselves; take another folder"
-        )
-    for file in map(Path, args.images):
-        image = data.read_image(file, upright=True)
-        prediction = label_map(net, image, device, args.amp, **how)
-        save_prediction(prediction, palette, folder / f"{file.stem}.png", checkpoint.get("raw_ids"))
-        overlay = folder / f"{file.stem}_overlay.png"
-        rows = [[image, data.overlay(image, prediction, palette)]]
-        data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(overlay)
-        if args.figures:
-            Path(args.figures).mkdir(parents=True, exist_ok=True)
-            picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
-            picture.save(Path(args.figures) / f"{file.stem}_figures.png")
-        counts = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
-        shares = counts / prediction.numel()
-        numbers[str(file)] = dict(zip(classes, shares.tolist()))
-        found = [
-            f"{classes[i]} {shares[i]:.0%}"
-            for i in shares.argsort(descending=True).tolist()
-            if shares[i] >= 0.005
-        ]
-        print(f"{file}: {', '.join(found)} -> {overlay}")
-    return numbers
-
-
-# --------------------------------------------------------------------------------------------- main
-
-
-def parse_options(pairs):
-    """["KEY=VALUE", …] -> dict; values are Python literals where they can be, else text."""
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise Mistake(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
-        try:
-            options[key] = ast.literal_eval(
-                {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
-            )
-        except (ValueError, SyntaxError):
-            options[key] = value
-    return options
-
+# ---------------------------------------------------------------------------------------- the flags
 
 DEFAULTS = dict(
     checkpoint=None, method=None, images=None, cost=False, speed=False, json=None, device=None,
@@ -755,284 +769,256 @@ USES = {
 
 
 def _arguments(arguments):
-    """The flags, those that were given over DEFAULTS. Mistake for one that has no effect."""
-    parser = argparse.ArgumentParser(
-        argument_default=argparse.SUPPRESS,
-        description="Metrics, predictions, figures, cost and speed of a network.",
-    )
-    add = parser.add_argument
-    add("--checkpoint", metavar="FILE", help="a last.pt or best.pt of train.py")
-    add("--dataset", help="dataset to evaluate on [the checkpoint's]")
-    add("--data-root", metavar="DIR", help="folder of the dataset [the checkpoint's]")
-    add("--split", help="split of the dataset [val]")
-    add("--scales", type=float, nargs="+", help="average over these scales of the image [1]")
-    add("--flip", action="store_true", help="average over the mirrored image too")
-    add("--window", type=int, metavar="N", help="sliding windows of N x N pixels")
-    text = "a palette PNG of ids for each image, the ids as in the benchmark's label files"
-    add("--save-predictions", metavar="DIR", help=text)
-    text = "sheets of eight images, with the method's own figures; the split's class dependency"
-    add("--figures", metavar="DIR", help=text)
-    text = "other checkpoints: the figures show their predictions beside each other"
-    add("--compare", nargs="+", metavar="FILE", help=text)
-    text = "pixel that the figures are about [the centre]"
-    add("--pixel", type=int, nargs=2, metavar=("ROW", "COLUMN"), help=text)
-    add("--images", nargs="+", metavar="FILE", help="photographs without labels")
-    add("--json", metavar="FILE", help="file for all numbers")
-    add("--cost", action="store_true", help="count parameters and multiply-adds")
-    text = "images per second and peak memory of a forward pass and a training step"
-    add("--speed", action="store_true", help=text)
-    add("--method", help="file of the method, for --cost and --speed without a checkpoint")
-    add("--backbone", help=f"with --method: {', '.join(backbones.NAMES)} [resnet50]")
-    text = "output stride; of a checkpoint: evaluated so, not as trained"
-    add("--output-stride", type=int, help=text)
-    text = "option of the method, may be repeated; of a checkpoint: one that changes no weight"
-    add("--option", action="append", metavar="KEY=VALUE", help=text)
-    add("--classes", type=int, help="with --method: number of classes [59, as in Pascal Context]")
-    text = "for --cost and --speed: side of the image, or height and width [513]"
-    add("--crop-size", type=int, nargs="+", metavar="N", help=text)
-    add("--batch-size", type=int, help="for --speed: images at a time [2]")
-    add("--runs", type=int, help="for --speed: timed repetitions, the median is printed [5]")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision [auto: on CUDA]")
-    add("--workers", type=int, help="loader processes [2]")
-    add("--device", help="cpu, cuda or cuda:1 [a GPU if there is one]")
+    """The flags, those that were given over DEFAULTS. UserError for one that has no effect."""
+    text = "Metrics, predictions, figures, cost and speed of a network."
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description=text)
+
+    def add(flag, what, **kwargs):
+        parser.add_argument(flag, help=what, **kwargs)
+
+    add("--checkpoint", "last.pt or best.pt of train.py", metavar="FILE")
+    add("--dataset", "dataset to evaluate on [the checkpoint's]")
+    add("--data-root", "folder of the dataset [the checkpoint's]", metavar="DIR")
+    add("--split", "split of the dataset [val]")
+    add("--scales", "scales of the image to average over [1]", type=float, nargs="+")
+    add("--flip", "average over the mirrored image too", action="store_true")
+    add("--window", "side of sliding windows, in pixels [whole images]", type=int, metavar="N")
+    what = "folder for a palette PNG of each image, the ids as in the benchmark's label files"
+    add("--save-predictions", what, metavar="DIR")
+    what = "folder for sheets of eight images, with the method's own figures, and class dependency"
+    add("--figures", what, metavar="DIR")
+    what = "other checkpoints: the figures show their predictions beside each other"
+    add("--compare", what, nargs="+", metavar="FILE")
+    what = "pixel that the figures are about [the centre]"
+    add("--pixel", what, type=int, nargs=2, metavar=("ROW", "COLUMN"))
+    add("--images", "photographs without labels, or folders of them", nargs="+", metavar="PATH")
+    add("--json", "file for all numbers", metavar="FILE")
+    add("--cost", "count parameters and multiply-adds", action="store_true")
+    what = "measure images per second and peak memory of a forward pass and a training step"
+    add("--speed", what, action="store_true")
+    add("--method", "file of the method, for --cost and --speed without a checkpoint")
+    add("--backbone", f"with --method: {', '.join(backbones.NAMES)} [resnet50]")
+    add("--output-stride", "output stride; of a checkpoint: at evaluation only", type=int)
+    what = "option of the method, may be repeated; of a checkpoint: one that changes no weight"
+    add("--option", what, action="append", metavar="KEY=VALUE")
+    add("--classes", "with --method: number of classes [59, as in Pascal Context]", type=int)
+    what = "for --cost and --speed: side of the image, or height and width [513]"
+    add("--crop-size", what, type=int, nargs="+", metavar="N")
+    add("--batch-size", "for --speed: images at a time [2]", type=int)
+    add("--runs", "for --speed: timed repetitions, the median is printed [5]", type=int)
+    add("--amp", "mixed precision [auto: on CUDA]", choices=("auto", "bf16", "fp16", "off"))
+    add("--workers", "loader processes [2]", type=int)
+    add("--device", "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]")
     given = vars(parser.parse_args(arguments))
     done = {name for name in USES if name in given}
     if not done & {"images", "cost", "speed"}:
         done.add("a whole split")
     used = {"json", "device", *done}.union(*(USES[name] for name in done))
-    for name in given:
-        if name not in used:
-            fits = [f"--{use}" if use in DEFAULTS else use for use in USES if name in USES[use]]
-            flag = name.replace("_", "-")
-            raise Mistake(f"--{flag} has no effect here: it is for {', '.join(fits)}; leave it out")
-    for name in {"pixel", "compare"} & set(given):
+    for name in set(given) - used:
+        fits = ", ".join(f"--{u}" if u in DEFAULTS else u for u in USES if name in USES[u])
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} has no effect here: it is for {fits}; leave it out")
+    for name in sorted({"pixel", "compare"} & set(given)):
         if "figures" not in given:
-            raise Mistake(f"--{name} has no effect without --figures DIR")
+            raise UserError(f"--{name} has no effect without --figures DIR")
     if {"pixel", "compare"} <= set(given):
-        raise Mistake("--pixel has no effect with --compare; leave one of them out")
-    return argparse.Namespace(**DEFAULTS | given)
+        raise UserError("--pixel has no effect with --compare; leave one of them out")
+    args = argparse.Namespace(**DEFAULTS | given)
+    for name in ("window", "classes", "batch_size", "runs"):
+        at_least(1, name, getattr(args, name))
+    at_least(0, "workers", args.workers)
+    check_sides("crop-size", args.crop_size)
+    args.crop_size = (args.crop_size[0], args.crop_size[-1])
+    if not all(0 < scale < math.inf for scale in args.scales):
+        raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected factors above 0")
+    if bool(args.checkpoint) == bool(args.method):
+        raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
+    if args.method and (args.images or not (args.cost or args.speed)):
+        text = "--method alone has no trained weights: it goes with --cost or --speed"
+        raise UserError(f"{text}; else give --checkpoint")
+    return args
+
+
+# ----------------------------------------------------------------------------------------- the work
 
 
 def _run(args):
     device, rank, world = processes(args.device)
     amp_dtype(args.amp, device)
-    if bool(args.checkpoint) == bool(args.method):
-        raise Mistake("give --checkpoint FILE, or --method NAME with --cost or --speed")
-    if args.method and (args.images or not (args.cost or args.speed)):
-        raise Mistake(
-            "--method alone has no trained weights: it goes with --cost or --speed; "
-            "else give --checkpoint"
-        )
-    for flag, value in (("window", args.window), ("classes", args.classes)):
-        at_least(1, flag, value)
-    check_sides("crop-size", args.crop_size)
-    args.crop_size = (args.crop_size[0], args.crop_size[-1])
-    at_least(1, "batch-size", args.batch_size)
-    at_least(1, "runs", args.runs)
-    at_least(0, "workers", args.workers)
-    if not all(scale > 0 for scale in args.scales):
-        raise Mistake(f"--scales {' '.join(map(str, args.scales))}: expected factors above 0")
     if world > 1 and (args.cost or args.speed or args.images):
-        raise Mistake(
-            "--cost, --speed and --images are for one process: start them without torchrun"
-        )
+        text = "--cost, --speed and --images are for one process"
+        raise UserError(f"{text}: start them without torchrun")
     checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
     options = parse_options(args.option)
     if checkpoint:
-        net = load(checkpoint, args.output_stride, options)
-        classes = len(checkpoint["classes"])
+        net, classes = load(checkpoint, args.output_stride, options), len(checkpoint["classes"])
     else:
         classes = args.classes
         net = network(args.method, classes, args.backbone, None, args.output_stride, options)
     net.to(device, memory_format=torch.channels_last)
-    how, numbers = dict(scales=args.scales, flip=args.flip, window=args.window), {}
+    views, numbers, status = dict(scales=args.scales, flip=args.flip, window=args.window), {}, 0
     if args.images:
-        numbers["images"] = _photographs(net, checkpoint, device, args, how)
+        numbers["images"], status = _photographs(net, checkpoint, device, args, views)
     if args.cost:
         numbers["cost"] = _cost(net, args.crop_size)
     if args.speed:  # the last use of net
         numbers["speed"] = _speed(net, classes, device, args)
-    if not numbers:
-        numbers = _split(net, checkpoint, device, rank, args, how)
+    if not (args.images or args.cost or args.speed):
+        numbers = _split(net, checkpoint, device, rank, args, views)
     if args.json and rank == 0:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(without_nan(numbers), indent=1) + "\n")
+    return status
 
 
 def _cost(net, size):
     parameters, operations, children = cost(net, size)
-    print(
-        f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds for "
-        f"{size[0]}x{size[1]}, of which"
-    )
+    shown = f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds"
+    print(f"{shown} for {size[0]}x{size[1]}, of which")
     print("\n".join(f"  {name:<12} {count / 1e9:10.4f} G" for name, count in children.items()))
     return dict(size=size, parameters=parameters, multiply_adds=operations, children=children)
 
 
 def _speed(net, classes, device, args):
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    height, width = args.crop_size
+    name, (height, width) = device_name(device), args.crop_size
     print(f"{args.batch_size} images of {height}x{width}, amp {args.amp}, {name}")
     numbers = {"device": name, "batch_size": args.batch_size, "size": args.crop_size}
     timed = speed(net, classes, args.crop_size, args.batch_size, device, args.amp, args.runs)
     for what, (seconds, peak) in timed.items():
-        numbers[what] = dict(
-            seconds=seconds, images_per_second=args.batch_size / seconds, peak_bytes=peak
-        )
+        rate = args.batch_size / seconds
+        numbers[what] = dict(seconds=seconds, images_per_second=rate, peak_bytes=peak)
         memory = f", peak {peak / 2**20:.0f} MiB" if peak is not None else ""
-        print(
-            f"  {what:<14} {args.batch_size / seconds:8.2f} images/s ({seconds * 1000:.0f} "
-            f"ms){memory}"
-        )
+        print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms){memory}")
     return numbers
 
 
-def _split(net, checkpoint, device, rank, args, how):
+def _photographs(net, checkpoint, device, args, views):
+    """`--images`: (the classes' shares of each photograph, exit status 2 if one is broken). Each
+    gets an overlay and a palette PNG; a broken one is named, and the others follow.
+    """
+    classes, palette, numbers, status = checkpoint["classes"], checkpoint["palette"], {}, 0
+    folder, files = Path(args.save_predictions or "predictions"), data.photographs(args.images)
+    outputs = [f"{file.stem}{end}" for file in files for end in (".png", "_overlay.png")]
+    twice = next((name for name in outputs if outputs.count(name) > 1), None)
+    if twice:
+        text = f"--images: two photographs would share the output file {twice}"
+        raise UserError(f"{text}; give them one call each")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.samefile(file.parent) for file in files if file.is_file()):
+        text = f"--save-predictions {folder} holds the photographs themselves"
+        raise UserError(f"{text}; take another folder")
+    for file in files:
+        try:
+            image = data.read_image(file, upright=True, huge=args.window is not None)
+        except UserError as error:
+            print(f"evaluate.py: {error}", file=sys.stderr)
+            status = 2
+            continue
+        prediction = label_map(net, image, device, args.amp, **views)
+        save_prediction(prediction, palette, folder / f"{file.stem}.png", checkpoint.get("raw_ids"))
+        overlay = folder / f"{file.stem}_overlay.png"
+        rows = [[image, data.overlay(image, prediction, palette)]]
+        data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(overlay)
+        if args.figures:
+            Path(args.figures).mkdir(parents=True, exist_ok=True)
+            picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
+            picture.save(Path(args.figures) / f"{file.stem}_figures.png")
+        shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
+        shares = shares / prediction.numel()
+        numbers[str(file)] = dict(zip(classes, shares.tolist()))
+        order = [i for i in shares.argsort(descending=True).tolist() if shares[i] >= 0.005]
+        found = ", ".join(f"{classes[i]} {shares[i]:.0%}" for i in order)
+        print(f"{file}: {found} -> {overlay}")
+    return numbers, status
+
+
+def _split(net, checkpoint, device, rank, args, views):
     """Metrics, predictions and figures of a whole split."""
     settings = checkpoint["settings"]
-    name = args.dataset or settings["dataset"]
-    root = args.data_root or (
-        settings["data_root"] if name == settings["dataset"] else f"datasets/{name}"
-    )
+    name, own = args.dataset or settings["dataset"], settings["data_root"]
+    root = args.data_root or (own if name == settings["dataset"] else f"datasets/{name}")
     dataset = data.dataset(name, root, args.split)
     if dataset.classes != checkpoint["classes"]:
-        raise Mistake(
-            f"the classes of {name} are not those that {args.checkpoint} was trained on; take "
-            "another --dataset"
-        )
-    save = None
+        text = f"the classes of {name} are not those that {args.checkpoint} was trained on"
+        raise UserError(f"{text}; take another --dataset")
+    nets, save = {args.checkpoint: net} | _others(args, dataset, device), None
     if args.save_predictions:
         folder = Path(args.save_predictions)
         folder.mkdir(parents=True, exist_ok=True)
-        if any(
-            folder.samefile(parent)
-            for parent in {file.parent for pair in getattr(dataset, "files", ()) for file in pair}
-        ):
-            raise Mistake(
-                f"--save-predictions {folder} holds the dataset itself; take another folder"
-            )
+        held = {file.parent for pair in getattr(dataset, "files", ()) for file in pair}
+        if any(folder.samefile(parent) for parent in held):
+            text = f"--save-predictions {folder} holds the dataset itself"
+            raise UserError(f"{text}; take another folder")
+        raw_ids = getattr(dataset, "raw_ids", None)
 
         def save(index, prediction):
             file = folder / f"{dataset.name(index)}.png"
-            save_prediction(prediction, dataset.palette, file, getattr(dataset, "raw_ids", None))
+            save_prediction(prediction, dataset.palette, file, raw_ids)
 
-    result = evaluate(net, dataset, device, args.amp, args.workers, save, **how)
+    result = evaluate(net, dataset, device, args.amp, args.workers, save, **views)
     if rank == 0:
         mode = f"scales {' '.join(f'{s:g}' for s in args.scales)}{', flip' if args.flip else ''}"
         mode += f", windows of {args.window}" if args.window else ""
         mode += f", output stride {args.output_stride}" if args.output_stride else ""
         mode += "".join(f", {pair}" for pair in args.option)
-        print(
-            f"{args.checkpoint} (step {checkpoint['step']}) on {name} {args.split}, {len(dataset)} "
-            f"images, {mode}"
-        )
+        images = f"on {name} {args.split}, {len(dataset)} images"
+        print(f"{args.checkpoint} (step {checkpoint['step']}) {images}, {mode}")
         print(table(result, dataset.classes))
-    if args.figures and rank == 0:
-        folder = Path(args.figures)
-        folder.mkdir(parents=True, exist_ok=True)
-        nets = {args.checkpoint: net} | other_networks(
-            args.compare, args.checkpoint, dataset.classes, device
-        )
-        for index in sorted({i * len(dataset) // 8 for i in range(8)}):
-            image, truth = dataset[index]
-            shown = dataset.palette, dataset.classes
-            if args.compare:
-                picture = comparison_sheet(nets, image, truth, *shown, device, args.amp, **how)
-            else:
-                prediction = label_map(net, image, device, args.amp, **how)
-                picture = figure_sheet(net, image, prediction, *shown, truth, args.pixel)
-            picture.save(folder / f"{dataset.name(index)}.png")
-        if hasattr(net, "classifier") and not args.compare:
-            dependency = class_dependency(net, dataset, device, args.amp, args.workers)
-            draw_matrix(dependency, dataset.classes).save(folder / "class_dependency.png")
-            occurs = dependency.amax(1) > 0
-            if occurs.sum() > 1:
-                others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
-                result["class_dependency"] = others.mean().item()
-                print(
-                    f"class dependency: {others.mean():.3f} between two classes, in the mean (of "
-                    "0…1)"
-                )
-        if getattr(net, "unity", None) is not None and not args.compare:  # a pyramid of outputs
-            file = folder / "levels.png"
-            result["levels"] = levels(net, dataset, device, args.amp, args.workers, file)
-        print(f"figures: {folder}")
+        warn_of_absent(result, dataset, f"{name} {args.split}")
+        if args.figures:
+            result |= _figures(nets, dataset, device, args, views)
     about = dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name)
     about |= dict(split=args.split, images=len(dataset))
     about |= dict(output_stride=args.output_stride, option=args.option)
-    return result | {"IoU": dict(zip(dataset.classes, result["IoU"]))} | about | how
+    result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
+    return {k: v for k, v in result.items() if k != "labelled"} | about | views
 
 
-def other_networks(paths, first, classes, device):
-    """The networks of --compare: path -> network. Mistake where one has other classes."""
+def _others(args, dataset, device):
+    """The networks of `--compare`, by their paths."""
     nets = {}
-    for path in paths:
+    for path in args.compare:
         checkpoint = read_checkpoint(path)
-        if path in nets or path == first:
-            raise Mistake(f"--compare {path}: a checkpoint is compared with others; name each once")
-        if checkpoint["classes"] != classes:
-            raise Mistake(f"--compare {path} was trained on other classes; take another one")
+        if path in nets or path == args.checkpoint:
+            raise UserError(
+                f"--compare {path}: a checkpoint is compared with others; name each once"
+            )
+        if checkpoint["classes"] != dataset.classes:
+            raise UserError(f"--compare {path} was trained on other classes; take another one")
         nets[path] = load(checkpoint).to(device, memory_format=torch.channels_last)
     return nets
 
 
-def at_least(least, flag, value):
-    """Mistake where the value of --FLAG is a number below `least`."""
-    if value is not None and not value >= least:
-        raise Mistake(f"--{flag} {value}: expected a number of at least {least}")
-
-
-def check_sides(flag, sides):
-    """Mistake where --FLAG is not one side or two, each of at least 1."""
-    if len(sides) > 2:
-        raise Mistake(
-            f"--{flag} {' '.join(map(str, sides))}: expected one side, or height and width"
-        )
-    at_least(1, flag, min(sides))
-
-
-def guarded(script, work):
-    """Exit status of `work()`, or 2 after a mistake that one line on stderr explains."""
-    try:
-        return work() or 0
-    except (Mistake, OSError) as error:
-        # what a DataLoader's worker raised arrives inside its traceback, whose last line is the
-        # text
-        text = (
-            str(error).strip().splitlines()[-1].removeprefix("data.Mistake: ")
-            if str(error)
-            else type(error).__name__
-        )
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        text = str(error)
-        if text.startswith("Expected"):  # torch's own words
-            text = "batch norm needs more than one value per channel"
-            text += "; take a --batch-size of at least 2 for each process"
-    except RuntimeError as error:
-        if not dist.is_initialized() or not any(
-            word in str(error) for word in ("gloo", "Connection", "NCCL")
-        ):
-            raise
-        reason = str(error).splitlines()[0]
-        text = f"another process of this run has stopped, its own line says why ({reason})"
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"{script}: {text}", file=sys.stderr)
-    return 2
+def _figures(nets, dataset, device, args, views):
+    """`--figures`: the sheets of eight images, and the pictures of the whole split; its numbers."""
+    folder, numbers, net = Path(args.figures), {}, nets[args.checkpoint]
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = dataset.palette, dataset.classes
+    for index in data.spread(len(dataset), 8):
+        image, truth = dataset[index]
+        if args.compare:
+            picture = comparison_sheet(nets, image, truth, *shown, device, args.amp, **views)
+        else:
+            prediction = label_map(net, image, device, args.amp, **views)
+            picture = figure_sheet(net, image, prediction, *shown, truth, args.pixel)
+        picture.save(folder / f"{dataset.name(index)}.png")
+    rest = device, args.amp, args.workers
+    if hasattr(net, "classifier") and not args.compare:
+        dependency = class_dependency(net, dataset, *rest)
+        draw_matrix(dependency, dataset.classes).save(folder / "class_dependency.png")
+        occurs = dependency.amax(1) > 0
+        if occurs.sum() > 1:
+            others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
+            numbers["class_dependency"] = others.mean().item()
+            print(f"class dependency: {others.mean():.3f} between two classes, the mean (of 0…1)")
+    if getattr(net, "unity", None) is not None and not args.compare:  # a pyramid of outputs
+        numbers["levels"] = levels(net, dataset, *rest, folder / "levels.png")
+    print(f"figures: {folder}")
+    return numbers
 
 
 def main(arguments=None):
-    """Exit status 0, or 2 after a mistake."""
+    """Exit status 0, or 2 after an error."""
     return guarded("evaluate.py", lambda: _run(_arguments(arguments)))
 
 

@@ -650,12 +650,24 @@ def test_weights_of_another_network_name_few_keys_of_many(tmp_path):
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    "content", [[torch.zeros(2)], {"state_dict": {"conv1.weight": torch.zeros(2)}}, torch.zeros(2)]
+    "content", [[torch.zeros(2)], {"weights": {"conv1.weight": torch.zeros(2)}}, torch.zeros(2)]
 )
 def test_file_that_holds_something_else_is_no_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="no state dict"):
         backbones.build("resnet18", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+def test_weights_may_be_wrapped_and_prefixed(tmp_path, prefix, wrap):
+    state = {f"{prefix}{k}": v for k, v in models.resnet18().state_dict().items()}
+    torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "w.pth")
+    net = backbones.build("resnet18", weights=tmp_path / "w.pth")
+    assert torch.equal(net.body.conv1.weight, state[f"{prefix}conv1.weight"])
 
 
 @pytest.mark.system

@@ -1,7 +1,14 @@
 import colorsys
+import hashlib
+import http.server
+import os
+import shutil
+import subprocess
 import sys
+import threading
 import types
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,8 +56,8 @@ def folder(root, label, image=None, classes="one\ntwo\nthree\n", split="train"):
 
 
 def mistake(call, *parts):
-    """`call` is a Mistake of one line that holds all `parts`."""
-    with pytest.raises(data.Mistake) as caught:
+    """`call` is a UserError of one line that holds all `parts`."""
+    with pytest.raises(data.UserError) as caught:
         call()
     text = str(caught.value)
     assert text and "\n" not in text
@@ -146,7 +153,7 @@ def test_one_bit_label_is_0_and_1(tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "LA", "I;16"])
 def test_label_that_is_not_one_8_bit_channel_is_a_mistake(tmp_path, mode):
     dataset = folder(tmp_path, Image.new(mode, (3, 2)))
-    mistake(lambda: dataset[0], tmp_path / "labels/train/a.png", "no label map", "mode P or L")
+    mistake(lambda: dataset[0], tmp_path / "labels/train/a.png", "not a label map", "mode P or L")
 
 
 def test_label_of_another_size_is_a_mistake_giving_both(tmp_path):
@@ -263,11 +270,13 @@ def test_missing_or_empty_or_overfull_classes_txt_is_a_mistake(tmp_path):
     mistake(lambda: data.dataset("folder", tmp_path), tmp_path / "classes.txt")
     mistake(lambda: folder(tmp_path, [[0]], classes="\n \n"), tmp_path / "classes.txt", "0 classes")
     mistake(
-        lambda: folder(tmp_path, [[0]], classes="c\n" * 255),
+        lambda: folder(tmp_path, [[0]], classes="".join(f"c{i}\n" for i in range(255))),
         tmp_path / "classes.txt",
         "255 classes",
     )
-    assert folder(tmp_path, [[0]], classes="c\n" * 254).num_classes == 254
+    assert (
+        folder(tmp_path, [[0]], classes="".join(f"c{i}\n" for i in range(254))).num_classes == 254
+    )
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -1067,7 +1076,8 @@ def test_report_counts_by_hand(tmp_path, capsys):
     save(tmp_path / "images/train/b.png", photo(1, 4))
     save(tmp_path / "labels/train/b.png", np.array([[0, 0, 0, 255]], np.uint8))
     data.report(data.dataset("folder", tmp_path, "train"), "mine")
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert lines[0] == "mine: 2 images, 4x1 to 3x2, 3 classes"
     assert lines[1].endswith(": 0-1, 255")
     assert [line.split() for line in lines[3:7]] == [
@@ -1076,7 +1086,7 @@ def test_report_counts_by_hand(tmp_path, capsys):
         ["2", "three", "0", "0.00%", "0"],
         ["255", "(ignored)", "2", "20.00%", "2"],
     ]
-    assert lines[7] == "never seen: three"
+    assert printed.err == "warning: no label holds three\n"
 
 
 def test_main_ends_with_2_and_one_line_for_a_wrong_id(tmp_path, capsys):
@@ -1499,10 +1509,7 @@ def test_fewer_files_than_the_split_has_are_a_warning(tmp_path, capsys, monkeypa
     base = voc_tree(tmp_path, {"train": ["a", "b", "c"]})
     assert len(data.dataset("pascal_voc", tmp_path)) == 3
     err = capsys.readouterr().err
-    assert (
-        "warning: pascal_voc train has 3 of 1464 images; download the others from http://host"
-        in err
-    )
+    assert "warning: pascal_voc train has 3 of 1464 images; get the others from http://host" in err
     (base / "SegmentationClass/b.png").unlink()
     dataset = data.dataset("pascal_voc", tmp_path)
     assert [dataset.name(i) for i in range(2)] == ["a", "c"]
@@ -1558,7 +1565,7 @@ def test_the_report_reads_all_and_names_every_wrong_pair(workers, tmp_path, caps
     assert str(tmp_path / "labels/train/0.png") in first and "[7]" in first
     assert str(tmp_path / "labels/train/2.png") in second and "[9]" in second
     assert str(tmp_path / "labels/train/3.png") in third and "2x1" in third and "2x2" in third
-    assert last == "data.py: 3 of 4 pairs are wrong"
+    assert last == "data.py: 3 of 4 pairs are wrong; correct the files"
     assert data.main(["folder", "--data-root", str(tmp_path), "--workers", "-1"]) == 2
     assert capsys.readouterr().err == "data.py: --workers -1: expected a number of at least 0\n"
 
@@ -1576,3 +1583,209 @@ def test_the_report_reads_on_as_many_processes_as_asked(tmp_path, monkeypatch):
     for workers in (0, 1, 5):
         data.report(dataset, "mine", workers)
     assert loaders == [0, 1, 1]  # never more than there are pairs
+
+
+# ---------------------------------------------------------------------------------------- odd files
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_photographs_of_16_bits_become_8_and_those_of_32_are_refused(kind, tmp_path):
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(ramp).save(path)
+    image = data.read_image(path)
+    assert image.dtype == torch.uint8 and image.shape == (3, 16, 16)
+    assert torch.equal(image[0].flatten().long(), torch.arange(256))
+    if kind == "tiff":
+        for dtype in (np.int32, np.float32):
+            Image.fromarray(ramp.astype(dtype)).save(path)
+            mistake(lambda: data.read_image(path), path, "no fixed range", "8 or 16 bits")
+
+
+def test_photographs_with_labels_that_a_camera_turned_are_counted_in_a_warning(tmp_path, capsys):
+    dataset = folder(tmp_path, [[0, 1], [1, 2], [0, 0]])
+    file = dataset.files[0][0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(file).save(file, exif=exif)
+    data.warn_of_rotation.cache_clear()
+    assert dataset[0][0].shape == (3, 3, 2)  # as stored
+    dataset[0]
+    assert capsys.readouterr().err.count("carry an EXIF orientation") == 1
+    assert data.read_image(file, upright=True).shape == (3, 2, 3)
+    data.report(dataset, "mine")
+    assert "warning: 1 of 1 photographs carry an EXIF orientation" in capsys.readouterr().err
+    Image.open(file).rotate(90, expand=True).save(file, exif=exif)
+    mistake(lambda: dataset[0], "is 2x3 and", "3x2 as it is stored (its EXIF block turns it)")
+
+
+def test_a_broken_exif_block_is_left_out(tmp_path):
+    block = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00"  # cut short
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.jpg", exif=block)
+    assert data.read_image(tmp_path / "a.jpg", upright=True).shape == (3, 2, 3)
+    assert not data.orientation(tmp_path / "a.jpg")
+
+
+def test_lists_and_names_may_begin_with_a_mark_and_have_to_be_utf_8(tmp_path):
+    voc_tree(tmp_path, {"train": ["a", "b"]})
+    path = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [data.dataset("pascal_voc", tmp_path).name(i) for i in range(2)] == ["a", "b"]
+    path.write_text("a\n", encoding="utf-16")
+    mistake(lambda: data.dataset("pascal_voc", tmp_path), path, "is not UTF-8 text")
+    other = tmp_path / "other"
+    names = b"\xef\xbb\xbfone\ntwo\nthree\n".decode()
+    assert folder(other, [[0]], classes=names).classes == ["one", "two", "three"]
+    (other / "classes.txt").write_bytes("stra\xdfe\n".encode("latin-1"))
+    mistake(lambda: data.dataset("folder", other), "classes.txt", "is not UTF-8 text")
+    (other / "classes.txt").write_text("a\nb\na\n")
+    mistake(lambda: data.dataset("folder", other), "classes.txt", "names 'a' twice")
+
+
+def test_dot_files_are_no_pictures_and_labels_may_end_in_capitals(tmp_path):
+    folder(tmp_path, [[0, 1]])
+    for kind, name in (("images", "._a.png"), ("labels", "._a.png")):
+        (tmp_path / kind / "train" / name).write_bytes(b"of another system")
+    label = next(p for p in (tmp_path / "labels/train").iterdir() if p.name[0] != ".")
+    label.rename(label.with_suffix(".PNG"))
+    dataset = data.dataset("folder", tmp_path)
+    assert len(dataset) == 1 and dataset[0][1].tolist() == [[0, 1]]
+
+
+def test_huge_photographs_are_read_where_windows_are_given(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    mistake(lambda: data.read_image(tmp_path / "a.png"), "a.png", "megapixels", "--window N")
+    assert data.read_image(tmp_path / "a.png", huge=True).shape == (3, 30, 30)
+    assert Image.MAX_IMAGE_PIXELS == 400
+
+
+def test_names_that_the_terminal_does_not_have_are_printed_with_replaced_characters(tmp_path):
+    folder(tmp_path, [[0, 1]], classes="stra\u00dfe\nb\u00e4ume\nc\n")
+    command = [sys.executable, data.__file__, "folder", "--data-root", str(tmp_path)]
+    command += ["--output", str(tmp_path / "s.png"), "--workers", "0"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "stra?e" in done.stdout, done.stderr
+
+
+# -------------------------------------------------------------------------------------- downloading
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(its folder, its address): a web server of this machine."""
+    root = tmp_path_factory.mktemp("server")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield root, f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def official(name, tmp_path):
+    """The trees that the archives of `name` hold, by archive, as their authors lay them out."""
+    tree = tmp_path / "trees"
+    picture, label = photo(1, 3), np.array([[0, 1, 255]], np.uint8)
+    if name.startswith("pascal_voc"):
+        voc_tree(tree / "0", {"train": ["a"], "val": ["b"]})
+        sbd = tree / "1/benchmark_RELEASE/dataset"
+        save(sbd / "img/c.jpg", picture)
+        listed(sbd / "train.txt", "c")
+        listed(sbd / "val.txt", "a")
+        (sbd / "cls").mkdir()
+    elif name == "ade20k":
+        for part, stem in (("training", "ADE_train_1"), ("validation", "ADE_val_1")):
+            save(tree / f"0/ADEChallengeData2016/images/{part}/{stem}.jpg", picture)
+            save(tree / f"0/ADEChallengeData2016/annotations/{part}/{stem}.png", label)
+    else:
+        for i, split in enumerate(("train2017", "val2017")):
+            save(tree / f"{i}/{split}/1.jpg", picture)
+            save(tree / f"2/{split}/1.png", label)
+    return tree
+
+
+@pytest.mark.parametrize("name", ["pascal_voc", "pascal_voc_aug", "ade20k", "coco_stuff164k"])
+def test_download_makes_the_layout_that_is_read(name, server, tmp_path, monkeypatch, capsys):
+    served, address = server
+    tree, archives = official(name, tmp_path), []
+    for i, archive in enumerate(data.ARCHIVES[name]):
+        file = archive.url.rsplit("/", 1)[1]
+        kind = {"tar": "tar", "tgz": "gztar", "zip": "zip"}[file.rsplit(".", 1)[1]]
+        base = served / name / f"{i}"
+        shutil.make_archive(str(base), kind, tree / str(i))
+        made = next((served / name).glob(f"{i}.*"))
+        made.rename(served / name / file)
+        md5 = archive.md5 and hashlib.md5((served / name / file).read_bytes()).hexdigest()
+        archives.append(archive._replace(url=f"{address}/{name}/{file}", md5=md5))
+    monkeypatch.setitem(data.ARCHIVES, name, tuple(archives))
+    root = tmp_path / "root"
+    for path in archives[0].makes[:1]:  # a part that is there already is not touched
+        if name == "coco_stuff164k":
+            save(root / path / "1.jpg", photo(1, 3))
+            (root / path / "mine.txt").write_text("mine")
+    data.download(name, root)
+    if name != "pascal_voc_aug":  # SBD's labels are MATLAB's: its files are looked at below
+        assert len(data.dataset(name, root, "train")) == len(data.dataset(name, root, "val")) == 1
+    else:
+        assert (root / "benchmark_RELEASE/dataset/img/c.jpg").exists()
+    if name == "coco_stuff164k":
+        assert (root / "images/train2017/mine.txt").read_text() == "mine"
+    left = [
+        p for p in root.rglob("*") if p.suffix in (".part", ".zip", ".tar", ".tgz", ".unpacked")
+    ]
+    assert left == []
+    shutil.rmtree(served / name)  # what is there is not fetched again
+    capsys.readouterr()
+    data.download(name, root)
+    assert capsys.readouterr().out.count("is there already") == len(archives)
+
+
+def test_an_archive_that_is_cut_short_or_changed_is_not_used(server, tmp_path, monkeypatch):
+    served, address = server
+    (served / "a.zip").write_bytes(b"half of it")
+    root, archive = tmp_path / "root", data.Archive(f"{address}/a.zip", ("a",), md5="0" * 32)
+    monkeypatch.setitem(data.ARCHIVES, "ade20k", (archive,))
+    mistake(lambda: data.download("ade20k", root), "arrived incomplete or changed", "10 bytes")
+    assert list(root.iterdir()) == []
+    monkeypatch.setitem(data.ARCHIVES, "ade20k", (archive._replace(md5=None),))
+    mistake(lambda: data.download("ade20k", root), "a.zip' cannot be unpacked", "remove it")
+    (root / "a.zip").unlink()
+    gone = archive._replace(url=f"{address}/nothing.zip")
+    monkeypatch.setitem(data.ARCHIVES, "ade20k", (gone,))
+    mistake(lambda: data.download("ade20k", root), "cannot be downloaded", "nothing.zip'")
+
+    class Short(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Short) as httpd:
+        threading.Thread(target=httpd.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{httpd.server_address[1]}/b.zip"
+        monkeypatch.setitem(data.ARCHIVES, "ade20k", (data.Archive(url, ("b",)),))
+        mistake(lambda: data.download("ade20k", root), "b.zip")
+    assert not list(root.glob("*b.zip"))
+
+
+def test_what_needs_an_account_names_its_source(tmp_path, capsys):
+    for name in ("cityscapes", "camvid", "folder"):
+        call = partial(data.download, name, tmp_path)
+        mistake(call, "is not downloaded by this command", data.LAYOUTS[name].source)
+    assert data.main(["pascal_voc", "--data-root", str(tmp_path)]) == 2
+    line = f"by `python data.py pascal_voc --download --data-root {tmp_path}`"
+    assert line in capsys.readouterr().err
+
+
+def test_datasets_that_share_files_share_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data.default_root("coco_voc") == Path("datasets/coco_stuff164k")
+    Path("datasets/coco_voc").mkdir(parents=True)
+    assert data.default_root("coco_voc") == Path("datasets/coco_voc")
+    assert data.default_root("camvid") == Path("datasets/camvid")

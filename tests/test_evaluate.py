@@ -16,7 +16,7 @@ import data
 import evaluate
 import pyramid_fuse
 import train
-from data import Mistake
+from data import UserError
 
 pytestmark = pytest.mark.system
 
@@ -118,7 +118,8 @@ def test_predict_gives_probabilities_at_the_size_of_the_image():
 
 def test_predict_at_scale_one_is_the_softmax_of_the_logits():
     net, images = Constant(), torch.randn(1, 3, 9, 11)
-    assert torch.equal(evaluate.predict(net, images), net(images).softmax(1))
+    torch.testing.assert_close(evaluate.predict(net, images), net(images).softmax(1))
+    assert torch.equal(evaluate.classify(net, images), net(images).argmax(1))
 
 
 def test_scales_and_flip_equal_the_plain_average():
@@ -362,6 +363,98 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     assert "--pixel has no effect with --compare" in line
 
 
+@pytest.mark.parametrize(
+    "views", [dict(scales=(0.5, 1.0), flip=True), dict(window=8), dict(scales=(1.0,), flip=True)]
+)
+def test_classes_are_those_of_the_mean_over_the_views(views):
+    torch.manual_seed(0)
+    net = nn.Conv2d(3, 5, 3, padding=1)
+    images = torch.randn(2, 3, 20, 14)
+    expected = evaluate.predict(net, images, **views)
+    torch.testing.assert_close(expected.sum(1), torch.ones(2, 20, 14))
+    assert torch.equal(evaluate.classify(net, images, **views), expected.argmax(1))
+
+
+def test_one_view_holds_one_map_of_scores(largest):
+    net, images = Constant(40), torch.randn(1, 3, 30, 30)
+    with largest:
+        evaluate.classify(net, images)
+    assert largest.numbers == 40 * 30 * 30
+
+
+LIMITS = [
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "larger --accumulate"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--window"),
+    (MemoryError(), "not enough memory"),
+    (RuntimeError("unable to write to file </torch_1_2_3>"), "--workers 0"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "/dev/shm"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
+    (OSError(24, "Too many open files"), "ulimit -n"),
+    (OSError(28, "No space left on device"), "the disk is full"),
+    (
+        RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0"),
+        "disk is full",
+    ),
+    (RuntimeError("Connection closed by peer [127.0.0.1]:1"), "another process of this run"),
+    (
+        ValueError("Expected more than 1 value per channel when training"),
+        "--batch-size of at least",
+    ),
+]
+
+
+@pytest.mark.parametrize("error, advice", LIMITS, ids=str)
+def test_limits_of_the_machine_are_one_line(error, advice, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def work():
+        raise error
+
+    assert evaluate.guarded("train.py", work) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: ") and advice in lines[0]
+
+
+def test_other_errors_keep_their_traceback():
+    def work():
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError):
+        evaluate.guarded("train.py", work)
+
+
+def test_photographs_come_from_folders_and_a_broken_one_does_not_end_the_list(
+    trained, tmp_path, capsys
+):
+    _, checkpoint, root = trained
+    photos = tmp_path / "photos"
+    shutil.copytree(root / "images" / "val", photos)
+    (photos / "1.png").write_bytes(b"no picture")
+    (photos / "._2.png").write_bytes(b"of another system")
+    picture = Image.open(photos / "2.png").convert("RGB")
+    block = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00"  # cut short
+    picture.save(photos / "turned.jpg", exif=block)
+    out = tmp_path / "out"
+    flags = ["--checkpoint", checkpoint, "--images", str(photos), "--device", "cpu"]
+    assert evaluate.main([*flags, "--save-predictions", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "1.png' cannot be read as an image" in printed.err and printed.err.count("\n") == 1
+    assert len(printed.out.splitlines()) == 5
+    assert sorted(p.stem for p in out.iterdir() if "overlay" not in p.stem) == [
+        "0",
+        "2",
+        "3",
+        "4",
+        "turned",
+    ]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no photograph" in mistake(capsys, *flags[:3], str(empty))
+    for name in ("a.png", "a_overlay.png"):
+        shutil.copy(photos / "2.png", empty / name)
+    assert "share the output file a_overlay.png" in mistake(capsys, *flags[:3], str(empty))
+
+
 def test_matrix_has_a_square_for_each_entry_rows_downwards():
     picture = evaluate.draw_matrix(
         torch.tensor([[1.0, 0.0], [0.5, 0.0]]), ["a", "b"], cell=20, margin=40
@@ -410,6 +503,7 @@ def mistake(capsys, *flags):
     """The one line that evaluate.py prints for wrong flags."""
     assert evaluate.main([*flags, "--device", "cpu"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if not line.startswith("warning: ")]
     assert len(lines) == 1
     return lines[0]
 
@@ -423,7 +517,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     assert "cannot be read" in mistake(capsys, "--checkpoint", str(broken))
     other = tmp_path / "other.pt"
     torch.save({"a": torch.zeros(1)}, other)
-    assert "is no checkpoint of train.py" in mistake(capsys, "--checkpoint", str(other))
+    assert "is not a checkpoint of train.py" in mistake(capsys, "--checkpoint", str(other))
     assert "unknown method 'cca'" in mistake(capsys, "--method", "cca", "--cost")
     assert "has no function build" in mistake(capsys, "--method", "json", "--cost")
     line = mistake(capsys, "--method", "caa", "--option", "layers=3", "--cost")
@@ -448,7 +542,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         capsys, "--checkpoint", checkpoint, "--figures", str(tmp_path), "--pixel", "99", "0"
     )
     photos = [str(root / "images" / split / "0.png") for split in ("train", "val")]
-    assert "two photographs of one name" in mistake(
+    assert "two photographs would share the output file 0.png" in mistake(
         capsys, "--checkpoint", checkpoint, "--images", *photos
     )
     labels = str(root / "labels" / "val")
@@ -524,7 +618,7 @@ def test_wrong_label_in_a_loader_process_is_one_line_too_and_the_command_ends(tr
 
 
 def test_unknown_device_is_a_mistake():
-    with pytest.raises(Mistake, match="unknown device 'gpu'"):
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
         evaluate.processes("gpu")
 
 

@@ -20,7 +20,7 @@ from torch import nn
 import data
 import evaluate
 import train
-from data import Mistake
+from data import UserError
 
 pytestmark = pytest.mark.system
 
@@ -184,7 +184,7 @@ def test_what_is_not_the_backbone_learns_at_a_multiple(flags):
     groups = train.make_optimizer(net, settings | {"decay_norms": False}).param_groups
     rates = [(g["lr"], g["weight_decay"], g["params"][0].ndim) for g in groups]
     assert rates == [(0.2, 1e-4, 4), (0.2, 0.0, 1), (2.0, 1e-4, 4), (2.0, 0.0, 1)]
-    with pytest.raises(Mistake, match="--head-lr: my_method has no part named backbone"):
+    with pytest.raises(UserError, match="--head-lr: my_method has no part named backbone"):
         train.make_optimizer(nn.Conv2d(1, 1, 1), settings)
 
 
@@ -246,8 +246,9 @@ def test_workers_and_evaluations_change_nothing(flags, tmp_path):
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
-    flags, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
+    flags, tmp_path, monkeypatch, capsys, number
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*flags, "--eval-every", "2"]
@@ -256,12 +257,12 @@ def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
 
     def terminated(model, state, *rest):
         if state.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(model, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", terminated)
-        assert train.main([*flags, "--output", str(parts)]) == 128 + signal.SIGTERM
+        assert train.main([*flags, "--output", str(parts)]) == 128 + number
     assert (
         f"stopped after step 4, checkpoint saved; go on with: python train.py --output {parts} "
         "--resume" in capsys.readouterr().out
@@ -278,11 +279,11 @@ def test_sigterm_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
     assert [line for line in speedless[0] if "mIoU" in line] == [
         line for line in speedless[1] if "mIoU" in line
     ]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before the run
+    assert signal.getsignal(number) is signal.SIG_DFL  # as it was before the run
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, processes):
+def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, processes, capsys):
     # `timeout`, torchrun and job schedulers signal every process of a group, the loaders' workers
     # among them
     folder = tmp_path / "run"
@@ -291,6 +292,10 @@ def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, processe
     while not (folder / "log.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
+    # The folder is the run's: no other may take it.
+    assert "belongs to a run that is training now" in mistake(capsys, *flags)
+    resume = mistake(capsys, "--output", str(folder), "--resume")
+    assert "belongs to a run that is training now" in resume or "nothing to resume" in resume
     if processes == 1:
         os.killpg(process.pid, signal.SIGTERM)
     else:
@@ -357,6 +362,94 @@ def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path, t
         [line["mIoU"] for line in train.read_log(folder) if "mIoU" in line] for folder in (one, two)
     ]
     assert results[0] == pytest.approx(results[1], abs=0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(
+    flags, method, tmp_path, two_processes, processes
+):
+    flags = [*flags, "--option", "drop=0.0", "--option", "idle=true", "--batch-size", "8"]
+    found, logs = [], []
+    for parts in (1, 2, 4):
+        folder = tmp_path / str(parts)
+        given = [*flags, "--accumulate", str(parts), "--output", str(folder)]
+        if processes == 1:
+            assert train.main(given) == 0
+        else:
+            run = partial(run_in_group, given, method)
+            assert [status for status, _ in two_processes(run)] == [0, 0]
+        found.append(weights(folder))
+        logs.append(train.read_log(folder)[0])
+    for other, log in zip(found[1:], logs[1:]):
+        assert all(torch.allclose(found[0][k], other[k], atol=1e-6) for k in other)
+        assert log["pixels"] == pytest.approx(logs[0]["pixels"], rel=1e-5)
+
+
+def test_shares_of_a_step_are_those_of_its_labels():
+    labels = torch.zeros(4, 2, 3, dtype=torch.int64)
+    labels[1], labels[2, 0] = 255, 255
+    assert train.shares([labels]) == [1.0]
+    assert train.shares(list(labels.chunk(4))).tolist() == pytest.approx(
+        [6 / 15, 0, 3 / 15, 6 / 15]
+    )
+    assert train.shares(list(torch.full((2, 1, 1), 255).chunk(2))).tolist() == [0, 0]
+
+
+def test_a_part_that_is_not_finite_ends_the_run(flags, tmp_path, capsys):
+    given = [*flags, "--accumulate", "2", "--option", "fail_at=4", "--output", str(tmp_path / "a")]
+    assert "not finite after step 1 (pixels " in mistake(capsys, *given)
+    given = [*flags, "--accumulate", "3", "--output", str(tmp_path / "b")]
+    assert "a batch of 4 cannot be shared by 1 processes" in mistake(capsys, *given)
+
+
+def test_resume_with_a_full_command_starts_the_run_or_goes_on(flags, tmp_path, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert train.main([*flags, "--output", str(whole)]) == 0
+    given = [*flags, "--resume", "--output", str(folder)]
+    assert "nothing to resume" in mistake(capsys, "--resume", "--output", str(folder))
+    assert train.main(given) == 0
+    assert "there is nothing to resume yet: the run starts" in capsys.readouterr().out
+    assert train.main(given) == 0  # nothing is left to do
+    assert "goes on after step 6 of 6" in capsys.readouterr().out
+    assert same(weights(whole), weights(folder))
+    assert "--lr 9.0 differs" in mistake(capsys, *given, "--lr", "9")
+
+
+def test_a_run_that_did_not_start_leaves_its_folder_free(flags, tmp_path, capsys):
+    given = [*flags, "--option", "norm=true", "--output", str(tmp_path / "run"), "--batch-size"]
+    assert "take a --batch-size of at least 2" in mistake(capsys, *given, "1")
+    assert train.main([*given, "2"]) == 0
+    steps = [line["step"] for line in train.read_log(tmp_path / "run")]
+    assert steps == [6, 6]  # nothing of the first attempt
+
+
+def test_classes_that_no_label_holds_are_named_and_nothing_to_measure_is_said(
+    flags, photos, tmp_path, capsys
+):
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(photos, copy)
+    given = [*flags, "--data-root", str(copy), "--output", str(folder)]
+    assert train.main(given) == 0
+    assert "warning: no label of folder val holds never" in capsys.readouterr().err
+    for file in (copy / "labels" / "val").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(file)), 255)).save(file)
+    shutil.rmtree(folder)
+    assert train.main(given) == 0
+    printed = capsys.readouterr()
+    assert "there is nothing to measure" in printed.err and "so no best.pt" in printed.out
+    assert not (folder / "best.pt").exists() and (folder / "last.pt").exists()
+    assert "NaN" not in (folder / "log.jsonl").read_text()
+    assert train.read_log(folder)[-1]["mIoU"] is None
+
+
+def test_other_classes_are_not_resumed(flags, photos, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    given = [*flags, "--output", str(tmp_path / "run")]
+    assert train.main(given) == 0
+    (copy / "classes.txt").write_text("right\nleft\nnever\n")
+    line = mistake(capsys, "--output", str(tmp_path / "run"), "--resume", "--data-root", str(copy))
+    assert "has other classes than this run" in line
 
 
 def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, two_processes):
@@ -435,6 +528,7 @@ def test_caa_learns_to_tell_dark_from_bright(photos, tmp_path):
 def mistake(capsys, *flags):
     assert train.main(list(flags)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if not line.startswith("warning: ")]
     assert len(lines) == 1, lines
     assert lines[0].startswith("train.py: ")
     return lines[0]
@@ -478,7 +572,7 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "no checkpoint 'x.pt'" in mistake(capsys, *flags, "--init", "x.pt")
     assert "at least 0" in mistake(capsys, *flags, "--seed", "-1")
     assert "--lr -1.0: expected a number of at least 0" in mistake(capsys, *flags, "--lr", "-1")
-    assert "weights is no --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
+    assert "weights is not an --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
     assert "cannot be built with the options width='wide'" in mistake(
         capsys, *flags, "--option", "width=wide"
     )
@@ -558,9 +652,12 @@ def test_crops_have_one_side_or_two(flags, tmp_path, capsys):
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"method": "caa", "dataset": "shapes"}
-    assert str(train.new_folder(None, settings)) == os.path.join("runs", "caa-shapes")
-    (tmp_path / "runs" / "caa-shapes").mkdir(parents=True)
-    assert str(train.new_folder(None, settings)) == os.path.join("runs", "caa-shapes-2")
+    first, _ = train.claimed(None, settings, False, 0)
+    assert str(first) == os.path.join("runs", "caa-shapes")
+    # A folder without a checkpoint is taken again: the run that made it did not start.
+    assert str(train.claimed(None, settings, False, 0)[0]) == str(first)
+    (first / "last.pt").touch()
+    assert str(train.claimed(None, settings, False, 0)[0]) == str(first) + "-2"
 
 
 def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsys, monkeypatch):
@@ -598,7 +695,7 @@ def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path):
     state.save("last.pt", dataset)
     with torch.no_grad():
         state.net.conv.bias[0] = float("nan")
-    with pytest.raises(Mistake, match="conv.bias and 0 more.*last.pt is from before"):
+    with pytest.raises(UserError, match="conv.bias and 0 more.*last.pt is from before"):
         state.save("last.pt", dataset)
     assert weights(tmp_path)["conv.bias"].isfinite().all()
 
@@ -650,4 +747,4 @@ def test_replace_leaves_the_old_file_where_writing_fails(tmp_path):
 
 
 def test_mistake_is_a_value_error():
-    assert issubclass(Mistake, ValueError) and Mistake is data.Mistake
+    assert issubclass(UserError, ValueError) and UserError is data.UserError
