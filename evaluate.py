@@ -750,80 +750,71 @@ def save_prediction(prediction, palette, file, raw_ids=None):
 
 # ---------------------------------------------------------------------------------------- the flags
 
-DEFAULTS = dict(
-    checkpoint=None, method=None, images=None, cost=False, speed=False, json=None, device=None,
-    dataset=None, data_root=None, split="val", scales=[1.0], flip=False, window=None,
-    save_predictions=None, figures=None, compare=[], pixel=None, amp="auto", workers=2, runs=5,
-    backbone="resnet50", output_stride=None, option=[], classes=59, crop_size=[513], batch_size=2,
-)  # fmt: skip
-VIEWS = {"scales", "flip", "window", "save_predictions", "figures", "pixel", "amp"}
-# What is done -> the flags that it uses. A flag without effect is refused.
-USES = {
-    "checkpoint": {"output_stride", "option"},
-    "method": {"backbone", "classes", "output_stride", "option"},
-    "a whole split": {"dataset", "data_root", "split", "workers", "compare"} | VIEWS,
-    "images": VIEWS,
-    "cost": {"crop_size"},
-    "speed": {"crop_size", "batch_size", "amp", "runs"},
-}
+SPLIT, VIEWS = ("a whole split",), ("a whole split", "images")
+# name: (default, what it is for, help, argparse's keywords). A flag without effect is refused.
+FLAGS = {
+    "checkpoint": (None, None, "last.pt or best.pt of train.py", dict(metavar="FILE")),
+    "method": (None, None, "file of the method, for --cost and --speed without a checkpoint", {}),
+    "images": (None, None, "photographs without labels, or folders of them", dict(nargs="+")),
+    "cost": (False, None, "count parameters and multiply-adds", {}),
+    "speed": (False, None, "measure images per second and peak memory, forward and training", {}),
+    "json": (None, None, "file for all numbers", dict(metavar="FILE")),
+    "device": (None, None, "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]", {}),
+    "dataset": (None, SPLIT, "dataset to evaluate on [the checkpoint's]", {}),
+    "data_root": (None, SPLIT, "folder of the dataset [the checkpoint's]", dict(metavar="DIR")),
+    "split": ("val", SPLIT, "split of the dataset [val]", {}),
+    "workers": (2, SPLIT, "loader processes [2]", {}),
+    "scales": ([1.0], VIEWS, "scales to average over [1]", dict(nargs="+", type=float)),
+    "flip": (False, VIEWS, "average over the mirrored image too", {}),
+    "window": (None, VIEWS, "side of sliding windows in pixels [whole images]", dict(type=int)),
+    "save_predictions": (None, VIEWS, "folder for a palette PNG of each image, with the ids of the "
+                         "benchmark's label files", dict(metavar="DIR")),
+    "figures": (None, VIEWS, "folder for sheets of eight images, with the method's own figures, "
+                "and class dependency", dict(metavar="DIR")),
+    "compare": ([], SPLIT, "other checkpoints: figures show their predictions beside each other",
+                dict(nargs="+", metavar="FILE")),
+    "pixel": (None, VIEWS, "row and column of the pixel that the figures are about [the centre]",
+              dict(type=int, nargs=2)),
+    "amp": ("auto", (*VIEWS, "speed"), "mixed precision [auto: on CUDA]",
+            dict(choices=("auto", "bf16", "fp16", "off"))),
+    "backbone": ("resnet50", ("method",), f"{', '.join(backbones.NAMES)} [resnet50]", {}),
+    "classes": (59, ("method",), "number of classes [59, as in Pascal Context]", {}),
+    "output_stride": (None, ("checkpoint", "method"), "output stride; of a checkpoint: at "
+                      "evaluation only", dict(type=int)),
+    "option": ([], ("checkpoint", "method"), "option of the method, may be repeated; of a "
+               "checkpoint: one that changes no weight", dict(action="append", metavar="KEY=VALUE")),
+    "crop_size": ([513], ("cost", "speed"), "side of the image, or height and width [513]",
+                  dict(type=int, nargs="+", metavar="N")),
+    "batch_size": (2, ("speed",), "images at a time [2]", {}),
+    "runs": (5, ("speed",), "timed repetitions, the median is printed [5]", {}),
+}  # fmt: skip
 
 
 def _arguments(arguments):
-    """The flags, those that were given over DEFAULTS. UserError for one that has no effect."""
+    """The flags over their defaults. UserError for one that has no effect."""
     text = "Metrics, predictions, figures, cost and speed of a network."
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description=text)
-
-    def add(flag, what, **kwargs):
-        parser.add_argument(flag, help=what, **kwargs)
-
-    add("--checkpoint", "last.pt or best.pt of train.py", metavar="FILE")
-    add("--dataset", "dataset to evaluate on [the checkpoint's]")
-    add("--data-root", "folder of the dataset [the checkpoint's]", metavar="DIR")
-    add("--split", "split of the dataset [val]")
-    add("--scales", "scales of the image to average over [1]", type=float, nargs="+")
-    add("--flip", "average over the mirrored image too", action="store_true")
-    add("--window", "side of sliding windows, in pixels [whole images]", type=int, metavar="N")
-    what = "folder for a palette PNG of each image, the ids as in the benchmark's label files"
-    add("--save-predictions", what, metavar="DIR")
-    what = "folder for sheets of eight images, with the method's own figures, and class dependency"
-    add("--figures", what, metavar="DIR")
-    what = "other checkpoints: the figures show their predictions beside each other"
-    add("--compare", what, nargs="+", metavar="FILE")
-    what = "pixel that the figures are about [the centre]"
-    add("--pixel", what, type=int, nargs=2, metavar=("ROW", "COLUMN"))
-    add("--images", "photographs without labels, or folders of them", nargs="+", metavar="PATH")
-    add("--json", "file for all numbers", metavar="FILE")
-    add("--cost", "count parameters and multiply-adds", action="store_true")
-    what = "measure images per second and peak memory of a forward pass and a training step"
-    add("--speed", what, action="store_true")
-    add("--method", "file of the method, for --cost and --speed without a checkpoint")
-    add("--backbone", f"with --method: {', '.join(backbones.NAMES)} [resnet50]")
-    add("--output-stride", "output stride; of a checkpoint: at evaluation only", type=int)
-    what = "option of the method, may be repeated; of a checkpoint: one that changes no weight"
-    add("--option", what, action="append", metavar="KEY=VALUE")
-    add("--classes", "with --method: number of classes [59, as in Pascal Context]", type=int)
-    what = "for --cost and --speed: side of the image, or height and width [513]"
-    add("--crop-size", what, type=int, nargs="+", metavar="N")
-    add("--batch-size", "for --speed: images at a time [2]", type=int)
-    add("--runs", "for --speed: timed repetitions, the median is printed [5]", type=int)
-    add("--amp", "mixed precision [auto: on CUDA]", choices=("auto", "bf16", "fp16", "off"))
-    add("--workers", "loader processes [2]", type=int)
-    add("--device", "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]")
+    for name, (default, _, what, kwargs) in FLAGS.items():
+        if not kwargs:
+            kwargs = dict(action="store_true") if default is False else {}
+            kwargs = kwargs or dict(type=int if isinstance(default, int) else str)
+        parser.add_argument("--" + name.replace("_", "-"), help=what, **kwargs)
     given = vars(parser.parse_args(arguments))
-    done = {name for name in USES if name in given}
+    done = {name for name in ("checkpoint", "method", "images", "cost", "speed") if name in given}
     if not done & {"images", "cost", "speed"}:
         done.add("a whole split")
-    used = {"json", "device", *done}.union(*(USES[name] for name in done))
-    for name in set(given) - used:
-        fits = ", ".join(f"--{u}" if u in DEFAULTS else u for u in USES if name in USES[u])
-        flag = name.replace("_", "-")
-        raise UserError(f"--{flag} has no effect here: it is for {fits}; leave it out")
+    for name in given:
+        uses = FLAGS[name][1]
+        if uses and not done & set(uses):
+            fits = ", ".join(f"--{use}" if use in FLAGS else use for use in uses)
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} has no effect here: it is for {fits}; leave it out")
     for name in sorted({"pixel", "compare"} & set(given)):
         if "figures" not in given:
             raise UserError(f"--{name} has no effect without --figures DIR")
     if {"pixel", "compare"} <= set(given):
         raise UserError("--pixel has no effect with --compare; leave one of them out")
-    args = argparse.Namespace(**DEFAULTS | given)
+    args = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
     for name in ("window", "classes", "batch_size", "runs"):
         at_least(1, name, getattr(args, name))
     at_least(0, "workers", args.workers)
