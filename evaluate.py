@@ -782,7 +782,7 @@ FLAGS = {
     "output_stride": (None, ("checkpoint", "method"), "output stride; of a checkpoint: at "
                       "evaluation only", dict(type=int)),
     "option": ([], ("checkpoint", "method"), "option of the method, may be repeated; of a "
-               "checkpoint: one that changes no weight", dict(action="append", metavar="KEY=VALUE")),
+               "checkpoint: if it changes no weight", dict(action="append", metavar="KEY=VALUE")),
     "crop_size": ([513], ("cost", "speed"), "side of the image, or height and width [513]",
                   dict(type=int, nargs="+", metavar="N")),
     "batch_size": (2, ("speed",), "images at a time [2]", {}),
