@@ -25,6 +25,7 @@ To copy: this file stands alone.
 import argparse
 import colorsys
 import contextlib
+import http.client
 import itertools
 import os
 import random
@@ -1080,11 +1081,13 @@ def download(name, root):
     """Fetch and unpack what is missing of the dataset `name` into the folder `root`.
 
     UserError where it needs an account, or where a file arrives incomplete. What is there is not
-    fetched again, and never overwritten.
+    fetched again, and never overwritten. Archives are removed after they are unpacked.
     """
     if name not in ARCHIVES:
-        what = LAYOUTS[name].source if name in LAYOUTS else "nowhere: shapes are drawn"
-        raise UserError(f"{name} is not downloaded by this command; get it from {what}")
+        if name not in LAYOUTS:
+            raise UserError(f"{name} is not downloaded: expected one of {', '.join(ARCHIVES)}")
+        text = f"{name} is not downloaded by this command"
+        raise UserError(f"{text}; get it from {LAYOUTS[name].source}")
     root.mkdir(parents=True, exist_ok=True)
     for archive in ARCHIVES[name]:
         made = [root / path for path in archive.makes]
@@ -1115,13 +1118,13 @@ def download(name, root):
 def _fetch(archive, file):
     part = file.with_name(f"{file.name}.part")
     try:
-        with urllib.request.urlopen(archive.url) as source, open(part, "wb") as target:
+        with urllib.request.urlopen(archive.url, timeout=60) as source, open(part, "wb") as target:
             length = int(source.headers.get("Content-Length") or 0)
             kwargs = dict(total=length or None, unit="B", unit_scale=True, desc=file.name)
             with tqdm(**kwargs, disable=None) as bar:
                 while block := source.read(1 << 20):
                     bar.update(target.write(block))
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         text = f"{archive.url} cannot be downloaded ({error})"
         raise UserError(f"{text}; try again later, or put the file at '{file}'") from None
     size = part.stat().st_size
@@ -1310,6 +1313,15 @@ def main(arguments=None):
     except (UserError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        text = f"a loader process has stopped ({str(error).splitlines()[0]})"
+        print(f"data.py: {text}; try again with fewer --workers", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("data.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

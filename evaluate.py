@@ -85,7 +85,7 @@ class ConfusionMatrix:
 
 def table(result, classes):
     """The result as text: IoU per class, then the means; classes without an IoU are named last."""
-    pairs, absent = list(zip(classes, result["IoU"])), []
+    pairs = list(zip(classes, result["IoU"]))
     lines = [f"  {name:<20} {value:6.3f}" for name, value in pairs if value is not None]
     rows = {
         name.replace("_", " "): result[name]
@@ -288,7 +288,8 @@ def read_checkpoint(path):
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint '{path}' cannot be read ({reason}); {expected}") from None
-    if not isinstance(checkpoint, dict) or not {"net", "settings", "step"} <= set(checkpoint):
+    parts = {"net", "settings", "step", "classes", "palette"}
+    if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         text = f"'{path}' is not a checkpoint of train.py"
         raise UserError(f"{text}; a backbone's weights go to --weights")
     return checkpoint
@@ -895,9 +896,8 @@ def _photographs(net, checkpoint, device, args, views):
         text = f"--images: two photographs would share the output file {twice}"
         raise UserError(f"{text}; give them one call each")
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.samefile(file.parent) for file in files if file.is_file()):
-        text = f"--save-predictions {folder} holds the photographs themselves"
-        raise UserError(f"{text}; take another folder")
+    args.save_predictions = str(folder)
+    _check_folders(args, {file.parent for file in files if file.is_file()})
     for file in files:
         try:
             image = data.read_image(file, upright=True, huge=args.window is not None)
@@ -923,23 +923,37 @@ def _photographs(net, checkpoint, device, args, views):
     return numbers, status
 
 
+def _check_folders(args, inputs):
+    """Make the folders of predictions and figures. UserError where they hold what is read, or other
+    files than earlier predictions could be: nothing is to be lost.
+    """
+    for flag in ("save_predictions", "figures"):
+        if folder := getattr(args, flag):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            shown = f"--{flag.replace('_', '-')} {folder}"
+            if any(Path(folder).samefile(parent) for parent in inputs):
+                raise UserError(f"{shown} holds what is read; take another folder")
+    if (
+        args.figures
+        and args.save_predictions
+        and Path(args.figures).samefile(args.save_predictions)
+    ):
+        raise UserError("--figures and --save-predictions need two folders: their names are equal")
+
+
 def _split(net, checkpoint, device, rank, args, views):
     """Metrics, predictions and figures of a whole split."""
     settings = checkpoint["settings"]
     name, own = args.dataset or settings["dataset"], settings["data_root"]
-    root = args.data_root or (own if name == settings["dataset"] else f"datasets/{name}")
+    root = args.data_root or (own if name == settings["dataset"] else data.default_root(name))
     dataset = data.dataset(name, root, args.split)
     if dataset.classes != checkpoint["classes"]:
         text = f"the classes of {name} are not those that {args.checkpoint} was trained on"
         raise UserError(f"{text}; take another --dataset")
     nets, save = {args.checkpoint: net} | _others(args, dataset, device), None
+    _check_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
     if args.save_predictions:
         folder = Path(args.save_predictions)
-        folder.mkdir(parents=True, exist_ok=True)
-        held = {file.parent for pair in getattr(dataset, "files", ()) for file in pair}
-        if any(folder.samefile(parent) for parent in held):
-            text = f"--save-predictions {folder} holds the dataset itself"
-            raise UserError(f"{text}; take another folder")
         raw_ids = getattr(dataset, "raw_ids", None)
 
         def save(index, prediction):

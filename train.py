@@ -58,7 +58,10 @@ SETTINGS = {
         "shapes",
         "name of a dataset in data.py: shapes, shapes+company, camvid, folder, …",
     ),
-    "data_root": (None, "folder of the dataset [datasets/NAME]"),
+    "data_root": (
+        None,
+        "folder of the dataset [datasets/NAME, or that of the dataset whose files it shares]",
+    ),
     "backbone": ("resnet18", "feature extractor: " + ", ".join(backbones.NAMES)),
     "weights": (None, "weights of the backbone: none, imagenet, or the path of a state dict"),
     "output_stride": (None, "stride of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1"),
@@ -105,7 +108,7 @@ FORMS = {
     "amp": dict(choices=("auto", "bf16", "fp16", "off")),
 } | dict.fromkeys(("output_stride", "base_size", "eval_every", "save_every"), dict(type=int))
 # What may differ when a run goes on: it changes no result, or rounding alone
-FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile", "accumulate"}
+FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
 AUGMENTATION = ("seed", "crop_size", "scale", "scale_step", "base_size", "color")
 LOG_EVERY = 10  # steps
 
@@ -158,7 +161,7 @@ def resolve(given):
 def completed(settings):
     """The settings with defaults that depend on others filled in, if all numbers are in range."""
     if settings["data_root"] is None:
-        settings["data_root"] = f"datasets/{settings['dataset']}"
+        settings["data_root"] = str(data.default_root(settings["dataset"]))
     for name in ("eval_every", "save_every"):
         if settings[name] is None:
             settings[name] = max(100, math.ceil(settings["iterations"] / 10))
@@ -199,6 +202,7 @@ def resumed(output, given):
                 settings[name], origin[name] = saved[name]["value"], saved[name]["from"]
             else:
                 settings[name], origin[name] = json.loads(json.dumps(default)), "default"
+        settings = completed(settings)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"'{path}' is damaged; start a new run with --init {last}") from None
     if "option" in given:  # those of the recipe need not be repeated
@@ -215,11 +219,12 @@ def resumed(output, given):
 # ----------------------------------------------------------------------------------- files of a run
 
 
-def claimed(output, settings, resume, rank):
+def claimed(output, settings, resumes, rank):
     """(the run's folder, its lock, which is held while it is open). The first process takes the
     folder and tells the others.
 
-    UserError where another run holds it: a checkpoint is in it (unless `resume`), or a lock.
+    UserError where another run holds it: a checkpoint is in it (unless the run resumes it), or a
+    lock. Where the file system has no locks there is only a warning.
     """
     answer = [None, None]  # the folder, or what is wrong
     lock = None
@@ -233,10 +238,13 @@ def claimed(output, settings, resume, rank):
                 # Loader processes, which outlive a killed run for a moment, do not inherit it.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 wrong = None
-                if not resume and any(folder.glob("*.pt")):
+                if not resumes and any(folder.glob("*.pt")):
                     wrong = "holds a run already; add --resume to go on with it, or take another"
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 wrong = "belongs to a run that is training now; wait for it, or take another"
+            except OSError as error:
+                print(f"warning: '{folder}' cannot be locked ({error.strerror})", file=sys.stderr)
+                wrong = None
             if wrong is None or output:
                 break
             number += 1
@@ -282,10 +290,10 @@ def replace(path, write):
 def read_log(folder):
     """The lines of log.jsonl; one that was cut short by a kill is left out."""
     path, lines = folder / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def rewind_log(folder, step, evaluated):
@@ -374,13 +382,13 @@ def draw_samples(folder, net, dataset, device, amp, count=4):
 # ---------------------------------------------------------------------------- network and optimizer
 
 
-def make_net(s, num_classes, resumes, device, world):
+def make_net(s, classes, resumes, device, world):
     """(the network on its device, a line about the weights it starts from or None)."""
     torch.manual_seed(s["seed"])
     weights = None if resumes or s["init"] else s["weights"]
-    parts = s["method"], num_classes, s["backbone"], weights, s["output_stride"], s["option"]
+    parts = s["method"], len(classes), s["backbone"], weights, s["output_stride"], s["option"]
     net = evaluate.network(*parts)
-    note = initialise(net, s["init"]) if s["init"] and not resumes else None
+    note = initialise(net, s["init"], classes) if s["init"] and not resumes else None
     if world > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules():
@@ -390,9 +398,13 @@ def make_net(s, num_classes, resumes, device, world):
     return net.to(device, memory_format=torch.channels_last), note
 
 
-def initialise(net, path):
-    """--init: every tensor of the checkpoint that fits; a line says which do not."""
-    saved, own = evaluate.read_checkpoint(path)["net"], net.state_dict()
+def initialise(net, path, classes=None):
+    """--init: every tensor of the checkpoint that fits; a line says which do not.
+
+    classes: the names of this run's, if a line is to say that the checkpoint's are others.
+    """
+    checkpoint, own = evaluate.read_checkpoint(path), net.state_dict()
+    saved = checkpoint["net"]
     fitting = {k: v for k, v in saved.items() if k in own and own[k].shape == v.shape}
     if not fitting:
         expected = "expected a checkpoint of the same method and backbone"
@@ -400,6 +412,8 @@ def initialise(net, path):
     net.load_state_dict(fitting, strict=False)
     left = [name for name in own if name not in fitting]
     as_new = f"; as new: {', '.join(left)}" if left else ""
+    if classes and checkpoint["classes"] != classes:
+        as_new += "; its classifier is of other classes (names, number or order)"
     return f"{len(fitting)} of {len(own)} tensors from {path}{as_new}"
 
 
@@ -500,7 +514,10 @@ class Stop:
 
     def __enter__(self):
         self.signal = None
-        self.before = {number: signal.signal(number, self) for number in self.SIGNALS}
+        self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        for number, handler in self.before.items():
+            if handler is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+                signal.signal(number, self)
         return self
 
     def __call__(self, number, frame):
@@ -635,7 +652,7 @@ def validate(state, train_set, val_set, stop):
     if better:
         state.best = result["mIoU"]
     if state.rank == 0:
-        append_log(folder, step=state.step, **result)
+        append_log(folder, step=state.step, **{k: v for k, v in result.items() if k != "labelled"})
         draw_curves(folder)
         draw_samples(folder, net, val_set, device, s["amp"])
         numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
@@ -663,7 +680,9 @@ def run(given, output, resume):
     device, rank, world = evaluate.processes(s["device"])
     if s["batch_size"] % (world * s["accumulate"]):
         text = f"a batch of {s['batch_size']} cannot be shared by {world} processes with"
-        raise UserError(f"{text} --accumulate {s['accumulate']}; make it a multiple of both")
+        raise UserError(
+            f"{text} --accumulate {s['accumulate']}; make it a multiple of their product"
+        )
 
     augmentation = {name: s[name] for name in AUGMENTATION}
     train_set = data.dataset(s["dataset"], s["data_root"], "train", train=True, **augmentation)
@@ -672,9 +691,9 @@ def run(given, output, resume):
         text = f"'{s['data_root']}' has other classes than this run (names, number or order)"
         raise UserError(f"{text}; give the --data-root that it was started with")
 
-    net, note = make_net(s, train_set.num_classes, checkpoint is not None, device, world)
+    net, note = make_net(s, train_set.classes, checkpoint is not None, device, world)
     model = with_losses(net, s, train_set.num_classes, rank) if s["car"] else net
-    folder, lock = claimed(output, s, resume, rank)
+    folder, lock = claimed(output, s, checkpoint is not None, rank)
     state = State(net, s, folder, device, rank)
     if checkpoint:
         state.load(checkpoint)

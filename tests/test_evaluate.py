@@ -546,7 +546,11 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         capsys, "--checkpoint", checkpoint, "--images", *photos
     )
     labels = str(root / "labels" / "val")
-    assert "holds the dataset itself" in mistake(
+    for flag in ("--figures", "--save-predictions"):
+        assert "holds what is read" in mistake(capsys, "--checkpoint", checkpoint, flag, labels)
+    both = ["--figures", str(tmp_path / "b"), "--save-predictions", str(tmp_path / "b")]
+    assert "need two folders" in mistake(capsys, "--checkpoint", checkpoint, *both)
+    assert "holds what is read" in mistake(
         capsys, "--checkpoint", checkpoint, "--save-predictions", labels
     )
 

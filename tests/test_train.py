@@ -442,6 +442,49 @@ def test_classes_that_no_label_holds_are_named_and_nothing_to_measure_is_said(
     assert train.read_log(folder)[-1]["mIoU"] is None
 
 
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with train.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*arguments):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "lockf", no_locks)
+    monkeypatch.chdir(tmp_path)
+    folder, _ = train.claimed(None, {"method": "caa", "dataset": "shapes"}, False, 0)
+    assert str(folder) == os.path.join("runs", "caa-shapes")
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_folder_with_best_pt_alone_is_not_taken(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*flags, "--output", str(folder)]) == 0
+    (folder / "last.pt").unlink()
+    line = mistake(capsys, *flags, "--resume", "--output", str(folder))
+    assert "holds a run already" in line and (folder / "best.pt").exists()
+
+
+def test_init_from_other_classes_says_so(flags, tmp_path, capsys):
+    assert train.main([*flags, "--output", str(tmp_path / "a")]) == 0
+    last = tmp_path / "a" / "last.pt"
+    net = evaluate.network("my_method", 3, "none", options={"width": 3})
+    note = train.initialise(net, last, ["right", "left", "never"])
+    assert note.endswith("its classifier is of other classes (names, number or order)")
+    assert "other classes" not in train.initialise(net, last, ["left", "right", "never"])
+
+
+def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'5\n{}\n\xff\xfe\n{"step": 3, "loss": 1}\n[1]\n')
+    assert train.read_log(tmp_path) == [{"step": 3, "loss": 1}]
+
+
 def test_other_classes_are_not_resumed(flags, photos, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
