@@ -29,6 +29,7 @@ import http.client
 import itertools
 import os
 import random
+import re
 import shutil
 import sys
 import urllib.request
@@ -40,6 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.utils import check_md5, extract_archive
@@ -57,6 +59,72 @@ MEAN_COLOR = (124, 116, 104)  # MEAN as bytes, what images are padded with
 
 class UserError(ValueError):
     """A user error, reported as one line: what was wrong, what was expected, what to do."""
+
+
+# ------------------------------------------------------------ errors of the user and the machine
+
+
+# What PyTorch says at a machine's limits -> what to do
+MEMORY = r"out of memory|an't allocate memory|annot allocate memory|bad_alloc|MemoryError"
+LIMITS = {
+    MEMORY: "not enough memory; in training try a larger --accumulate or a smaller --crop-size, in "
+    "evaluation --window",
+    r"shared memory|Bus error|unable to (write|open|mmap|resize)|torch_shm_manager": "/dev/shm, "
+    "which loader processes share, is full; make it larger, or take --workers 0",
+    r"Too many open files|ancdata": "too many open files; raise the limit, as by "
+    "`ulimit -n 4096`, or take fewer --workers",
+    r"DataLoader worker \(pid": "a loader process was killed, by the machine if memory is full; "
+    "try again with fewer --workers",
+    r"No space left|Disk quota|File too large|write failed|unexpected pos": "the disk is full; "
+    "free some space, or take another folder",
+    r"Expected more than 1 value": "batch norm needs more than one value per channel; take a "
+    "--batch-size of at least 2 for each process, or larger crops",
+}
+OTHERS = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]arrier|TCPStore"
+
+
+def guarded(script, work):
+    """Exit status of `work()`, or 2 after an error of the user or the machine, in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names that the terminal's encoding does not have
+            stream.reconfigure(errors="replace")
+    try:
+        return work() or 0
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        # What a DataLoader's worker raised arrives inside its traceback, whose last line tells.
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        full = f"{type(error).__name__} {error}"
+        advice = [advice for pattern, advice in LIMITS.items() if re.search(pattern, full)]
+        if "WORLD_SIZE" in os.environ and re.search(OTHERS, full):
+            advice = ["another process of this run has stopped; its own line says why"]
+        if isinstance(error, UserError):
+            text = last.removeprefix("data.UserError: ")
+        elif advice:
+            text = f"{advice[0]} ({' '.join(full.split())[:160]})"
+        elif isinstance(error, OSError) or "more than 1 value per channel" in full:
+            text = last
+        else:
+            raise
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"{script}: {text}", file=sys.stderr)
+    return 2
+
+
+def own_session(worker):
+    """For a DataLoader's workers: signals to the whole group are for the main process to answer.
+
+    They must not ignore SIGTERM instead: it is how the main process ends them, and waits for their
+    end.
+    """
+    os.setsid()
 
 
 # ----------------------------------------------------------------------------------------- datasets
@@ -223,7 +291,7 @@ def read_image(path, upright=False, huge=False):
         # A broken EXIF block fails in many ways: then the picture is used as it is stored.
         with _quiet(), contextlib.suppress(Exception):
             image = ImageOps.exif_transpose(image)
-    elif orientation(path):
+    elif _is_turned(image):
         warn_of_rotation(path.parent)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
@@ -235,11 +303,16 @@ def read_image(path, upright=False, huge=False):
 
 
 def orientation(path):
-    """Whether the photograph's EXIF block says that it is to be turned or mirrored."""
+    """Whether the EXIF block of the photograph at `path` says that it is to be turned."""
+    with _quiet(), contextlib.suppress(Exception), Image.open(path) as image:
+        return _is_turned(image)
+    return False  # it cannot be opened
+
+
+def _is_turned(image):
     with _quiet(), contextlib.suppress(Exception):
-        with Image.open(path) as image:
-            return image.getexif().get(0x0112, 1) in range(2, 9)
-    return False  # there is none, or it is broken
+        return image.getexif().get(0x0112, 1) in range(2, 9)
+    return False  # the EXIF block is broken
 
 
 @cache
@@ -347,13 +420,6 @@ def read_lines(path):
     except UnicodeDecodeError:
         raise UserError(f"'{path}' is not UTF-8 text; save it as such") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def tolerate_encodings():
-    """Print names that the terminal's encoding does not have with replaced characters."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 def _ranges(numbers):
@@ -1230,7 +1296,8 @@ def cores():
 def _examined(data, what, workers, labels_only=False):
     """Every pair read, on several processes, with a progress bar."""
     examined = _Examined(data, labels_only)
-    loader = DataLoader(examined, batch_size=None, num_workers=min(workers, len(data)))
+    kwargs = dict(num_workers=min(workers, len(data)), worker_init_fn=own_session)
+    loader = DataLoader(examined, batch_size=None, **kwargs)
     for index, ids, size, *rest in tqdm(loader, desc=what, unit="file", disable=None):
         yield int(index), ids.numpy(), tuple(map(int, size)), *rest
 
@@ -1291,38 +1358,27 @@ def main(arguments=None):
     add("--output", metavar="FILE", help="file for the contact sheet [NAME-SPLIT.png]")
     add("--workers", type=int, default=cores(), help="processes that read [one for each core]")
     args = parser.parse_args(arguments)
-    tolerate_encodings()
+    return guarded("data.py", lambda: _run(args))
+
+
+def _run(args):
     output = Path(args.output or f"{args.name}-{args.split}.png")
-    try:
-        if output.suffix not in (".png", ".jpg"):
-            raise UserError(f"--output {output}: expected a file that ends in .png or .jpg")
-        if args.workers < 0:
-            raise UserError(f"--workers {args.workers}: expected a number of at least 0")
-        if args.download:
-            download(args.name, Path(args.data_root or default_root(args.name)))
-        data = dataset(args.name, args.data_root, args.split)
-        report(data, f"{args.name} {args.split}", args.workers)
-        rows = []
-        for index in sorted(random.Random(0).sample(range(len(data)), min(8, len(data)))):
-            image, label = data.raw(index)
-            rows.append([image, colorize(label, data.palette), overlay(image, label, data.palette)])
-        pairs = [a + b for a, b in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        sheet(pairs, ["image", "label", "overlay"] * 2, data.classes, data.palette).save(output)
-        print(f"contact sheet: {output}")
-    except (UserError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        text = f"a loader process has stopped ({str(error).splitlines()[0]})"
-        print(f"data.py: {text}; try again with fewer --workers", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("data.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    if output.suffix not in (".png", ".jpg"):
+        raise UserError(f"--output {output}: expected a file that ends in .png or .jpg")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: expected a number of at least 0")
+    if args.download:
+        download(args.name, Path(args.data_root or default_root(args.name)))
+    data = dataset(args.name, args.data_root, args.split)
+    report(data, f"{args.name} {args.split}", args.workers)
+    rows = []
+    for index in sorted(random.Random(0).sample(range(len(data)), min(8, len(data)))):
+        image, label = data.raw(index)
+        rows.append([image, colorize(label, data.palette), overlay(image, label, data.palette)])
+    pairs = [a + b for a, b in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(pairs, ["image", "label", "overlay"] * 2, data.classes, data.palette).save(output)
+    print(f"contact sheet: {output}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import inspect
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import backbones
 import data
-from data import UserError
+from data import UserError, guarded, own_session
 
 # ------------------------------------------------------------------------------------------ metrics
 
@@ -99,18 +98,15 @@ def table(result, classes):
     return "\n".join(lines)
 
 
-def warn_of_absent(result, dataset, name):
+def warn_of_absent(labelled, dataset, name):
     """A warning on stderr, where a result could be wrong unnoticed: classes without any label."""
-    absent = [c for c, labelled in zip(dataset.classes, result["labelled"]) if not labelled]
-    if len(absent) == dataset.num_classes:
-        print(
-            f"warning: no pixel of {name} is labelled: there is nothing to measure", file=sys.stderr
-        )
-    elif absent:
-        text = f"warning: no label of {name} holds {', '.join(absent)}"
-        print(
-            f"{text}; is that right? `python data.py` shows the ids of the files", file=sys.stderr
-        )
+    absent = [name for name, there_is in zip(dataset.classes, labelled) if not there_is]
+    text = f"no label of {name} holds {', '.join(absent)}; is that right? `python data.py` shows"
+    text = f"{text} the ids of the files"
+    if not any(labelled):
+        text = f"no pixel of {name} is labelled: there is nothing to measure"
+    if absent:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------- prediction
@@ -232,16 +228,7 @@ def read_all(dataset, device, workers, what, quiet=False):
         yield data.normalise(image.to(device)), labels.to(device).long()
 
 
-def own_session(worker):
-    """For a DataLoader's workers: signals to the whole group are for the main process to answer.
-
-    They must not ignore SIGTERM instead: it is how the main process ends them, and waits for their
-    end.
-    """
-    os.setsid()
-
-
-# ------------- what train.py uses too: networks, checkpoints, processes, precision, flags, errors
+# --------------------- what train.py uses too: networks, checkpoints, processes, precision, flags
 
 
 def network(method, num_classes, backbone, weights=None, output_stride=None, options=None):
@@ -408,58 +395,6 @@ def check_sides(flag, sides):
         given = " ".join(map(str, sides))
         raise UserError(f"--{flag} {given}: expected one side, or height and width")
     at_least(1, flag, min(sides))
-
-
-# What PyTorch says at a machine's limits -> what to do
-MEMORY = r"out of memory|an't allocate memory|annot allocate memory|bad_alloc|MemoryError"
-LIMITS = {
-    MEMORY: "not enough memory; in training try a larger --accumulate or a smaller --crop-size, in "
-    "evaluation --window",
-    r"shared memory|Bus error|unable to (write|open|mmap|resize)|torch_shm_manager": "/dev/shm, "
-    "which loader processes share, is full; make it larger, or take --workers 0",
-    r"Too many open files|ancdata": "too many open files; raise the limit, as by "
-    "`ulimit -n 4096`, or take fewer --workers",
-    r"DataLoader worker \(pid": "a loader process was killed, by the machine if memory is full; "
-    "try again with fewer --workers",
-    r"No space left|Disk quota|File too large|write failed|unexpected pos": "the disk is full; "
-    "free some space, or take another folder",
-    r"Expected more than 1 value": "batch norm needs more than one value per channel; take a "
-    "--batch-size of at least 2 for each process, or larger crops",
-}
-OTHERS = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]arrier|TCPStore"
-
-
-def guarded(script, work):
-    """Exit status of `work()`, or 2 after an error of the user or the machine, in one line."""
-    data.tolerate_encodings()
-    try:
-        return work() or 0
-    except BrokenPipeError:  # as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        # What a DataLoader's worker raised arrives inside its traceback, whose last line tells.
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        full = f"{type(error).__name__} {error}"
-        advice = [advice for pattern, advice in LIMITS.items() if re.search(pattern, full)]
-        if "WORLD_SIZE" in os.environ and re.search(OTHERS, full):
-            advice = ["another process of this run has stopped; its own line says why"]
-        if isinstance(error, UserError):
-            text = last.removeprefix("data.UserError: ")
-        elif advice:
-            text = f"{advice[0]} ({' '.join(full.split())[:160]})"
-        elif isinstance(error, OSError) or "more than 1 value per channel" in full:
-            text = last
-        else:
-            raise
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"{script}: {text}", file=sys.stderr)
-    return 2
 
 
 # ----------------------------------------------------------------------------------- cost and speed
@@ -895,7 +830,6 @@ def _photographs(net, checkpoint, device, args, views):
     if twice:
         text = f"--images: two photographs would share the output file {twice}"
         raise UserError(f"{text}; give them one call each")
-    folder.mkdir(parents=True, exist_ok=True)
     args.save_predictions = str(folder)
     _check_folders(args, {file.parent for file in files if file.is_file()})
     for file in files:
@@ -911,7 +845,6 @@ def _photographs(net, checkpoint, device, args, views):
         rows = [[image, data.overlay(image, prediction, palette)]]
         data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(overlay)
         if args.figures:
-            Path(args.figures).mkdir(parents=True, exist_ok=True)
             picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
         shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
@@ -924,21 +857,21 @@ def _photographs(net, checkpoint, device, args, views):
 
 
 def _check_folders(args, inputs):
-    """Make the folders of predictions and figures. UserError where they hold what is read, or other
-    files than earlier predictions could be: nothing is to be lost.
+    """Make the folders of predictions and figures. UserError where one holds what is read, or where
+    the two are one folder: a file would overwrite another.
     """
+    made = []
     for flag in ("save_predictions", "figures"):
         if folder := getattr(args, flag):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            shown = f"--{flag.replace('_', '-')} {folder}"
             if any(Path(folder).samefile(parent) for parent in inputs):
-                raise UserError(f"{shown} holds what is read; take another folder")
-    if (
-        args.figures
-        and args.save_predictions
-        and Path(args.figures).samefile(args.save_predictions)
-    ):
-        raise UserError("--figures and --save-predictions need two folders: their names are equal")
+                flag = flag.replace("_", "-")
+                raise UserError(f"--{flag} {folder} holds what is read; take another folder")
+            if any(Path(folder).samefile(other) for other in made):
+                raise UserError(
+                    "--figures and --save-predictions need two folders: files have one name"
+                )
+            made.append(folder)
 
 
 def _split(net, checkpoint, device, rank, args, views):
@@ -961,6 +894,7 @@ def _split(net, checkpoint, device, rank, args, views):
             save_prediction(prediction, dataset.palette, file, raw_ids)
 
     result = evaluate(net, dataset, device, args.amp, args.workers, save, **views)
+    labelled = result.pop("labelled")
     if rank == 0:
         mode = f"scales {' '.join(f'{s:g}' for s in args.scales)}{', flip' if args.flip else ''}"
         mode += f", windows of {args.window}" if args.window else ""
@@ -969,14 +903,14 @@ def _split(net, checkpoint, device, rank, args, views):
         images = f"on {name} {args.split}, {len(dataset)} images"
         print(f"{args.checkpoint} (step {checkpoint['step']}) {images}, {mode}")
         print(table(result, dataset.classes))
-        warn_of_absent(result, dataset, f"{name} {args.split}")
+        warn_of_absent(labelled, dataset, f"{name} {args.split}")
         if args.figures:
             result |= _figures(nets, dataset, device, args, views)
     about = dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name)
     about |= dict(split=args.split, images=len(dataset))
     about |= dict(output_stride=args.output_stride, option=args.option)
     result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
-    return {k: v for k, v in result.items() if k != "labelled"} | about | views
+    return result | about | views
 
 
 def _others(args, dataset, device):
@@ -997,7 +931,6 @@ def _others(args, dataset, device):
 def _figures(nets, dataset, device, args, views):
     """`--figures`: the sheets of eight images, and the pictures of the whole split; its numbers."""
     folder, numbers, net = Path(args.figures), {}, nets[args.checkpoint]
-    folder.mkdir(parents=True, exist_ok=True)
     shown = dataset.palette, dataset.classes
     for index in data.spread(len(dataset), 8):
         image, truth = dataset[index]

@@ -52,6 +52,7 @@ import backbones
 
 IGNORE = 255  # "don't care"
 POLICIES = ("true_positive", "ground_truth", "naive")
+UNITIES = ("difference", "two", "tied")
 
 # --------------------------------------------------------------------------------- pyramidal output
 
@@ -208,6 +209,7 @@ class UnityHead(nn.Module):
 
     def __init__(self, in_channels, factors, unity="difference", channels=64):
         super().__init__()
+        backbones.check_choices(unity=(unity, UNITIES))
         self.factors, self.unity = factors, unity
         # No biases here: subtracted, they would only add a constant to that of W_s.
         self.reduce = nn.Conv2d(in_channels, channels, 1, bias=False)  # W_u
@@ -331,6 +333,7 @@ class SemanticHead(nn.Module):
 
     def __init__(self, in_channels, factors, context="ours", outputs=4, channels=512):
         super().__init__()
+        backbones.check_choices(context=(context, ("ours", "anl", "anl_multi", None)))
         self.factors, self.context, levels = factors, context, len(factors)
         self.reduce, self.pool = nn.Conv2d(in_channels, channels, 1), PyramidPool()
         aggregates, updates = (levels, levels - 1) if context == "ours" else (0, 0)
@@ -413,18 +416,17 @@ class SpecializeAndFuse(nn.Module):
         if not whole or not pairs or any(a <= b or a % b for a, b in pairs):
             raise ValueError(f"strides={strides}: expected multiples, coarse to fine, the last 4")
         backbones.check_choices(
-            context=(context, ("ours", "anl", "anl_multi", None)),
             output=(output, ("pyramid", "single", "auxiliary")),
             policy=(policy, POLICIES),
-            unity=(unity, ("difference", "two", "tied")),
+            unity=(unity, UNITIES),
             finest=(finest, ("pixel", "ignore_mixed")),
         )
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}: expected a number in 0…1")
         if output == "single" and context == "anl_multi":
             raise ValueError("'anl_multi' is for several levels: with output='single' take 'anl'")
-        self.strides, self.output, self.policy, self.threshold = strides, output, policy, threshold
-        self.finest = finest
+        self.strides, self.output, self.policy = strides, output, policy
+        self.threshold, self.finest = threshold, finest
         self.backbone = backbones.build(backbone, 32, weights)
         hrnet = backbone.startswith("hrnet")
         self.decoder = None if hrnet else ResNetDecoder(self.backbone.channels)
@@ -434,11 +436,9 @@ class SpecializeAndFuse(nn.Module):
             factors = factors[-1:]  # nothing needs the coarser levels
         outputs = 1 if output == "single" else len(factors)
         self.semantic = SemanticHead(sum(channels), factors, context, outputs)
-        self.unity = None
-        if output == "pyramid":
-            self.unity = UnityHead(sum(channels), factors[:-1], unity)
-        classifiers = [nn.Conv2d(512, num_classes, 1) for _ in range(outputs)]
-        *coarser, self.classifier = classifiers  # the last one is the finest level's
+        pyramid = output == "pyramid"
+        self.unity = UnityHead(sum(channels), factors[:-1], unity) if pyramid else None
+        *coarser, self.classifier = (nn.Conv2d(512, num_classes, 1) for _ in range(outputs))
         self.coarse_classifiers = nn.ModuleList(coarser)
         self.regularized = f"semantic.project.{outputs - 1}.1"  # CAR acts on its input: linear
 

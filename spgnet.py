@@ -56,6 +56,8 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 import backbones
 
+EXCITES = ("sigmoid", "softmax", "sum")
+
 # -------------------------------------------------------------------------------------------- loss
 
 
@@ -68,9 +70,10 @@ def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
     """
     # The paper does not state the rule. 15 % is DeeperLab's, which it cites; 0.7 is a common value.
     loss = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="none").flatten(1)
-    count = (labels != 255).flatten(1).sum(1, keepdim=True)  # [N, 1]
+    ignored = (labels == 255).flatten(1)
+    count = (~ignored).sum(1, keepdim=True)  # [N, 1]
     # An ignored pixel has a loss of 0, and so may an easy one. With -1 it comes last.
-    order = loss.detach().masked_fill((labels == 255).flatten(1), -1).argsort(1, descending=True)
+    order = loss.detach().masked_fill(ignored, -1).argsort(1, descending=True)
     loss = loss.gather(1, order)  # [N, HW], the hardest first
     rank = torch.arange(loss.shape[1], device=loss.device)
     hard = (rank < count) & ((loss.detach().neg().exp() < threshold) | (rank < minimum * count))
@@ -89,6 +92,7 @@ class SemanticPredictionGuidance(nn.Module):
 
     def __init__(self, channels, num_classes, out_channels, excite="sigmoid", identity=True):
         super().__init__()
+        backbones.check_choices(excite=(excite, EXCITES))
         self.excite, self.identity = excite, identity
         self.logits = nn.Conv2d(channels, num_classes, 1)
         self.attention = nn.Conv2d(num_classes, channels, 1)
@@ -321,8 +325,8 @@ def check_values(names, weights, channels, guidance, excite, stage_weights):
         raise ValueError(f"{kinds}: give 'imagenet', or one kind of backbone")
     if not isinstance(channels, int) or channels < 16 or channels % 16:
         raise ValueError(f"channels={channels!r}: expected a multiple of 16")
-    guidances, excites = ("spg", "se", "ge", None), ("sigmoid", "softmax", "sum")
-    backbones.check_choices(guidance=(guidance, guidances), excite=(excite, excites))
+    guidances = ("spg", "se", "ge", None)
+    backbones.check_choices(guidance=(guidance, guidances), excite=(excite, EXCITES))
     if stage_weights is not None and (
         not isinstance(stage_weights, (tuple, list))
         or len(stage_weights) != len(names)

@@ -645,14 +645,15 @@ def validate(state, train_set, val_set, stop):
     result = evaluate.evaluate(net, val_set, device, s["amp"], s["workers"], stopped=stopped)
     if mean_over_processes([stop.signal or 0], device)[0] > 0:
         return True
+    labelled = result.pop("labelled")
     if state.rank == 0 and state.evaluated == 0:
-        evaluate.warn_of_absent(result, val_set, f"{s['dataset']} val")
+        evaluate.warn_of_absent(labelled, val_set, f"{s['dataset']} val")
     state.evaluated = state.step
     better = result["mIoU"] > state.best  # never where nothing is labelled: mIoU is NaN
     if better:
         state.best = result["mIoU"]
     if state.rank == 0:
-        append_log(folder, step=state.step, **{k: v for k, v in result.items() if k != "labelled"})
+        append_log(folder, step=state.step, **result)
         draw_curves(folder)
         draw_samples(folder, net, val_set, device, s["amp"])
         numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
@@ -702,7 +703,7 @@ def run(given, output, resume):
     sampler = data.PositionSampler(len(train_set), *counts, s["seed"], rank, world)
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=s["workers"],
                         collate_fn=data.collate, pin_memory=device.type == "cuda",
-                        worker_init_fn=evaluate.own_session)  # fmt: skip
+                        worker_init_fn=data.own_session)  # fmt: skip
     if rank == 0:
         write_config(folder, s, origin, device, world)
         parameters = sum(p.numel() for p in net.parameters()) / 1e6
@@ -745,7 +746,7 @@ def run(given, output, resume):
 
 def main(argv=None):
     """Exit status 0; 2 after a user's error, explained in a line; 128 + N after signal N."""
-    return evaluate.guarded("train.py", lambda: run(*arguments(argv)))
+    return data.guarded("train.py", lambda: run(*arguments(argv)))
 
 
 if __name__ == "__main__":

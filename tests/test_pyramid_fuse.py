@@ -858,3 +858,11 @@ def test_levels_are_those_of_eq_2_and_each_level_alone():
         cells = logits.repeat_interleave(by, 2).repeat_interleave(by, 3)
         full = F.interpolate(cells, size=(64, 96), mode="bilinear")
         assert torch.equal(found, full.argmax(1))
+
+
+@pytest.mark.network
+def test_layers_that_are_copied_name_an_unknown_option():
+    with pytest.raises(ValueError, match="unity='three': it is one of"):
+        pf.UnityHead(4, (2,), "three")
+    with pytest.raises(ValueError, match="context='ocr': it is one of"):
+        pf.SemanticHead(4, (2, 1), "ocr")

@@ -129,6 +129,8 @@ def test_softmax_mask_sums_to_one_over_the_positions_and_sigmoid_is_a_gate():
 def test_unknown_excitation_is_named():
     with pytest.raises(ValueError, match="excite='tanh': it is one of 'sigmoid', 'softmax', 'sum'"):
         tiny(excite="tanh")
+    with pytest.raises(ValueError, match="excite='tanh'"):
+        spgnet.SemanticPredictionGuidance(16, 4, 16, "tanh")
 
 
 # -------------------------------------------------------------------------------------- supervision
