@@ -438,7 +438,7 @@ _DISTORT = v2.RandomPhotometricDistort()
 def random_window(size, crop_size, scale, scale_step, base_size=None):
     """The part of an image of `size` (height, width) that a random crop shows.
 
-    The image is thought scaled by a random factor in `scale` (scale_step: 0, or the grid of the
+    Imagine the image scaled by a random factor in `scale` (scale_step: 0, or the grid of the
     factors, 0.1: 0.5, 0.6, …) and cropped to `crop_size`. base_size: the factor 1 makes the longer
     side so many pixels; None: it keeps the image's size. Returns the two slices of the image, and
     the (height, width) to which that part is resized. Where the scaled image is smaller than the
@@ -1223,7 +1223,7 @@ def overlay(image, label, palette):
 
 
 def spread(length, count):
-    """So many whole numbers below `length`, evenly spread, without repeats."""
+    """`count` indices below `length`, evenly spread, without repeats."""
     return sorted({i * length // count for i in range(count)})
 
 

@@ -8,7 +8,7 @@
 
 Settings are the defaults below, then the method's RECIPES for the dataset, then the flags. Each is
 printed and kept in config.json with where it came from. `--batch-size` is that of all processes
-together; `--accumulate N` computes it in N parts.
+together; `--accumulate N` computes the share of each process in N parts.
 
 A run's folder: config.json; log.jsonl, a line for each logged step (`step`, `lr`, `loss`, its
 terms, `images_per_second`) and each evaluation (`step`, `mIoU`, `pixel_accuracy`, `class_accuracy`,
@@ -76,7 +76,7 @@ SETTINGS = {
     "lr": (0.02, "learning rate at the start"),
     "head_lr": (1.0, "multiple of the learning rate for all but the backbone"),
     "power": (0.9, "exponent of the polynomial decay lr · (1 - step/iterations)^power"),
-    "halve_every": (0, "steps after which the learning rate is halved instead, again and again"),
+    "halve_every": (0, "steps between halvings of the learning rate, instead of the decay, 0: none"),
     "momentum": (0.9, "SGD momentum"),
     "weight_decay": (1e-4, "weight decay, L2 (decoupled with adamw)"),
     "decay_norms": (True, "weight decay for norms and biases too"),
@@ -84,7 +84,7 @@ SETTINGS = {
     # augmentation
     "crop_size": (96, "training crop: its side, or height and width"),
     "scale": ((0.75, 1.5), "range of the random scale"),
-    "scale_step": (0.0, "grid of the random scale, 0: none"),
+    "scale_step": (0.0, "step between the possible random scales, 0: any scale"),
     "base_size": (None, "longer side of an image at scale 1, in pixels [its own]"),
     "color": ("none", "color jitter: none, brightness or photometric"),
     # the machine, and what is kept
@@ -455,8 +455,8 @@ def make_optimizer(net, s):
 
 
 class State:
-    """All that the next step reads, and so all that a checkpoint holds: random numbers come from
-    (seed, step).
+    """What the next step depends on; a checkpoint holds it. Random numbers are not in it, because
+    they follow from (seed, step).
     """
 
     def __init__(self, net, s, folder, device, rank):
