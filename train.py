@@ -76,7 +76,7 @@ SETTINGS = {
     "lr": (0.02, "learning rate at the start"),
     "head_lr": (1.0, "multiple of the learning rate for all but the backbone"),
     "power": (0.9, "exponent of the polynomial decay lr · (1 - step/iterations)^power"),
-    "halve_every": (0, "steps between halvings of the learning rate, instead of the decay, 0: none"),
+    "halve_every": (0, "steps between halvings of the rate, in place of the decay, 0: none"),
     "momentum": (0.9, "SGD momentum"),
     "weight_decay": (1e-4, "weight decay, L2 (decoupled with adamw)"),
     "decay_norms": (True, "weight decay for norms and biases too"),
@@ -84,7 +84,7 @@ SETTINGS = {
     # augmentation
     "crop_size": (96, "training crop: its side, or height and width"),
     "scale": ((0.75, 1.5), "range of the random scale"),
-    "scale_step": (0.0, "step between the possible random scales, 0: any scale"),
+    "scale_step": (0.0, "step between the random scales, 0: any scale"),
     "base_size": (None, "longer side of an image at scale 1, in pixels [its own]"),
     "color": ("none", "color jitter: none, brightness or photometric"),
     # the machine, and what is kept
