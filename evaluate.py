@@ -425,6 +425,7 @@ def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
     """{"forward", "training step": (median seconds, peak bytes)} on random images of `size`, of
     SGD. It trains `net` on noise, so use it no more.
     """
+    torch.backends.cudnn.benchmark = True  # as in training
     net.to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (batch_size, *size), device=device)
