@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets.utils import check_md5, extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -317,7 +317,11 @@ def _is_turned(image):
 
 @cache
 def warn_of_rotation(folder):
-    """Once a process and folder: photographs that would be shown turned are used as stored."""
+    """Once per folder, in the main process or its first loader process: photographs that would be
+    shown turned are used as stored.
+    """
+    if (worker := get_worker_info()) and worker.id:
+        return
     text = f"warning: photographs in '{folder}' carry an EXIF orientation; with labels the pixels"
     print(f"{text} are used as stored. `python data.py` counts them", file=sys.stderr)
 
@@ -520,11 +524,6 @@ class PositionSampler(Sampler):
     """
 
     def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1):
-        if batch_size % world:
-            raise UserError(
-                f"a batch of {batch_size} cannot be shared by {world} processes; make it a "
-                f"multiple of {world}"
-            )
         self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
         self.seed = seed
         self.share = range(rank * batch_size // world, (rank + 1) * batch_size // world)

@@ -254,14 +254,13 @@ def network(method, num_classes, backbone, weights=None, output_stride=None, opt
 
 def method_file(name):
     """The module NAME.py, with its `build`."""
-    if not name.isidentifier() or name.startswith("__") or importlib.util.find_spec(name) is None:
-        raise UserError(
-            f"unknown method '{name}': there is no file {name}.py with a function build"
-        )
+    known = name.isidentifier() and not name.startswith("__") and importlib.util.find_spec(name)
+    if not known or not known.has_location:  # a folder, say
+        text = f"unknown method '{name}': there is no file {name}.py"
+        raise UserError(f"{text} with a function build")
     module = importlib.import_module(name)
     if not hasattr(module, "build"):
-        file = getattr(module, "__file__", name)
-        raise UserError(f"'{name}' is not a method: {file} has no function build")
+        raise UserError(f"'{name}' is not a method: {module.__file__} has no function build")
     return module
 
 
@@ -377,16 +376,22 @@ def parse_options(pairs):
             raise UserError(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
         try:
             options[key] = ast.literal_eval(words.get(value.lower(), value))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             options[key] = value
+        try:
+            json.dumps(options[key], allow_nan=False)
+        except (ValueError, TypeError):
+            raise UserError(
+                f"--option {pair}: expected a number, a word, a list or a dict"
+            ) from None
     return options
 
 
-def at_least(least, name, value):
-    """UserError where the value of a flag is a number below `least`, or NaN."""
-    if value is not None and not least <= value < math.inf:
-        flag = name.replace("_", "-")
-        raise UserError(f"--{flag} {value}: expected a number of at least {least}")
+def in_range(name, value, least, most=10**9):
+    """UserError where the value of a flag, if it has one, is not a number in least … most."""
+    if value is not None and not least <= value <= most:
+        flag, top = name.replace("_", "-"), f", at most {most:g}"
+        raise UserError(f"--{flag} {value}: expected a number of at least {least}{top}")
 
 
 def check_sides(flag, sides):
@@ -394,7 +399,8 @@ def check_sides(flag, sides):
     if len(sides) > 2:
         given = " ".join(map(str, sides))
         raise UserError(f"--{flag} {given}: expected one side, or height and width")
-    at_least(1, flag, min(sides))
+    for side in sides:
+        in_range(flag, side, 1, 100_000)
 
 
 # ----------------------------------------------------------------------------------- cost and speed
@@ -451,38 +457,21 @@ def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
 
 
 def measure(work, device, runs=5):
-    """(median seconds, peak bytes or None) of `work()`, after two calls to warm up. On the CPU the
-    peak is what the process grew by, which only Linux tells.
-    """
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """(median seconds, peak bytes, on CUDA alone) of `work()`, after two calls to warm up."""
+    cuda, seconds = device.type == "cuda", []
+    wait = torch.cuda.synchronize if cuda else lambda: None
     for _ in range(2):
         work()
     wait()
-    seconds, before = [], _reset_peak(device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(runs):
         start = time.perf_counter()
         work()
         wait()
         seconds.append(time.perf_counter() - start)
-    if device.type == "cuda":
-        return statistics.median(seconds), torch.cuda.max_memory_allocated(device)
-    return statistics.median(seconds), None if before is None else _status("VmHWM") - before
-
-
-def _reset_peak(device):
-    if device.type == "cuda":
-        return torch.cuda.reset_peak_memory_stats(device)
-    try:
-        # Linux: the high-water mark starts again from here
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return None
-
-
-def _status(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    peak = torch.cuda.max_memory_allocated(device) if cuda else None
+    return statistics.median(seconds), peak
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -753,12 +742,12 @@ def _arguments(arguments):
         raise UserError("--pixel has no effect with --compare; leave one of them out")
     args = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
     for name in ("window", "classes", "batch_size", "runs"):
-        at_least(1, name, getattr(args, name))
-    at_least(0, "workers", args.workers)
+        in_range(name, getattr(args, name), 1)
+    in_range("workers", args.workers, 0)
     check_sides("crop-size", args.crop_size)
     args.crop_size = (args.crop_size[0], args.crop_size[-1])
-    if not all(0 < scale < math.inf for scale in args.scales):
-        raise UserError(f"--scales {' '.join(map(str, args.scales))}: expected factors above 0")
+    for scale in args.scales:
+        in_range("scales", scale, 1e-3, 1e3)
     if bool(args.checkpoint) == bool(args.method):
         raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
     if args.method and (args.images or not (args.cost or args.speed)):
@@ -773,6 +762,9 @@ def _arguments(arguments):
 def _run(args):
     device, rank, world = processes(args.device)
     amp_dtype(args.amp, device)
+    if args.json and rank == 0:  # it can be written: better known now than at the end
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).open("a").close()
     if world > 1 and (args.cost or args.speed or args.images):
         text = "--cost, --speed and --images are for one process"
         raise UserError(f"{text}: start them without torchrun")
@@ -794,7 +786,6 @@ def _run(args):
     if not (args.images or args.cost or args.speed):
         numbers = _split(net, checkpoint, device, rank, args, views)
     if args.json and rank == 0:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(without_nan(numbers), indent=1) + "\n")
     return status
 
@@ -815,8 +806,8 @@ def _speed(net, classes, device, args):
     for what, (seconds, peak) in timed.items():
         rate = args.batch_size / seconds
         numbers[what] = dict(seconds=seconds, images_per_second=rate, peak_bytes=peak)
-        memory = f", peak {peak / 2**20:.0f} MiB" if peak is not None else ""
-        print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms){memory}")
+        memory = "memory not measured" if peak is None else f"peak {peak / 2**20:.0f} MiB"
+        print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms), {memory}")
     return numbers
 
 
@@ -836,6 +827,7 @@ def _photographs(net, checkpoint, device, args, views):
     for file in files:
         try:
             image = data.read_image(file, upright=True, huge=args.window is not None)
+            _check_pixel(net, args.pixel, image.shape)
         except UserError as error:
             print(f"evaluate.py: {error}", file=sys.stderr)
             status = 2
@@ -875,6 +867,17 @@ def _check_folders(args, inputs):
             made.append(folder)
 
 
+def _check_pixel(net, pixel, shape):
+    """UserError unless the method's figures can be about the pixel (row, column) of an image of
+    `shape` `[3, H, W]`.
+    """
+    if pixel and "pixel" not in inspect.signature(getattr(net, "figures", len)).parameters:
+        raise UserError("--pixel has no effect: this method's figures are not about one pixel")
+    if pixel and not all(0 <= i < side for i, side in zip(pixel, shape[1:])):
+        text = f"--pixel {pixel[0]} {pixel[1]} is outside the image of {shape[1]} rows and"
+        raise UserError(f"{text} {shape[2]} columns; give a row and a column from 0")
+
+
 def _split(net, checkpoint, device, rank, args, views):
     """Metrics, predictions and figures of a whole split."""
     settings = checkpoint["settings"]
@@ -886,6 +889,8 @@ def _split(net, checkpoint, device, rank, args, views):
         raise UserError(f"{text}; take another --dataset")
     nets, save = {args.checkpoint: net} | _others(args, dataset, device), None
     _check_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
+    for index in data.spread(len(dataset), 8) if args.pixel else []:
+        _check_pixel(net, args.pixel, dataset[index][0].shape)
     if args.save_predictions:
         folder = Path(args.save_predictions)
         raw_ids = getattr(dataset, "raw_ids", None)

@@ -155,6 +155,7 @@ def resolve(given):
         for name, value in values.items():
             settings[name] = settings[name] | value if name == "option" else value
             origin[name] = source
+    check_effect(given, settings)
     return completed(settings), origin
 
 
@@ -166,20 +167,36 @@ def completed(settings):
         if settings[name] is None:
             settings[name] = max(100, math.ceil(settings["iterations"] / 10))
     for name in ("iterations", "batch_size", "accumulate", "eval_every", "save_every", "base_size"):
-        evaluate.at_least(1, name, settings[name])
-    for name in ("seed", "workers", "lr", "head_lr", "power", "momentum", "weight_decay",
-                 "bn_momentum", "scale_step", "halve_every"):  # fmt: skip
-        evaluate.at_least(0, name, settings[name])
+        evaluate.in_range(name, settings[name], 1)
+    for name in ("seed", "workers", "lr", "head_lr", "power", "weight_decay", "halve_every"):
+        evaluate.in_range(name, settings[name], 0)
+    for name in ("momentum", "bn_momentum"):
+        evaluate.in_range(name, settings[name], 0, 1)
     sides = settings["crop_size"]
     sides = [sides] if isinstance(sides, int) else list(sides)
     evaluate.check_sides("crop-size", sides)
     settings["crop_size"] = sides if len(sides) == 2 else sides[0]
     low, high = settings["scale"] = list(settings["scale"])
-    if not 0 < low <= high < math.inf:
-        raise UserError(
-            f"--scale {low} {high}: expected two factors above 0, the smaller one first"
-        )
+    if not 1e-3 <= low <= high <= 1e3:
+        text = f"--scale {low} {high}: expected two factors from 0.001 to 1000"
+        raise UserError(f"{text}, the smaller one first")
+    if settings["scale_step"]:
+        evaluate.in_range("scale_step", settings["scale_step"], 1e-3, max(1e-3, high - low))
     return settings
+
+
+def check_effect(given, s):
+    """UserError for a flag that changes nothing in a run of the settings `s`."""
+    idle = {
+        "weights": s["init"] and "--init gives all weights",
+        "momentum": s["optimizer"] != "sgd" and f"the optimizer is {s['optimizer']}",
+        "power": s["halve_every"] and "the learning rate is halved every --halve-every steps",
+        "data_root": s["dataset"].startswith("shapes") and "shapes is drawn, it has no files",
+    }
+    for name, reason in idle.items():
+        if reason and given.get(name) is not None:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} has no effect here: {reason}; leave it out")
 
 
 def resumed(output, given):
@@ -191,6 +208,8 @@ def resumed(output, given):
     if output is None:
         raise UserError("--resume needs the run's folder: --output runs/NAME")
     path, last = Path(output) / "config.json", Path(output) / "last.pt"
+    if not path.is_file() and last.is_file():
+        raise UserError(f"'{path}' is not there; start a new run with --init {last}")
     if not path.is_file():
         text = f"nothing to resume: '{path}' is not there; expected the --output folder of an"
         raise UserError(f"{text} earlier run, or --method and --dataset to start one")
@@ -198,10 +217,14 @@ def resumed(output, given):
         saved = json.loads(path.read_text())["settings"]
         settings, origin = {}, {}
         for name, (default, _) in SETTINGS.items():
+            default = json.loads(json.dumps(default))  # lists, as in config.json
             if name in saved or name == "method":
                 settings[name], origin[name] = saved[name]["value"], saved[name]["from"]
             else:
-                settings[name], origin[name] = json.loads(json.dumps(default)), "default"
+                settings[name], origin[name] = default, "default"
+            kinds = {float: (int, float), int: (int, list)}.get(type(default), type(default))
+            if default is not None and not isinstance(settings[name], kinds):
+                raise TypeError
         settings = completed(settings)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"'{path}' is damaged; start a new run with --init {last}") from None
@@ -213,7 +236,11 @@ def resumed(output, given):
             raise UserError(f"{text}; leave it out, or start a new run with --init {last}")
         if value != settings[name]:
             settings[name], origin[name] = value, "command line"
-    return completed(settings), origin, evaluate.read_checkpoint(last) if last.exists() else None
+    checkpoint = evaluate.read_checkpoint(last) if last.exists() else None
+    if checkpoint and not {"optimizer", "schedule", "scaler", "evaluated"} <= set(checkpoint):
+        text = f"'{last}' has no optimizer's state, so it cannot be resumed"
+        raise UserError(f"{text}; start a new run with --init {last}")
+    return completed(settings), origin, checkpoint
 
 
 # ----------------------------------------------------------------------------------- files of a run

@@ -719,10 +719,6 @@ def test_batch_larger_than_the_dataset_is_filled_from_several_epochs():
     assert sorted(index for index, _ in batch) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_batch_that_cannot_be_shared_is_a_mistake():
-    mistake(lambda: data.PositionSampler(10, 6, 0, 1, world=4), "6", "4 processes")
-
-
 # ------------------------------------------------------------------------------------------- shapes
 
 

@@ -534,7 +534,15 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     )
     assert "no file 'no.jpg'" in mistake(capsys, "--checkpoint", checkpoint, "--images", "no.jpg")
     assert "fp16 needs a CUDA GPU" in mistake(capsys, "--checkpoint", checkpoint, "--amp", "fp16")
-    assert "factors above 0" in mistake(capsys, "--checkpoint", checkpoint, "--scales", "0")
+    for scale in ("0", "1e-320", "1e300", "nan"):
+        line = mistake(capsys, "--checkpoint", checkpoint, "--scales", "1", scale)
+        assert "expected a number of at least 0.001, at most 1000" in line
+    folder = str(tmp_path)  # cannot be written as a file: said before anything is computed
+    assert "Is a directory" in mistake(capsys, "--checkpoint", checkpoint, "--json", folder)
+    for option in ("a={1,2}", "a=1e999", "a={[]:1}"):
+        line = mistake(capsys, "--method", "caa", "--option", option, "--cost")
+        assert "--option a=" in line or "no option a" in line
+    assert "unknown method 'docs'" in mistake(capsys, "--method", "docs", "--cost")
     assert "--window 0: expected a number of at least 1" in mistake(
         capsys, "--checkpoint", checkpoint, "--window", "0"
     )

@@ -608,6 +608,12 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
         capsys, *flags, "--option", "depth=3"
     )
     assert "at least 1" in mistake(capsys, *flags, "--iterations", "0")
+    for flag in ("--crop-size", "--seed", "--iterations", "--batch-size", "--lr"):
+        assert f"{flag} 99999999999" in mistake(capsys, *flags, flag, "99999999999")
+    assert "at most 1" in mistake(capsys, *flags, "--bn-momentum", "3")
+    assert "expected two factors" in mistake(capsys, *flags, "--scale", "1e-320", "1")
+    for step in ("1e-300", "2"):
+        assert f"--scale-step {float(step)}" in mistake(capsys, *flags, "--scale-step", step)
     assert "expected two factors" in mistake(capsys, *flags, "--scale", "2", "1")
     assert "needs the run's folder" in mistake(capsys, "--resume")
     assert "nothing to resume" in mistake(capsys, "--resume", "--output", str(tmp_path))
@@ -644,6 +650,35 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
         str(tmp_path / "small"),
     ]
     assert "take a --batch-size of at least 2" in mistake(capsys, *small)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ("--momentum 0.5 --optimizer adam", "--momentum has no effect here: the optimizer is adam"),
+        ("--power 1 --halve-every 2", "--power has no effect here: the learning rate is halved"),
+        ("--init a.pt --weights imagenet", "--weights has no effect here: --init gives"),
+        ("--dataset shapes --data-root a", "--data-root has no effect here: shapes is drawn"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(given, reason, capsys):
+    assert reason in mistake(capsys, *given.split())
+
+
+def test_a_damaged_run_is_not_resumed(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*flags, "--output", str(folder)]) == 0
+    resume = "--resume", "--output", str(folder)
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    del checkpoint["optimizer"]
+    torch.save(checkpoint, folder / "last.pt")
+    assert "has no optimizer's state" in mistake(capsys, *resume)
+    text = (folder / "config.json").read_text()
+    for value in ('"six"', "null", "[6]"):
+        (folder / "config.json").write_text(text.replace('"value": 6,', f'"value": {value},'))
+        assert "config.json' is damaged" in mistake(capsys, *resume)
+    (folder / "config.json").unlink()
+    assert "config.json' is not there; start a new run with --init" in mistake(capsys, *resume)
 
 
 def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, capsys):
