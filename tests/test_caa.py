@@ -16,6 +16,9 @@ pytestmark = pytest.mark.usefixtures("one_seed")
 
 R = math.sqrt(math.log(3))  # exp(R * R) = 3
 SIZES = [(3, 4), (4, 2), (1, 3), (3, 1)]
+THREE_MAPS = torch.tensor(
+    [[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]]
+)
 OPTIONS = [
     dict(),
     dict(channelization=False),
@@ -92,6 +95,15 @@ def loop_gate(gate):
     return gate and of_vector
 
 
+def map_of(query, axis):
+    """`loop_map` as a tensor: `[N, W, H, H]` of columns, `[N, H, W, W]` of rows."""
+    (N, _, H, W), A = query.shape, loop_map(query, axis)
+    lines = product(range(N), range(W), range(H)) if axis == "column" else None
+    keys = [(b, i, j) for b, j, i in lines] if lines else [*product(range(N), range(H), range(W))]
+    shape = (N, W, H, H) if axis == "column" else (N, H, W, W)
+    return torch.stack([torch.stack(A[key]) for key in keys]).view(shape)
+
+
 def loop_axis(query, value, gate, axis):
     step = loop_column if axis == "column" else loop_row
     return step(loop_map(query, axis), value, loop_gate(gate))
@@ -131,19 +143,13 @@ def test_eq_3_3_column_map_by_hand():
     # column 0 is (0, R): products 0, 0 | 0, ln 3 -> 1/2 1/2 | 1/4 3/4; column 1 is 0; column 2 is
     # (R, 0)
     query = torch.tensor([[0, 0, R], [R, 0, 0]])[None, None]
-    expected = torch.tensor(
-        [[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]]
-    )
-    torch.testing.assert_close(caa.axial_attention(query, "column"), expected[None])
+    torch.testing.assert_close(caa.column_attention(query), THREE_MAPS[None])
 
 
 @pytest.mark.equation
 def test_eq_3_4_row_map_by_hand():
     query = torch.tensor([[0, R], [0, 0], [R, 0]])[None, None]  # rows as the columns above
-    expected = torch.tensor(
-        [[[0.5, 0.5], [0.25, 0.75]], [[0.5, 0.5], [0.5, 0.5]], [[0.75, 0.25], [0.5, 0.5]]]
-    )
-    torch.testing.assert_close(caa.axial_attention(query, "row"), expected[None])
+    torch.testing.assert_close(caa.row_attention(query), THREE_MAPS[None])
 
 
 @pytest.mark.equation
@@ -151,15 +157,13 @@ def test_eq_3_9_by_hand():
     # Σ_m α:  column 0: 8/2, 8·3/4;  column 1: 2/2, 2/2;  column 2: 4/4, 4/2  -> rows 4 1 1 and 6 1
     # 2 Σ_{m,j} α / HW: 6/6 and 9/6;  ω_c1 = 1, ω_c2 = 2 ln 2:  sigmoid(2 ln 2) = 4/5, sigmoid(3 ln
     # 2) = 8/9
-    query, value = (
-        torch.tensor([[0, 0, R], [R, 0, 0]])[None, None],
-        torch.tensor([[0.0, 0, 0], [8, 2, 4]])[None, None],
-    )
+    # A: the maps of the three columns of the test of Eq. (3.3)
+    value = torch.tensor([[0.0, 0, 0], [8, 2, 4]])[None, None]
     gate = caa.ChannelAttention(1, 1, 1, activation="relu")
     gate.load_state_dict(
         {"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))}
     )
-    A = caa.axial_attention(query, "column")
+    A = THREE_MAPS[None]
     plain = torch.tensor([[4.0, 1, 1], [6, 1, 2]])[None, None]
     gated = torch.tensor([[16 / 5, 4 / 5, 4 / 5], [48 / 9, 8 / 9, 16 / 9]])[None, None]
     torch.testing.assert_close(caa.channelized(A, value, None, "column"), plain)
@@ -170,15 +174,12 @@ def test_eq_3_9_by_hand():
 @pytest.mark.equation
 def test_eq_3_10_by_hand():
     # the example above with the axes exchanged: Σ_n β has the columns 4 1 1 and 6 1 2
-    query, value = (
-        torch.tensor([[0, R], [0, 0], [R, 0]])[None, None],
-        torch.tensor([[0.0, 8], [0, 2], [0, 4]])[None, None],
-    )
+    value = torch.tensor([[0.0, 8], [0, 2], [0, 4]])[None, None]
     gate = caa.ChannelAttention(1, 1, 1, activation="relu")
     gate.load_state_dict(
         {"fc.0.weight": torch.ones(1, 1), "fc.1.weight": torch.full((1, 1), 2 * math.log(2))}
     )
-    A = caa.axial_attention(query, "row")
+    A = THREE_MAPS[None]
     plain = torch.tensor([[4.0, 6], [1, 1], [1, 2]])[None, None]
     gated = torch.tensor([[16 / 5, 48 / 9], [4 / 5, 8 / 9], [4 / 5, 16 / 9]])[None, None]
     torch.testing.assert_close(caa.channelized(A, value, None, "row"), plain)
@@ -190,9 +191,6 @@ def test_eq_3_10_by_hand():
 def test_eq_3_11_by_hand_with_two_channels_and_two_images():
     # Image 0 has queries of 0: every row attends to both rows alike, every column to all three.
     # Image 1 is the column 0, R of Eq. (3.3) in all columns, and the row step as in image 0.
-    theta = torch.zeros(2, 1, 2, 3)
-    theta[1, 0, 1] = R
-    phi = torch.zeros(2, 1, 2, 3)
     value = torch.zeros(2, 2, 2, 3)
     value[:, 0, 1] = torch.tensor([8.0, 4, 0])  # channel 0: row 1
     value[:, 1, 0] = 12.0  # channel 1: row 0
@@ -209,7 +207,9 @@ def test_eq_3_11_by_hand_with_two_channels_and_two_images():
             [[[4.0, 2, 0], [9, 4.5, 0]], [[9.0, 9, 9], [2.25, 2.25, 2.25]]],
         ]
     )
-    A_col, A_row = caa.column_attention(theta), caa.row_attention(phi)
+    A_row = torch.full((2, 2, 3, 3), 1 / 3)
+    A_col = torch.full((2, 3, 2, 2), 0.5)
+    A_col[1, :, 1] = torch.tensor([0.25, 0.75])
     torch.testing.assert_close(caa.channelized(A_col, value, double, "column"), z)
     torch.testing.assert_close(caa.channelized_grouped(A_col, value, double, "column", 2), z)
     # Row step: each row's mean; Σ_i,n β / HW is for each column the sum of the two rows' means / 6.
@@ -228,7 +228,7 @@ def test_algorithm_2_pads_five_rows_to_three_groups_of_two():
         seen.append(pooled.shape)
         return gate(pooled)
 
-    A = caa.column_attention(query)
+    A = map_of(query, "column")
     grouped = caa.channelized_grouped(A, value, watched, "column", 3)
     assert seen == [(2, 2, 3)] * 3  # [N, H+/G, C] of each group, the last row of padding
     assert_same(
@@ -238,12 +238,18 @@ def test_algorithm_2_pads_five_rows_to_three_groups_of_two():
 
 @pytest.mark.equation
 def test_columns_and_rows_are_each_other_on_exchanged_axes():
-    (query, value), gate = inputs(3, 4), strong_gate(3)
+    query, _ = inputs(3, 4)
     row, column = caa.row_attention(query), caa.column_attention(query.mT)
     assert torch.equal(row, column) and torch.equal(row, caa.axial_attention(query, "row"))
     assert torch.equal(caa.column_attention(query), caa.axial_attention(query, "column"))
-    by_row = caa.channelized(row, value, gate, "row")
-    assert torch.equal(by_row, caa.channelized(column, value.mT, gate, "column").mT)
+
+
+@pytest.mark.equation
+def test_eq_3_10_is_eq_3_9_on_exchanged_axes():
+    (query, value), gate = inputs(3, 4), strong_gate(3)
+    A = map_of(query, "row")
+    by_row = caa.channelized(A, value, gate, "row")
+    assert torch.equal(by_row, caa.channelized(A, value.mT, gate, "column").mT)
 
 
 @pytest.mark.equation
@@ -283,12 +289,14 @@ def test_channel_map_by_hand():
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_eq_3_3_and_3_4_maps_equal_loops(axis):
     query, _ = inputs(3, 4)
-    A, literal = caa.axial_attention(query, axis), loop_map(query, axis)
+    attention = caa.column_attention if axis == "column" else caa.row_attention
+    A, literal = attention(query), loop_map(query, axis)
     assert A.shape == ((2, 4, 3, 3) if axis == "column" else (2, 3, 4, 4))
     torch.testing.assert_close(A.sum(-1), torch.ones_like(A[..., 0]))
     for (b, i, j), expected in literal.items():
         actual = A[b, j, i] if axis == "column" else A[b, i, j]
         torch.testing.assert_close(actual, torch.stack(expected), rtol=0, atol=1e-10)
+    assert_same(A, map_of(query, axis), (query,))
 
 
 @pytest.mark.equation
@@ -296,7 +304,7 @@ def test_eq_3_3_and_3_4_maps_equal_loops(axis):
 @pytest.mark.parametrize("axis", ["column", "row"])
 def test_eq_3_6_and_3_7_without_gate_equal_loops(axis, size):
     query, value = inputs(*size)
-    fast = caa.channelized(caa.axial_attention(query, axis), value, None, axis)
+    fast = caa.channelized(map_of(query, axis), value, None, axis)
     literal = loop_axis(query, value, None, axis)
     if (axis, 1) in (
         ("column", size[0]),
@@ -313,7 +321,7 @@ def test_eq_3_6_and_3_7_without_gate_equal_loops(axis, size):
 def test_eq_3_9_and_3_10_gated_equal_loops(axis):
     for size in ((3, 4), (4, 2)):
         (query, value), gate = inputs(*size), strong_gate(3)
-        fast = caa.channelized(caa.axial_attention(query, axis), value, gate, axis)
+        fast = caa.channelized(map_of(query, axis), value, gate, axis)
         assert_same(fast, loop_axis(query, value, gate, axis), (query, value, *gate.parameters()))
 
 
@@ -321,9 +329,7 @@ def test_eq_3_9_and_3_10_gated_equal_loops(axis):
 def test_eq_3_9_gate_pools_over_keys_and_width():
     query, value = inputs(3, 4)
     seen = []
-    caa.channelized(
-        caa.axial_attention(query, "column"), value, lambda p: seen.append(p) or p, "column"
-    )
+    caa.channelized(map_of(query, "column"), value, lambda p: seen.append(p) or p, "column")
     A = loop_map(query, "column")
     for b, i in product(range(2), range(3)):
         alpha = [A[b, i, j][m] * value[b, :, m, j] for m in range(3) for j in range(4)]
@@ -335,7 +341,7 @@ def test_eq_3_9_gate_pools_over_keys_and_width():
 def test_eq_3_10_gate_pools_over_keys_and_height():
     query, value = inputs(3, 4)
     seen = []
-    caa.channelized(caa.axial_attention(query, "row"), value, lambda p: seen.append(p) or p, "row")
+    caa.channelized(map_of(query, "row"), value, lambda p: seen.append(p) or p, "row")
     A = loop_map(query, "row")
     for b, j in product(range(2), range(4)):
         beta = [A[b, i, j][n] * value[b, :, i, n] for i in range(3) for n in range(4)]
@@ -410,8 +416,8 @@ def test_eq_3_5_as_printed_is_another_sum_unless_there_is_one_column():
 )  # of 6 or 4: groups that divide, do not, and are too many
 def test_algorithm_2_equals_channelized(groups, gated, axis):
     (query, value), gate = inputs(6, 4), strong_gate(3) if gated else None
-    fast = caa.channelized(caa.axial_attention(query, axis), value, gate, axis)
-    grouped = caa.channelized_grouped(caa.axial_attention(query, axis), value, gate, axis, groups)
+    fast = caa.channelized(map_of(query, axis), value, gate, axis)
+    grouped = caa.channelized_grouped(map_of(query, axis), value, gate, axis, groups)
     assert_same(fast, grouped, (query, value, *gate.parameters()) if gated else (query, value))
 
 
@@ -460,9 +466,10 @@ def test_gradients_pass_gradcheck(axis):
     (query, value), gate = inputs(2, 3, C=2, N=1), strong_gate(2)
 
     def step(query, value, *_):
-        return caa.channelized(caa.axial_attention(query, axis), value, gate, axis)
+        return caa.channelized(map_of(query, axis), value, gate, axis)
 
     assert torch.autograd.gradcheck(step, (query, value, *gate.parameters()))
+    assert torch.autograd.gradcheck(lambda q: caa.axial_attention(q, axis), (query,))
     assert torch.autograd.gradcheck(caa.channel_map, (value,))
 
 

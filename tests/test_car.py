@@ -21,6 +21,7 @@ import pyramid_fuse
 import spgnet
 
 TERMS = ("intra_c2p", "inter_c2c", "inter_c2p")
+TERM_FUNCTIONS = ("intra_center_to_pixel", "inter_center_to_center", "inter_center_to_pixel")
 NONE = dict(intra=False, inter_c2c=False, inter_c2p=False)
 HEADS = ("self_attention", "fcn", "uper", "ocr")
 FORMS = [{}, {"literal": True}, {"released": True}]
@@ -226,18 +227,37 @@ def test_released_inter_c2p_counts_ignored_pixels_and_squares_the_mean():
     assert loss.item() == pytest.approx(((3 + 7 + 1 + 14) / 16 / 4) ** 2)
 
 
+def scene_with_centers(scope):
+    """A scene, and the centres of its batch `[K, C]` or of its images `[N, K, C]`."""
+    features, labels = scene()
+    images = [(0, 1)] if scope == "batch" else [(0,), (1,)]
+    centers = [loop_centers(features, labels, 3, part).detach() for part in images]
+    return features, labels, centers[0] if scope == "batch" else torch.stack(centers)
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("scope", ["batch", "image"])
+def test_eqs_4_2_4_3_intra_equals_the_loop_with_gradients(scope, released):
+    features, labels, centers = scene_with_centers(scope)
+    loss = car.intra_center_to_pixel(features, labels, centers, released)
+    same_with_gradients(loss, loop_intra(features, labels, centers, released), features)
+
+
 @pytest.mark.equation
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scope", ["batch", "image"])
-def test_losses_equal_the_loops_with_gradients(form, scope):
-    released = form.get("released", False)
-    features, labels = scene()
-    centers, _ = car.class_centers(features, labels, 3, scope)
-    loss = car.intra_center_to_pixel(features, labels, centers, released)
-    same_with_gradients(loss, loop_intra(features, labels, centers, released), features)
+def test_eqs_4_8_to_4_14_between_centres_and_pixels_equal_the_loop_with_gradients(scope, form):
+    features, labels, centers = scene_with_centers(scope)
     loss = car.inter_center_to_pixel(features, labels, centers, 0.25, **form)
     same_with_gradients(loss, loop_c2p(features, labels, centers, 0.25, **form), features)
-    centers = centers.detach().requires_grad_()
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("scope", ["batch", "image"])
+def test_eqs_4_4_to_4_7_between_centres_equal_the_loop_with_gradients(scope, released):
+    centers = scene_with_centers(scope)[2].requires_grad_()
     loss = car.inter_center_to_center(centers, 0.5, released)
     if scope == "batch":
         expected = loop_c2c(centers, 0.5, released)
@@ -261,12 +281,12 @@ def test_thresholds_are_shared_by_the_other_classes():
 
 
 @pytest.mark.equation
-def test_no_gradient_reaches_the_centres_of_the_pixel_terms():
+@pytest.mark.parametrize("term", ["intra_center_to_pixel", "inter_center_to_pixel"])
+def test_no_gradient_reaches_the_centres_of_the_pixel_terms(term):
     features, labels = scene()
     centers = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    for term in (car.intra_center_to_pixel, car.inter_center_to_pixel):
-        loss = term(features, labels, centers)
-        assert torch.autograd.grad(loss, (features, centers), allow_unused=True)[1] is None
+    loss = getattr(car, term)(features, labels, centers)
+    assert torch.autograd.grad(loss, (features, centers), allow_unused=True)[1] is None
 
 
 @pytest.mark.equation
@@ -330,19 +350,56 @@ def test_losses_and_gradients_stay_finite(case, centers, form):
 
 
 @pytest.mark.equation
+@pytest.mark.parametrize(
+    "function", ["class_centers", "intra_center_to_pixel", "inter_center_to_pixel"]
+)
 @pytest.mark.parametrize("wrong", [3, -1, 254])
-def test_labels_that_are_no_class_are_named(wrong):
+def test_labels_that_are_no_class_are_named(wrong, function):
     features, labels = scene()
     labels[1, 0, 0] = wrong
-    centers = torch.zeros(3, 3)
+    last = 3 if function == "class_centers" else torch.zeros(3, 3)
     message = rf"labels \[{wrong}\] with num_classes=3: expected 0 to 2, or 255 = ignored"
-    for call in (
-        lambda: car.class_centers(features, labels, 3),
-        lambda: car.intra_center_to_pixel(features, labels, centers),
-        lambda: car.inter_center_to_pixel(features, labels, centers),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    with pytest.raises(ValueError, match=message):
+        getattr(car, function)(features, labels, last)
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("scope", ["batch", "image"])
+def test_absent_and_ignored_classes_have_centre_0_with_a_zero_gradient(scope):
+    features, labels = scene(classes=4)
+    labels[:] = 255
+    labels[0, 0, 0] = 2
+    centers, counts = car.class_centers(features, labels, 4, scope)
+    (gradient,) = torch.autograd.grad(centers.sum(), features)
+    assert counts.sum() == 1 and not centers[..., [0, 1, 3], :].any()
+    assert gradient[0, :, 0, 0].tolist() == [1, 1, 1] and gradient.sum() == 3
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("term", ["intra_center_to_pixel", "inter_center_to_pixel"])
+def test_nothing_labelled_is_a_loss_of_0_with_a_zero_gradient(term):
+    features, labels = scene()
+    loss = getattr(car, term)(features, labels.fill_(255), torch.ones(3, 3))
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert loss == 0 and not gradient.any()
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("function", ["class_centers", *TERM_FUNCTIONS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_equals_float32(dtype, function):
+    # the squares of the norms exceed float16's 65504
+    features, labels = (30 * torch.randn(2, 16, 4, 4)).to(dtype), torch.randint(5, (2, 4, 4))
+    centers = (90 * torch.randn(5, 16)).to(dtype)
+    call = getattr(car, function)
+    if function == "class_centers":
+        found, expected = (call(x, labels, 5)[0] for x in (features, features.float()))
+    elif function == "inter_center_to_center":
+        found, expected = call(centers), call(centers.float())
+    else:
+        found, expected = (call(x, labels, centers.float()) for x in (features, features.float()))
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.equation

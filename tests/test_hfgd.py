@@ -4,6 +4,7 @@ written here anew.
 
 import functools
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -195,6 +196,47 @@ def test_guided_logits_by_hand():
     found = hfgd.HighLevelFeatureGuidedModule(axial=False)(u, kernels)
     # class 0: 2·1 + 0.5, 2·2 + 0.5; class 1: -1 + 2·3, -2 + 2·5
     assert found.tolist() == [[[[2.5, 4.5]], [[5.0, 8.0]]]]
+
+
+@pytest.mark.equation
+def test_guided_logits_equal_the_loop():
+    kernels, u = nn.Conv2d(8, 3, 1).double(), torch.randn(2, 8, 2, 5, dtype=torch.float64)
+    found = hfgd.HighLevelFeatureGuidedModule(8, axial=False)(u, kernels)
+    expected = torch.zeros(2, 3, 2, 5, dtype=torch.float64)
+    for n, k, i, j in product(range(2), range(3), range(2), range(5)):
+        products = [kernels.weight[k, c, 0, 0] * u[n, c, i, j] for c in range(8)]
+        expected[n, k, i, j] = sum(products) + kernels.bias[k]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("stop", [True, False])
+def test_fine_logits_train_the_features_and_where_asked_the_kernels(stop):
+    kernels, u = nn.Conv2d(8, 3, 1).double(), torch.randn(2, 8, 2, 5, dtype=torch.float64)
+    u.requires_grad_()
+    module = hfgd.HighLevelFeatureGuidedModule(8, axial=False, stop_kernels=stop)
+    pull = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    (module(u, kernels) * pull).sum().backward()
+    torch.testing.assert_close(
+        u.grad, torch.einsum("nkij,kc->ncij", pull, kernels.weight[..., 0, 0])
+    )
+    if stop:
+        assert kernels.weight.grad is None and kernels.bias.grad is None
+        assert kernels.weight.requires_grad  # they still learn from the coarse loss
+    else:
+        expected = torch.einsum("nkij,ncij->kc", pull, u)
+        torch.testing.assert_close(kernels.weight.grad[..., 0, 0], expected)
+        torch.testing.assert_close(kernels.bias.grad, pull.sum((0, 2, 3)))
+
+
+@pytest.mark.equation
+def test_guided_logits_are_of_the_attended_features():
+    kernels, u = nn.Conv2d(8, 3, 1), torch.randn(1, 8, 2, 3)
+    module = hfgd.HighLevelFeatureGuidedModule(8)
+    module.attention = nn.Hardtanh(-0.5, 0.5)  # something else in place of the attention
+    W, b = kernels.weight[..., 0, 0], kernels.bias
+    expected = torch.einsum("kc,ncij->nkij", W, u.clamp(-0.5, 0.5)) + b[:, None, None]
+    torch.testing.assert_close(module(u, kernels), expected)
 
 
 @pytest.mark.network

@@ -11,7 +11,13 @@ import backbones
 import ksac
 import train
 
-shared_atrous = ksac.rearranged  # for so few channels ksac.shared_atrous takes ksac.separate
+
+@pytest.fixture(params=["rearranged", "shared_atrous"])
+def shared_atrous(request):
+    """Both forms: for few channels ksac.shared_atrous takes ksac.separate."""
+    return getattr(ksac, request.param)
+
+
 RATES = [(1,), (1, 2), (6, 12, 18), (1, 6, 12, 18, 24), (3, 3)]
 OPTIONS = [
     dict(),
@@ -53,17 +59,17 @@ def algorithm_1(T, K, R, gamma, beta, eps=1e-5):
 
 
 @pytest.mark.equation
-def test_line_4_by_hand():
+@pytest.mark.parametrize("form", ["separate", "rearranged", "shared_atrous"])
+def test_line_4_by_hand(form):
     # A kernel that takes 1 of the position itself, 10 of the one r to its left, 100 of the one r
     # below.
     weight = torch.tensor([[[[0.0, 0, 0], [10, 1, 0], [0, 100, 0]]]])
     x = torch.tensor([[[[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]]])
-    for form in (ksac.separate, ksac.rearranged, ksac.shared_atrous):
-        one, two, three = form(x, weight, (1, 2, 3))
-        assert one[0, 0].tolist() == [[401, 512, 623], [704, 845, 956], [7, 78, 89]]
-        assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
-        # The rate exceeds the map: only the centre is inside.
-        assert three[0, 0].tolist() == x[0, 0].tolist()
+    one, two, three = getattr(ksac, form)(x, weight, (1, 2, 3))
+    assert one[0, 0].tolist() == [[401, 512, 623], [704, 845, 956], [7, 78, 89]]
+    assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
+    # The rate exceeds the map: only the centre is inside.
+    assert three[0, 0].tolist() == x[0, 0].tolist()
 
 
 @pytest.mark.equation
@@ -87,7 +93,7 @@ def test_algorithm_1_by_hand_with_two_rates_norm_and_relu():
 
 @pytest.mark.equation
 @pytest.mark.parametrize("rates", [(1, 2), (2, 5), (3,)])
-def test_line_4_equals_the_loop_with_gradients(rates):
+def test_line_4_equals_the_loop_with_gradients(shared_atrous, rates):
     torch.manual_seed(0)
     x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -109,7 +115,7 @@ def test_line_4_equals_the_loop_with_gradients(rates):
 @pytest.mark.equation
 @pytest.mark.parametrize("rates", RATES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_shared_atrous_equals_separate_convolutions_at_any_size(rates, size):
+def test_shared_atrous_equals_separate_convolutions_at_any_size(shared_atrous, rates, size):
     torch.manual_seed(0)
     x = torch.randn(2, 5, *size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 5, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -125,7 +131,7 @@ def test_shared_atrous_equals_separate_convolutions_at_any_size(rates, size):
 
 
 @pytest.mark.equation
-def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates():
+def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates(shared_atrous):
     torch.manual_seed(0)
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64)
     weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -174,7 +180,7 @@ def test_pyramid_of_many_channels_is_that_of_separate_convolutions(rates):
 
 
 @pytest.mark.equation
-def test_channels_last_changes_nothing():
+def test_channels_last_changes_nothing(shared_atrous):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 8, 5, 7), torch.randn(4, 8, 3, 3)
     for a, b in zip(
@@ -185,7 +191,7 @@ def test_channels_last_changes_nothing():
 
 
 @pytest.mark.equation
-def test_half_precision_is_near_to_full():
+def test_half_precision_is_near_to_full(shared_atrous):
     torch.manual_seed(0)
     x, weight = torch.randn(1, 64, 9, 9), torch.randn(8, 64, 3, 3) / 24
     with torch.autocast("cpu", torch.bfloat16):

@@ -51,7 +51,7 @@ def test_pyramid_labels_by_hand():
         assert torch.equal(found, expected)
 
 
-def cell_by_cell(labels, strides, finest):
+def cell_by_cell(labels, strides, finest="pixel"):
     """App. B's three cases."""
     N, H, W = labels.shape
     semantic, unity = [], []
@@ -106,7 +106,7 @@ def test_labels_of_another_size_are_refused():
 
 @pytest.mark.equation
 def test_relabelling_by_hand():
-    semantic, unity = pf.pyramid_labels(MAP, STRIDES)
+    semantic, unity = cell_by_cell(MAP, STRIDES)
     # the whole is a mix-cell; of its quarters the first is a true positive, the second and third
     # false positives
     prob = [torch.tensor([[[0.95]]]), torch.tensor([[[0.9, 0.95], [0.99, 0.1]]])]
@@ -138,7 +138,7 @@ def big_scene():
     labels[:, 32:, :32] = 2
     labels[0, 3, 5] = labels[1, 40, 70] = X
     labels[:, ::7, 50] = 3
-    semantic, unity = pf.pyramid_labels(labels, strides)
+    semantic, unity = cell_by_cell(labels, strides)
     return strides, semantic, unity, [torch.rand(u.shape) for u in unity]
 
 
@@ -167,7 +167,7 @@ def test_relabelling_looks_at_every_ancestor(policy):
 def test_nothing_below_a_dont_care_cell_is_relabelled():
     labels = torch.zeros(1, 32, 32, dtype=torch.int64)
     labels[0, 0, 0] = X
-    semantic, unity = pf.pyramid_labels(labels)
+    semantic, unity = cell_by_cell(labels, (32, 16, 8, 4))
     prob = [torch.ones(u.shape) for u in unity]
     for policy in pf.POLICIES:
         found, kept = pf.relabel(semantic, unity, prob, policy=policy)
@@ -176,18 +176,23 @@ def test_nothing_below_a_dont_care_cell_is_relabelled():
 
 
 @pytest.mark.equation
-def test_the_default_threshold_is_nine_tenths():
-    semantic, unity = pf.pyramid_labels(torch.zeros(1, 8, 16, dtype=torch.int64), (8, 4))
+def test_relabelling_has_a_threshold_of_nine_tenths():
+    semantic, unity = cell_by_cell(torch.zeros(1, 8, 16, dtype=torch.int64), (8, 4))
     prob = [torch.tensor([[[0.9, 0.8999]]])]
     assert pf.relabel(semantic, unity, prob)[0][1].tolist() == [[[X, X, 0, 0]] * 2]
-    assert pf.chosen_level(prob, semantic[1]).tolist() == [[[0, 0, 1, 1]] * 2]
+
+
+@pytest.mark.equation
+def test_fusion_has_a_threshold_of_nine_tenths():
+    prob = [torch.tensor([[[0.9, 0.8999]]])]
+    assert pf.chosen_level(prob, torch.zeros(1, 2, 4)).tolist() == [[[0, 0, 1, 1]] * 2]
     levels = [torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 2, 4)]
     assert pf.fuse(levels, prob).tolist() == [[[[0, 0, 1, 1]] * 2]]
 
 
 @pytest.mark.equation
 def test_unknown_policy_is_named():
-    semantic, unity = pf.pyramid_labels(MAP, STRIDES)
+    semantic, unity = cell_by_cell(MAP, STRIDES)
     with pytest.raises(
         ValueError, match="policy='best': it is one of 'true_positive', 'ground_truth', 'naive'"
     ):

@@ -117,6 +117,23 @@ def test_guidance_equals_the_loop_with_gradients(excite, identity):
 
 
 @pytest.mark.equation
+def test_the_loss_of_the_guidance_trains_the_logits_alone():
+    module, x_d = guidance("sigmoid", D=5, K=3, out=4), torch.randn(2, 5, 2, 3).double()
+    module(x_d)[1].sum().backward()
+    assert module.logits.weight.grad is not None
+    layers = module.attention, module.transform, module.out
+    assert all(layer.weight.grad is None for layer in layers)
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 1)])
+def test_guidance_of_one_image_and_one_position_wide(size):
+    for excite, identity in product(spgnet.EXCITES, (True, False)):
+        module, x_d = guidance(excite, identity, D=5, K=3, out=4), torch.randn(1, 5, *size).double()
+        torch.testing.assert_close(module(x_d)[0], loop_guidance(module, x_d))
+
+
+@pytest.mark.equation
 def test_softmax_mask_sums_to_one_over_the_positions_and_sigmoid_is_a_gate():
     x_l = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     m = guidance("softmax", D=6, K=3).mask(x_l)
