@@ -663,11 +663,22 @@ def test_float16_queries_beyond_65504_give_a_finite_map():
 
 
 @pytest.mark.equation
+@pytest.mark.parametrize("axis", ["column", "row"])
+def test_weighted_features_are_not_materialised(axis, largest):
+    A, value, gate = torch.randn(2, 6, 6, 6).softmax(-1), torch.randn(2, 3, 6, 6), strong_gate(3)
+    gate = gate.float()
+    with largest:
+        caa.channelized(A, value, gate, axis)
+        caa.channelized(A, value, None, axis)
+    assert largest.numbers <= 2 * 6 * 6 * 6  # the map's; α has H times as many as the value
+
+
+@pytest.mark.equation
 def test_float16_features_are_pooled_in_float32():
     # Σα/HW of values 1e-3 at 32 x 32 is 3e-5, below 6.1e-5, float16's smallest normal number
     value = (1e-3 * torch.rand(1, 4, 32, 32)).half()
     for axis in ("column", "row"):
-        A, seen = caa.axial_attention(torch.randn(1, 2, 32, 32), axis), []
+        A, seen = torch.randn(1, 32, 32, 32).softmax(-1), []
         y = caa.channelized(
             A, value, lambda p, seen=seen: seen.append(p) or torch.ones_like(p), axis
         )

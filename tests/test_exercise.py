@@ -1,0 +1,137 @@
+"""The course kit: what is handed out, what is graded, and that each exercise is graded alone."""
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+
+import exercise
+import pytest
+
+pytestmark = pytest.mark.system
+
+# One mistake for each exercise: (what is there, what a student might write)
+WRONG = {
+    "caa.column_attention": ("softmax(q @ q.mT, dim=-1)", "softmax(q @ q.mT, dim=-2)"),
+    "caa.channelized": ("/ z.shape[2]", "/ z.shape[1]"),
+    "ksac.shared_atrous": ("padding=r, dilation=r", "padding=1, dilation=1"),
+    "car.class_centers": ("counts.clamp(min=1)", "counts"),
+    "car.intra_center_to_pixel": (".masked_fill(sigma, 0)  # Eq. (4.3)", "  # Eq. (4.3)"),
+    "car.inter_center_to_center": ("epsilon / (K - 1)).sum(-1)  # Eq. (4.6)",
+                                   "epsilon / K).sum(-1)  # Eq. (4.6)"),
+    "car.inter_center_to_pixel": ("+ Y * diagonal", "- Y * diagonal"),
+    "pyramid_fuse.pyramid_labels": ("u[smallest < largest] = 0", "u[smallest <= largest] = 0"),
+    "pyramid_fuse.relabel": ("done = done | ((u == 1)", "done = ((u == 1)"),
+    "pyramid_fuse.fuse": ("repeat_cells(p >= threshold", "repeat_cells(p > threshold"),
+    "spgnet.SemanticPredictionGuidance.forward": ("x_d + y if", "x_d - y if"),
+    "hfgd.HighLevelFeatureGuidedModule.forward": ("self.attention(u))", "u)"),
+}  # fmt: skip
+
+
+def source(name):
+    return (exercise.ROOT / f"{name.split('.')[0]}.py").read_text()
+
+
+def graded(names):
+    """{exercise: [what failed, "" where a part is right]}, in this process."""
+    lines = []
+    exercise.run_tests(names, lambda *line: lines.append(json.dumps(line)))
+    marked = exercise.marked(lines, names)
+    return {name: [failed for *_, failed in parts] for name, parts in marked.items()}
+
+
+def solve(name, text, monkeypatch):
+    """Put the exercise's functions of the source `text` in the place of the module's own."""
+    fresh, module = types.ModuleType("fresh"), importlib.import_module(name.split(".")[0])
+    exec(compile(text, "fresh.py", "exec"), fresh.__dict__)
+    for function in exercise.EXERCISES[name].blank:
+        owner, new, *path = module, fresh, *function.split(".")
+        for part in path[:-1]:
+            owner, new = getattr(owner, part), getattr(new, part)
+        monkeypatch.setattr(owner, path[-1], getattr(new, path[-1]))
+
+
+def test_all_parts_pass_with_the_solutions():
+    grades = graded(list(exercise.EXERCISES))
+    assert len(grades) == 12 and set().union(*grades.values()) == {""}
+    assert all(3 <= len(parts) <= 6 for parts in grades.values())
+
+
+@pytest.mark.parametrize("name", exercise.EXERCISES)
+def test_an_exercise_without_its_bodies_fails_alone(name, monkeypatch):
+    solve(name, exercise.blanked(source(name), [exercise.EXERCISES[name]]), monkeypatch)
+    same_file = [n for n in exercise.EXERCISES if n.split(".")[0] == name.split(".")[0]]
+    for other, parts in graded(same_file).items():
+        assert set(parts) == ({"not written yet"} if other == name else {""}), other
+
+
+@pytest.mark.parametrize("name", exercise.EXERCISES)
+def test_a_wrong_solution_loses_marks_and_is_told_why(name, monkeypatch):
+    right, wrong = WRONG[name]
+    assert source(name).count(right) == 1
+    solve(name, source(name).replace(right, wrong), monkeypatch)
+    failed = [why for why in graded([name])[name] if why]
+    assert failed and all("\n" not in why and len(why) < 500 for why in failed)
+    assert any("expected" in why for why in failed), failed
+
+
+def test_a_handout_has_no_solution(tmp_path):
+    for name, one in exercise.EXERCISES.items():
+        folder = tmp_path / name
+        exercise.make([name], folder)
+        module = name.split(".")[0]
+        code, tests = (folder / f"{module}.py").read_text(), folder / f"tests/test_{module}.py"
+        assert code.count("raise NotImplementedError(") == len(one.blank)
+        compile(code, module, "exec")
+        assert not any(f"def {solution}(" in tests.read_text() for solution in one.solutions)
+        compile(tests.read_text(), tests.name, "exec")
+        original, own = (
+            exercise.functions(exercise.ast.parse(text)) for text in (source(name), code)
+        )
+        for function, node in original.items():  # all else is as it was
+            same = exercise.ast.dump(node) == exercise.ast.dump(own[function])
+            assert same == (function not in one.blank)
+        sheet = (folder / "EXERCISE.md").read_text()
+        assert all(part[0] in sheet for part in one.parts) and one.hint in sheet
+    assert "Derivation" not in (tmp_path / "caa.channelized/caa.py").read_text().split(
+        "def channel_map")[0].split("def channelized(")[1]  # fmt: skip
+    with pytest.raises(SystemExit, match="exists; give a new --output folder"):
+        exercise.make(["caa.channelized"], tmp_path)
+    with pytest.raises(SystemExit, match="no exercise 'caa.nothing'; there are caa.column"):
+        exercise.check(["caa.nothing"])
+
+
+def test_a_class_is_graded(tmp_path, capsys):
+    name, right = "pyramid_fuse.fuse", source("pyramid_fuse.fuse")
+    submissions = {
+        "ann": right,
+        "ben": right.replace(*WRONG[name]),
+        "cem": right.replace("    finest = len(unity_prob)\n", "    while True:\n        pass\n"),
+        "dora": right.replace("def fuse(", "def fuse((", 1),
+        "eve": "import os\nos._exit(0)\n",
+    }
+    for student, text in submissions.items():
+        exercise.make([name], tmp_path / student)
+        (tmp_path / student / "pyramid_fuse.py").write_text(text)
+    output = tmp_path / "grades.json"
+    exercise.grade_all([tmp_path / student for student in submissions], [], 20, output)
+    printed, grades = capsys.readouterr().out, json.loads(output.read_text())
+    found = {s: [p["failed"] for p in grades[s][name]] for s in submissions}
+    assert found["ann"] == ["", "", "", ""]
+    assert found["ben"][0].startswith("expected ") and found["ben"][3] == ""
+    assert all(why.startswith("TimeoutError: not done after 2 seconds") for why in found["cem"])
+    assert set(found["dora"]) == {found["dora"][0]} and "pyramid_fuse.py, line" in found["dora"][0]
+    assert set(found["eve"]) == {"the process ended before this part"}
+    rows = [line.split() for line in printed.splitlines()[-5:]]
+    assert [row[0] for row in rows] == list(submissions)
+    assert rows[0][1] == "5/5" and [row[1] for row in rows[2:]] == ["0/5"] * 3
+
+
+def test_the_students_own_marks_are_of_what_is_handed_out(tmp_path):
+    names = ["spgnet.SemanticPredictionGuidance.forward"]
+    exercise.make(names, tmp_path / "out")
+    command = [sys.executable, "tests/exercise.py", "grade", "."]
+    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True)
+    assert "0/3" in done.stdout and done.stdout.count("not written yet") == 2
+    assert done.stdout.count("kept for grading") == 2
