@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -319,17 +320,23 @@ def words(error, pair):
     """A failure in one line. pair: the two tensors that were compared last, if they differ."""
     if isinstance(error, NotImplementedError):
         return "not written yet"
-    text = " ".join(str(error).split())
-    if isinstance(error, AssertionError) and pair:
-        return told(*pair)
-    if isinstance(error, AssertionError):
-        text = re.sub(r"tensor\((.*?), dtype=torch\.\w+\)", r"\1", text.split(" + where")[0])
-        left, equals, right = text.removeprefix("assert ").partition(" == ")
-        return f"expected {right[:200]}, got {left[:200]}" if equals else text[:300]
     frames = traceback.extract_tb(error.__traceback__)
-    frame = next((f for f in reversed(frames) if not f.filename.startswith(sys.prefix)), None)
+    kind = "test_" if isinstance(error, AssertionError) else ""
+    own = [f for f in frames if not f.filename.startswith((sys.prefix, __file__))]
+    frame = next((f for f in reversed(own) if Path(f.filename).name.startswith(kind)), None)
     where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
-    return f"{type(error).__name__}: {text[:200]}{where}"
+    # pytest's own explanations are cut off, and what tensors are apart from their numbers
+    text = re.split(r"\n\s*(?:\+  where|comparison|At index|Full diff|\(pytest)", str(error))[0]
+    text = re.sub(r"tensor\((.*?)(?:, dtype=[\w.]+)?(?:, grad_fn=<\w+>)?\)", r"\1", text)
+    text = " ".join(text.split())
+    left, equals, right = text.removeprefix("assert ").partition(" == ")
+    if not isinstance(error, AssertionError):
+        text = f"{type(error).__name__}: {text[:200]}"
+    elif pair:
+        text = told(*pair)
+    elif equals:
+        text = f"expected {right[:200]}, got {left[:200]}"
+    return f"{text[:450]}{where}"
 
 
 class Recorder:
@@ -350,9 +357,11 @@ class Recorder:
         self.record("collected", [item.name for item in items])
 
     def pytest_runtest_setup(self, item):
+        import pytest
         import torch
 
-        self.pair, close, equal = None, torch.testing.assert_close, torch.equal
+        self.pair, close = None, torch.testing.assert_close
+        compare = {name: getattr(torch, name) for name in ("equal", "allclose")}
 
         def assert_close(found, expected, *args, **kwargs):
             tensors = all(isinstance(x, torch.Tensor) for x in (found, expected))
@@ -360,18 +369,19 @@ class Recorder:
             close(found, expected, *args, **kwargs)
             self.pair = None
 
-        def is_equal(found, expected):
-            same = equal(found, expected)
-            self.pair = None if same else (found, expected)
-            return same
+        def same(name, found, expected, **kwargs):
+            result = compare[name](found, expected, **kwargs)
+            self.pair = None if result else (found, expected)
+            return result
 
         def expire(*_):
             self.stuck.add(item.originalname)
             raise TimeoutError(f"not done after {self.limit:g} seconds")
 
-        self.back = lambda: (setattr(torch.testing, "assert_close", close),
-                             setattr(torch, "equal", equal))  # fmt: skip
-        torch.testing.assert_close, torch.equal = assert_close, is_equal
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(torch.testing, "assert_close", assert_close)
+        for name in compare:
+            self.patch.setattr(torch, name, partial(same, name))
         signal.signal(signal.SIGALRM, expire)
         signal.setitimer(signal.ITIMER_REAL, self.limit)
         if item.originalname in self.stuck:
@@ -379,7 +389,7 @@ class Recorder:
 
     def pytest_runtest_teardown(self):
         signal.setitimer(signal.ITIMER_REAL, 0)
-        self.back()
+        self.patch.undo()
 
     def pytest_runtest_makereport(self, item, call):
         if call.when == "call" or call.excinfo:
@@ -408,7 +418,7 @@ def run_tests(names, record, limit=60):
         wanted += [test for test in tests if f"def {test.split('[')[0]}(" in source]
         files.append(str(file))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        flags = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "--capture=no"]
+        flags = ["-vvv", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--capture=no"]
         pytest.main([*flags, *dict.fromkeys(files)], plugins=[Recorder(wanted, record, limit)])
 
 

@@ -40,8 +40,10 @@ STRIDES = (8, 4, 2)
 @pytest.mark.equation
 def test_pyramid_labels_by_hand():
     semantic, unity = pf.pyramid_labels(MAP, STRIDES)
-    assert unity[0].tolist() == [[[0]]] and semantic[0].tolist() == [[[X]]]
-    assert unity[1].tolist() == [[[1, 0], [X, 0]]] and semantic[1].tolist() == [[[0, X], [X, X]]]
+    assert unity[0].tolist() == [[[0]]]
+    assert semantic[0].tolist() == [[[X]]]
+    assert unity[1].tolist() == [[[1, 0], [X, 0]]]
+    assert semantic[1].tolist() == [[[0, X], [X, X]]]
     # the finest: the pixel at the lower right of each cell's middle
     assert semantic[2].tolist() == [[[0, 0, 1, 2], [0, 0, 2, 2], [1, X, 2, 0], [1, 1, 0, X]]]
     # App. B for the finest level too: of its cells two hold several classes, two a pixel of 255
