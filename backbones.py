@@ -780,7 +780,8 @@ def check_options(network, options, *parts):
         )
     for name, value in options.items():
         kind = {bool: bool, float: (int, float)}.get(type(known[name]), object)
-        if not isinstance(value, kind):
+        number = type(known[name]) in (int, float) and isinstance(value, bool)
+        if number or not isinstance(value, kind):
             expected = "True or False" if kind is bool else "a number"
             raise ValueError(f"{name}={value!r}: expected {expected}")
     return options

@@ -267,6 +267,8 @@ class ClassAwareRegularization(nn.Module):
             raise ValueError("literal and released exclude each other: the released code has √C")
         self.num_classes, self.centers, self.decay = num_classes, centers, decay
         self.intra, self.inter_c2c, self.inter_c2p = intra, inter_c2c, inter_c2p
+        if min(epsilon_0, epsilon_1) < 0:
+            raise ValueError(f"epsilon_0={epsilon_0}, epsilon_1={epsilon_1}: expected at least 0")
         self.epsilon_0, self.epsilon_1 = epsilon_0, epsilon_1
         self.literal, self.released = literal, released
         if centers == "moving":

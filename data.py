@@ -77,6 +77,8 @@ LIMITS = {
     "try again with fewer --workers",
     r"No space left|Disk quota|File too large|write failed|unexpected pos": "the disk is full; "
     "free some space, or take another folder",
+    r"InductorError|BackendCompilerFailed|InvalidCxxCompiler": "--compile: torch.compile does not "
+    "work here; leave it out",
     r"Expected more than 1 value": "batch norm needs more than one value per channel; take a "
     "--batch-size of at least 2 for each process, or larger crops",
 }
@@ -193,12 +195,15 @@ def not_found(name, split, root, looked_for):
     if root.is_dir():
         names = sorted(path.name for path in root.iterdir())
         found = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "an empty folder"
-    how = f"from {layout.source}"
+    how = f"download it from {layout.source}"
+    if name == "folder":
+        how = "put your files there"
     if name in ARCHIVES:
-        how = f"by `python data.py {name} --download --data-root {root}`, or {how}"
+        command = f"python data.py {name} --download --data-root {root}"
+        how = f"download it by `{command}`, or from {layout.source}"
     return UserError(
         f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' "
-        f"there is: {found}; expected there: {layout.tree}; download it {how}"
+        f"there is: {found}; expected there: {layout.tree}; {how}"
     )
 
 
@@ -1094,7 +1099,7 @@ LAYOUTS = {
     "coco_voc": Layout(_coco_voc, _COCO_TREE, _COCO_SOURCE, dict(train=None, val=None)),
     "folder": Layout(
         _folder, "images/SPLIT/*, labels/SPLIT/*.png, classes.txt (one name a line)",
-        "you: it is a dataset of your own", {}),
+        "you", {}),
 }  # fmt: skip
 # Datasets whose files are another's
 SHARED = {"pascal_voc_aug": "pascal_voc", "ade20k_16k": "ade20k", "coco_voc": "coco_stuff164k"}
@@ -1364,11 +1369,16 @@ def _run(args):
     output = Path(args.output or f"{args.name}-{args.split}.png")
     if output.suffix not in (".png", ".jpg"):
         raise UserError(f"--output {output}: expected a file that ends in .png or .jpg")
+    if args.data_root and args.name.startswith("shapes"):
+        raise UserError("--data-root has no effect here: shapes is drawn, it has no files")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected a number of at least 0")
     if args.download:
         download(args.name, Path(args.data_root or default_root(args.name)))
     data = dataset(args.name, args.data_root, args.split)
+    folders = {path.parent.resolve() for pair in getattr(data, "files", ()) for path in pair}
+    if output.parent.resolve() in folders:
+        raise UserError(f"--output {output} is among the dataset's files; take another folder")
     report(data, f"{args.name} {args.split}", args.workers)
     rows = []
     for index in sorted(random.Random(0).sample(range(len(data)), min(8, len(data)))):

@@ -145,7 +145,17 @@ def at_scale(net, images, scale, flip=False, window=None):
 def classify(net, images, scales=(1.0,), flip=False, window=None):
     """The classes int64 `[N, H, W]` of `predict`. One view needs no probabilities."""
     one = tuple(scales) == (1.0,) and not flip and not (window and max(images.shape[2:]) > window)
-    return (net(images) if one else predict(net, images, scales, flip, window)).argmax(1)
+    scores = net(images) if one else predict(net, images, scales, flip, window)
+    return highest(scores)
+
+
+def highest(scores):
+    """The classes `[N, H, W]` of the highest scores `[N, K, H, W]`; UserError for NaN."""
+    values, classes = scores.max(1)
+    if not values.isfinite().all():
+        text = "the network's logits are not finite: its weights are too large, or damaged"
+        raise UserError(f"{text}; train with a lower --lr, or with --amp off")
+    return classes
 
 
 def label_map(net, image, device, amp="off", **kwargs):
@@ -209,7 +219,7 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lamb
                     p = at_scale(net, image, scale, **kwargs)
                     alone[scale].update(p.argmax(1), labels)
                     total = p.add_(total)
-                prediction = total.argmax(1)  # of the sum, as of the mean
+                prediction = highest(total)  # of the sum, as of the mean
             else:
                 prediction = classify(net, image, scales, **kwargs)
         matrix.update(prediction, labels)
@@ -273,12 +283,35 @@ def read_checkpoint(path):
         raise UserError(f"no checkpoint '{path}'; {expected}") from None
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason.split(" In PyTorch")[0]
         raise UserError(f"checkpoint '{path}' cannot be read ({reason}); {expected}") from None
     parts = {"net", "settings", "step", "classes", "palette"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         text = f"'{path}' is not a checkpoint of train.py"
         raise UserError(f"{text}; a backbone's weights go to --weights")
+    if not sound(**checkpoint):
+        raise UserError(f"checkpoint '{path}' is damaged; {expected}")
     return checkpoint
+
+
+def sound(net, settings, step, classes, palette, raw_ids=None, **_):
+    """Whether the parts of a checkpoint are of the kinds that train.py saves."""
+
+    def are(kind, values):
+        return isinstance(values, (list, tuple)) and all(isinstance(v, kind) for v in values)
+
+    if not (isinstance(settings, dict) and are(str, classes) and are((list, tuple), palette)):
+        return False
+    names = [settings.get(name) for name in ("method", "backbone", "dataset")]
+    colors = all(are(int, c) and len(c) == 3 and 0 <= min(c) <= max(c) < 256 for c in palette)
+    ids = raw_ids is None or are(int, raw_ids) and len(raw_ids) == len(classes)
+    return (
+        isinstance(net, dict) and are(torch.Tensor, list(net.values())) and are(str, names)
+        and isinstance(settings.get("option"), dict) and "output_stride" in settings
+        and isinstance(settings.get("data_root"), (str, type(None)))
+        and isinstance(step, int) and step >= 0 and colors and len(palette) == len(classes) > 0
+        and ids and all(0 <= i < 256 for i in raw_ids or [])
+    )  # fmt: skip
 
 
 def load(checkpoint, output_stride=None, options=None):
@@ -333,13 +366,17 @@ def processes(device=None):
     if kind == "mps":
         raise UserError("device 'mps' is for one process: start it without torchrun")
     if kind == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
+        local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= count:
             text = f"process {local} of this machine has no GPU of its own: there are {count}"
             raise UserError(f"{text}; start fewer processes")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    except ValueError as error:  # not torchrun's environment
+        text = f"the processes cannot meet ({' '.join(str(error).split())[:120]})"
+        raise UserError(f"{text}; start them with torchrun, or unset WORLD_SIZE") from None
     return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
@@ -374,6 +411,8 @@ def parse_options(pairs):
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
+        if key == "output_stride":
+            raise UserError(f"--option {pair}: it has a flag of its own, --output-stride")
         try:
             options[key] = ast.literal_eval(words.get(value.lower(), value))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -762,6 +801,8 @@ def _arguments(arguments):
 def _run(args):
     device, rank, world = processes(args.device)
     amp_dtype(args.amp, device)
+    if args.json and Path(args.json).suffix != ".json":
+        raise UserError(f"--json {args.json}: expected a file that ends in .json")
     if args.json and rank == 0:  # it can be written: better known now than at the end
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).open("a").close()
@@ -924,7 +965,7 @@ def _others(args, dataset, device):
     nets = {}
     for path in args.compare:
         checkpoint = read_checkpoint(path)
-        if path in nets or path == args.checkpoint:
+        if any(Path(path).resolve() == Path(other).resolve() for other in [*nets, args.checkpoint]):
             raise UserError(
                 f"--compare {path}: a checkpoint is compared with others; name each once"
             )

@@ -267,6 +267,15 @@ class HFGD(nn.Module):
         super().__init__()
         if upsampler not in ("usfpn", "sfpn", None):
             raise ValueError(f"upsampler={upsampler!r}: it is 'usfpn', 'sfpn' or None")
+        if not isinstance(width, int) or width < 8 or width % 8:
+            raise ValueError(f"width={width!r}: expected a multiple of 8")
+        odd = isinstance(leading, (tuple, list)) and all(k in (1, 3, 5, 7, 9) for k in leading)
+        if not (leading and odd):
+            raise ValueError(f"leading={leading!r}: expected odd kernel sizes, as in (1, 1)")
+        if terms and (encoder != "ours" or not car):
+            raise ValueError(
+                f"{', '.join(terms)}: only encoder='ours' with car=True has such losses"
+            )
         if upsampler == "sfpn" and output_stride != 4:
             raise ValueError(f"output_stride={output_stride}: upsampler='sfpn' has 4 alone")
         self.backbone = backbones.build(backbone, 32, weights)

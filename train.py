@@ -237,8 +237,11 @@ def resumed(output, given):
         if value != settings[name]:
             settings[name], origin[name] = value, "command line"
     checkpoint = evaluate.read_checkpoint(last) if last.exists() else None
-    if checkpoint and not {"optimizer", "schedule", "scaler", "evaluated"} <= set(checkpoint):
-        text = f"'{last}' has no optimizer's state, so it cannot be resumed"
+    parts = {"optimizer", "schedule", "scaler", "evaluated", "best"}
+    if checkpoint and not (
+        parts <= set(checkpoint) and checkpoint["step"] <= settings["iterations"]
+    ):
+        text = f"'{last}' has no state of an optimizer, so it cannot be resumed"
         raise UserError(f"{text}; start a new run with --init {last}")
     return completed(settings), origin, checkpoint
 
@@ -496,13 +499,18 @@ class State:
         fp16 = evaluate.amp_dtype(s["amp"], device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0
+        self.labelled = 0  # steps with a labelled pixel, since the start or --resume
 
     def load(self, checkpoint):
         evaluate.restore(self.net, checkpoint)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["schedule"])
-        if checkpoint["scaler"]:  # empty where the run had no fp16 until now
-            self.scaler.load_state_dict(checkpoint["scaler"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.schedule.load_state_dict(checkpoint["schedule"])
+            if checkpoint["scaler"]:  # empty where the run had no fp16 until now
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            text = "the optimizer's state in last.pt is not that of this run"
+            raise UserError(f"{text}; start a new run with --init last.pt") from None
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
 
@@ -594,7 +602,8 @@ def train_step(model, state, images, labels, stop):
             terms.append({name: weight * loss for name, loss in losses.items()})
             state.scaler.scale(sum(terms[-1].values())).backward()
     flat = [loss for part in terms for loss in part.values()]
-    *values, stopped = mean_over_processes([*flat, stop.signal or 0], device)
+    told = (labels != data.IGNORE).any(), stop.signal or 0
+    *values, labelled, stopped = mean_over_processes([*flat, *told], device)
     names = list(terms[0])
     losses = {name: sum(values[i :: len(names)]) for i, name in enumerate(names)}
     if not all(map(math.isfinite, values)):
@@ -605,6 +614,7 @@ def train_step(model, state, images, labels, stop):
     state.scaler.update()
     state.schedule.step()
     state.step += 1
+    state.labelled += labelled > 0
     return losses, stopped > 0
 
 
@@ -643,6 +653,9 @@ def loop(model, state, batches, train_set, val_set, stop, bar):
         for name, value in losses.items():
             sums.setdefault(name, []).append(value)
         if state.step % LOG_EVERY == 0 or state.step == s["iterations"]:
+            if not state.labelled:
+                text = "no pixel of the first batches is labelled, so there is nothing to learn"
+                raise UserError(f"{text}; `python data.py` shows the ids of the labels")
             means = {name: sum(line) / len(line) for name, line in sums.items()}
             steps = len(next(iter(sums.values())))
             speed = s["batch_size"] * steps / (time.perf_counter() - since)

@@ -1094,6 +1094,17 @@ def test_main_ends_with_2_and_one_line_for_a_wrong_id(tmp_path, capsys):
     assert not output.exists()
 
 
+def test_a_contact_sheet_never_replaces_a_file_of_the_dataset(tmp_path, capsys):
+    folder(tmp_path, [[0, 1]])
+    photograph = next((tmp_path / "images/train").iterdir())
+    before, root = photograph.read_bytes(), str(tmp_path)
+    assert data.main(["folder", "--data-root", root, "--output", str(photograph)]) == 2
+    assert "is among the dataset's files" in capsys.readouterr().err
+    assert photograph.read_bytes() == before
+    assert data.main(["shapes", "--data-root", root, "--output", f"{root}/s.png"]) == 2
+    assert "--data-root has no effect here" in capsys.readouterr().err
+
+
 def test_main_ends_with_2_and_one_line_for_an_unknown_split(tmp_path, capsys):
     assert data.main(["shapes", "--split", "dawn", "--output", str(tmp_path / "s.png")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -343,7 +343,10 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     _, checkpoint, _ = trained
     saved = evaluate.read_checkpoint(checkpoint)
     other, strange = tmp_path / "other.pt", tmp_path / "strange.pt"
-    torch.save(saved | dict(net={k: -v for k, v in saved["net"].items()}), other)
+    torch.save(
+        saved | dict(net={k: -v if "classifier" in k else v for k, v in saved["net"].items()}),
+        other,
+    )
     torch.save(saved | dict(classes=["a", "b", "c"]), strange)
     flags = ["--checkpoint", checkpoint, "--figures", str(tmp_path / "f"), "--device", "cpu"]
     flags += ["--workers", "0"]
@@ -508,6 +511,18 @@ def mistake(capsys, *flags):
     return lines[0]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_no_classes(value):
+    scores = torch.randn(2, 3, 4, 5)
+    assert torch.equal(evaluate.highest(scores), scores.argmax(1))
+    scores[1, 2, 3, 4] = value
+    with pytest.raises(UserError, match="logits are not finite"):
+        evaluate.highest(scores)
+    net = lambda images: scores  # noqa: E731
+    with pytest.raises(UserError, match="logits are not finite"):
+        evaluate.classify(net, torch.zeros(2, 3, 4, 5))
+
+
 def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     _, checkpoint, root = trained
     assert "give --checkpoint FILE, or --method NAME" in mistake(capsys)
@@ -537,8 +552,17 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     for scale in ("0", "1e-320", "1e300", "nan"):
         line = mistake(capsys, "--checkpoint", checkpoint, "--scales", "1", scale)
         assert "expected a number of at least 0.001, at most 1000" in line
-    folder = str(tmp_path)  # cannot be written as a file: said before anything is computed
+    (tmp_path / "a.json").mkdir()  # cannot be written: said before anything is computed
+    folder = str(tmp_path / "a.json")
     assert "Is a directory" in mistake(capsys, "--checkpoint", checkpoint, "--json", folder)
+    line = mistake(capsys, "--checkpoint", checkpoint, "--json", checkpoint)
+    assert "expected a file that ends in .json" in line
+    same = str(Path(checkpoint).parent / ".." / Path(checkpoint).parent.name / "last.pt")
+    line = mistake(capsys, "--checkpoint", checkpoint, "--figures", str(tmp_path / "f"),
+                   "--compare", same)  # fmt: skip
+    assert "is compared with others" in line
+    line = mistake(capsys, "--method", "caa", "--option", "output_stride=8", "--cost")
+    assert "a flag of its own, --output-stride" in line
     for option in ("a={1,2}", "a=1e999", "a={[]:1}"):
         line = mistake(capsys, "--method", "caa", "--option", option, "--cost")
         assert "--option a=" in line or "no option a" in line

@@ -665,6 +665,21 @@ def test_a_flag_without_effect_is_refused(given, reason, capsys):
     assert reason in mistake(capsys, *given.split())
 
 
+DAMAGED = {
+    "net": [1], "settings": {}, "classes": [1, 2, 3], "palette": [[1, 2, 300]] * 3, "step": -5,
+    "raw_ids": [1],
+}  # fmt: skip
+
+
+def test_training_labels_without_a_labelled_pixel_end_the_run(flags, photos, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(photos, root)
+    for path in (root / "labels/train").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    given = [*flags[:4], "--data-root", str(root), *flags[6:], "--output", str(tmp_path / "a")]
+    assert "no pixel of the first batches is labelled" in mistake(capsys, *given)
+
+
 def test_a_damaged_run_is_not_resumed(flags, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train.main([*flags, "--output", str(folder)]) == 0
@@ -672,7 +687,14 @@ def test_a_damaged_run_is_not_resumed(flags, tmp_path, capsys):
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     del checkpoint["optimizer"]
     torch.save(checkpoint, folder / "last.pt")
-    assert "has no optimizer's state" in mistake(capsys, *resume)
+    assert "has no state of an optimizer" in mistake(capsys, *resume)
+    torch.save(checkpoint | {"optimizer": {}}, folder / "last.pt")
+    assert "state in last.pt is not that of this run" in mistake(capsys, *resume)
+    torch.save(checkpoint | {"optimizer": {}, "step": 50}, folder / "last.pt")
+    assert "has no state of an optimizer" in mistake(capsys, *resume)
+    for part, value in DAMAGED.items():
+        torch.save(checkpoint | {part: value}, folder / "last.pt")
+        assert "last.pt' is damaged" in mistake(capsys, *flags, "--init", str(folder / "last.pt"))
     text = (folder / "config.json").read_text()
     for value in ('"six"', "null", "[6]"):
         (folder / "config.json").write_text(text.replace('"value": 6,', f'"value": {value},'))
