@@ -318,6 +318,8 @@ class CAANet(nn.Module):
     released         True: ReLU after the queries     False          the authors' code
     """
 
+    caption = "The marked pixel takes from the bright positions: of its column, then of its row."
+
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, attention="axial",
                  channelization=True, channel_layers=5, channel_width=128, activation="leaky_relu",
                  se=False, dual=None, auxiliary=True, decoder=False, output_stride=8,
@@ -330,6 +332,7 @@ class CAANet(nn.Module):
             if attention is None or se:
                 raise ValueError("dual has attention='axial' or 'self', and no se")
             self.head = DualAttention(high, num_classes, dual, attention, released)
+            self.caption = "What each branch predicts alone, and where the predictions differ most."
         else:
             gate = dict(layers=channel_layers, width=channel_width, activation=activation)
             self.head = CAA(high, attention, channelization, se, released, **gate)
@@ -362,17 +365,16 @@ class CAANet(nn.Module):
 
     @torch.no_grad()
     def figures(self, image, pixel=None):
-        """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`, each `[H, W]`; see `attended`.
-
-        CAA: what the position at `pixel` (row, column; None: the centre) attends to, before the
-        gates, in 0…1. Dual attention: label maps of its branches and of the prediction (Figs. 3.3,
-        3.4). Empty for attention=None. ValueError in training mode, and for a pixel outside.
+        """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`, each `[H, W]`: how much the
+        position at `pixel` (row, column; None: the centre) attends to each, before the gates. Dual
+        attention: label maps of its branches and the prediction (Figs. 3.3, 3.4). Empty for
+        attention=None. ValueError in training mode, and for a pixel outside.
         """
         image = backbones.one_image(self, image)
         size, x = image.shape[2:], self.backbone(image)[-1]
         row, column = backbones.one_pixel(pixel, size)
         if isinstance(self.head, DualAttention):
-            logits = {f"{name} attention": y for name, y in self.head(x)[1].items()}
+            logits = {f"prediction, {name} branch": y for name, y in self.head(x)[1].items()}
             logits = {k: self.backbone.upsample(y, self.stride, size) for k, y in logits.items()}
             return {k: y.argmax(1)[0] for k, y in (logits | {"prediction": self(image)}).items()}
         if not isinstance(self.head.attention, SpatialAttention):
@@ -380,21 +382,22 @@ class CAANet(nn.Module):
         positions = [self.backbone.positions(self.stride, n) for n in x.shape[2:]]
         rows, columns = map(backbones.nearest, positions, size)
         maps = attended(self.head.attention, self.head.reduce(x), rows[row], columns[column])
-        return {name: (m / m.max())[rows[:, None], columns] for name, m in maps.items()}
+        return {f"{k} of the marked pixel": m[rows[:, None], columns] for k, m in maps.items()}
 
 
 def attended(attention, x, i, j):
     """What position (i, j) of x `[1, C, H, W]` attends to in a SpatialAttention: maps `[H, W]`.
 
-    "column, then row" is A_row(ij, in) · A_col(in, mn) at (m, n): two steps reach every position.
+    "both steps" is A_row(ij, in) · A_col(in, mn) at (m, n): together they reach every position.
     """
     (H, W), (col, row) = x.shape[2:], attention.maps(x)
     if row is None:
-        return {"self-attention": col[0, 0, i * W + j].reshape(H, W)}
+        return {"attention": col[0, 0, i * W + j].reshape(H, W)}
     column, across = col.new_zeros(H, W), col.new_zeros(H, W)
     column[:, j], across[i] = col[0, j, i], row[0, i, j]
     both = row[0, i, j] * col[0, :, i].T
-    return {"column attention": column, "row attention": across, "column, then row": both}
+    steps = {"column step": column, "row step": across, "both steps": both}
+    return {f"{name}: attention": m for name, m in steps.items()}
 
 
 _COMMON = dict(

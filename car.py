@@ -504,7 +504,7 @@ def pixels_of(net, sides, size):
 def pixel_relation(net, image, pixel=None, classifier="classifier"):
     """Fig. 4.4: the dot product of the feature at `pixel` with that of every pixel, `[H, W]`.
 
-    Scaled to 0…1; products below 0 are 0. image `[3, H, W]` or `[1, 3, H, W]`; pixel: (row,
+    Products below 0 are 0. image `[3, H, W]` or `[1, 3, H, W]`; pixel: (row,
     column), None: the centre; classifier: the submodule whose input is compared. ValueError in
     training mode, for a batch, for a pixel outside the image.
     """
@@ -514,7 +514,7 @@ def pixel_relation(net, image, pixel=None, classifier="classifier"):
     X = watch(net, classifier, classifier, image)[1][0].float()  # [C, h, w]
     rows, columns = map(backbones.nearest, pixels_of(net, size, X.shape[1:]), size)
     similarity = (X[:, rows[row], columns[column], None, None] * X).sum(0).clamp(min=0)
-    return (similarity / similarity.max().clamp(min=1e-12))[rows[:, None], columns]
+    return similarity[rows[:, None], columns]
 
 
 @torch.no_grad()
@@ -667,6 +667,11 @@ class CARNet(nn.Module):
     HRNet's four together.
     """
 
+    caption = (
+        "Bright pixels have features like those of the marked one: CAR makes them bright "
+        "within a class."
+    )
+
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="self_attention",
                  pointwise=True, channels=512, pool_pointwise=False, auxiliary=False,
                  output_stride=None, place="linear", released=False, **terms):  # fmt: skip
@@ -734,8 +739,9 @@ class CARNet(nn.Module):
         return losses | self.car(X, labels_at(labels, X.shape[2:], pixels))
 
     def figures(self, image, pixel=None):
-        """Fig. 4.4: the similarity of each pixel to `pixel` (pixel_relation), `[H, W]` in 0…1."""
-        return {"similarity": pixel_relation(self, image, pixel, self.regularized)}
+        """Fig. 4.4: the similarity of each pixel to `pixel` (pixel_relation), `[H, W]`."""
+        title = "similarity of each pixel's feature to that of the marked pixel"
+        return {title: pixel_relation(self, image, pixel, self.regularized)}
 
 
 # For Table 4.6's last row: --method caa --car --backbone convnext_large --optimizer adam

@@ -28,7 +28,6 @@ import contextlib
 import http.client
 import itertools
 import os
-import random
 import re
 import shutil
 import sys
@@ -1231,35 +1230,104 @@ def spread(length, count):
     return sorted({i * length // count for i in range(count)})
 
 
-def sheet(rows, titles, classes=(), palette=(), width=240):
-    """A PIL picture: rows of uint8 tiles `[3, h, w]`, each `width` wide, and a legend of the
-    classes.
-
-    titles: of the columns, or a list for each row.
+def telling(dataset, count):
+    """`count` indices, evenly spread, that show many classes: of four in each part of the dataset
+    the one with the most classes that were shown least.
     """
-    font, line, rows = ImageFont.load_default(13), 20, [list(row) for row in rows]
-    titles = titles if titles and isinstance(titles[0], list) else [titles] + [[]] * (len(rows) - 1)
+    shown, chosen = np.zeros(256), []
+    for start in spread(len(dataset), count):
+        part = [start + i for i in spread(max(1, len(dataset) // count), 4)]
+        held = {i: np.unique(dataset[i][1].numpy()) for i in part}
+        chosen.append(max(part, key=lambda i: (0.5 ** shown[held[i]]).sum()))
+        shown[held[chosen[-1]]] += 1
+    return chosen
+
+
+class Panel(NamedTuple):
+    """A picture with its title, for `sheet`."""
+
+    title: str
+    tile: torch.Tensor  # uint8 [3, h, w]
+    scale: tuple = ()  # the words at the two ends of a colour bar under it
+    boxes: tuple = ()  # what is outlined on it: (top, left, bottom, right) in pixels of the tile
+
+
+def labelled(title, label, palette, **kwargs):
+    """The Panel of a label map `[H, W]`."""
+    return Panel(title, colorize(label, palette), **kwargs)
+
+
+def heat(values):
+    """Numbers in 0…1 `[h, w]` -> uint8 `[3, h, w]`, dark blue to yellow; NaN is white."""
+    values = values.detach().float().cpu().numpy()
+    stops = (10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)
+    colors = [np.interp(values, np.linspace(0, 1, 5), channel) for channel in zip(*stops)]
+    colors = np.where(np.isnan(values), 255, np.stack(colors))
+    return torch.from_numpy(colors.astype(np.uint8))
+
+
+def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=300):
+    """A PIL picture: Panels in frames, `columns` in a row, each `width` wide.
+
+    Under them a legend of the classes that occur in the label maps `maps`, and the caption.
+    """
+    font, line, gap = ImageFont.load_default(13), 17, 8
+    occur = sorted(set().union(*(m.unique().tolist() for m in maps)))
+    names = dict(enumerate(zip(classes, palette)))
+    names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("not of this level", (128, 128, 128))}
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    total, down = min(columns, len(panels)) * (width + gap) + gap, []
+    words = wrapped(caption, total - 2 * gap, font) if caption else []
+    across = max(1, (total - gap) // 130)
     for row in rows:
-        for i, tile in enumerate(row):
-            tile = Image.fromarray(tile.permute(1, 2, 0).numpy())
-            row[i] = tile.resize((width, max(1, round(tile.height * width / tile.width))), 0)
-    total = max(len(row) for row in [*rows, *titles]) * (width + 4) + 4
-    entries = [*zip(classes, palette), ("ignored", (0, 0, 0))] if classes else []
-    across, tops = max(1, total // 120), [4]
-    for row, names in zip(rows, titles, strict=True):
-        tops.append(tops[-1] + max(tile.height for tile in row) + 4 + (line if names else 0))
-    canvas = Image.new("RGB", (total, tops[-1] + line * -(-len(entries) // across) + 4), "white")
-    draw = ImageDraw.Draw(canvas)
-    for row, names, y in zip(rows, titles, tops):
-        for column, title in enumerate(names):
-            draw.text((4 + column * (width + 4), y), title, "black", font)
-        for column, tile in enumerate(row):
-            canvas.paste(tile, (4 + column * (width + 4), y + (line if names else 0)))
-    for i, (name, color) in enumerate(entries):
-        x, top = 4 + i % across * 120, tops[-1] + i // across * line
-        draw.rectangle((x, top + 4, x + 12, top + 16), tuple(color), "black")
-        draw.text((x + 18, top + 3), name[:14], "black", font)
+        above = max(len(wrapped(panel.title, width, font)) for panel in row) * line
+        tall = max(round(panel.tile.shape[1] * width / panel.tile.shape[2]) for panel in row)
+        down.append((above, max(1, tall), line + 8 if any(panel.scale for panel in row) else 0))
+    height = sum(map(sum, down)) + gap * (len(rows) + 1)
+    under = line * (-(-len(occur) // across) + len(words)) + gap
+    canvas = Image.new("RGB", (total, height + under), "white")
+    draw, y = ImageDraw.Draw(canvas), gap
+    for row, (above, tall, below) in zip(rows, down):
+        for column, panel in enumerate(row):
+            x, top = gap + column * (width + gap), y + above
+            for i, text in enumerate(wrapped(panel.title, width, font)):
+                draw.text((x, y + i * line), text, "black", font)
+            tile = Image.fromarray(panel.tile.permute(1, 2, 0).numpy())
+            factor = width / tile.width
+            tile = tile.resize((width, max(1, round(tile.height * factor))), 0)
+            canvas.paste(tile, (x, top))
+            draw.rectangle((x - 1, top - 1, x + width, top + tile.height), outline="#888888")
+            for box in panel.boxes:
+                upper, left, lower, right = (round(side * factor) for side in box)
+                for color, by in ("black", 0), ("white", 1):
+                    corners = x + left - by, top + upper - by, x + right + by, top + lower + by
+                    draw.rectangle(corners, outline=color)
+            if panel.scale:
+                bar = heat(torch.linspace(0, 1, width)[None].expand(8, -1)).permute(1, 2, 0)
+                canvas.paste(Image.fromarray(bar.numpy()), (x, top + tile.height + 3))
+                at = top + tile.height + 11
+                draw.text((x, at), panel.scale[0], "black", font)
+                draw.text((x + width, at), panel.scale[1], "black", font, anchor="ra")
+        y += above + tall + below + gap
+    for i, number in enumerate(occur):
+        (name, color), x, top = names[number], gap + i % across * 130, height + i // across * line
+        draw.rectangle((x, top + 2, x + 12, top + 14), tuple(color), "black")
+        draw.text((x + 18, top), name[:15], "black", font)
+    for i, text in enumerate(words):
+        draw.text((gap, height + under - gap - line * (len(words) - i)), text, "black", font)
     return canvas
+
+
+def wrapped(text, width, font):
+    """The text in lines that are at most `width` pixels long, if its words are."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -1380,13 +1448,15 @@ def _run(args):
     if output.parent.resolve() in folders:
         raise UserError(f"--output {output} is among the dataset's files; take another folder")
     report(data, f"{args.name} {args.split}", args.workers)
-    rows = []
-    for index in sorted(random.Random(0).sample(range(len(data)), min(8, len(data)))):
+    panels, maps, shown = [], [], (data.classes, data.palette)
+    for index in telling(data, 8):
         image, label = data.raw(index)
-        rows.append([image, colorize(label, data.palette), overlay(image, label, data.palette)])
-    pairs = [a + b for a, b in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
+        over = overlay(image, label, data.palette)
+        panels += [Panel(data.name(index), image), labelled("label", label, data.palette)]
+        panels.append(Panel("label over the image", over))
+        maps.append(label)
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pairs, ["image", "label", "overlay"] * 2, data.classes, data.palette).save(output)
+    sheet(panels, 6, maps, *shown, width=240).save(output)
     print(f"contact sheet: {output}")
 
 

@@ -516,100 +516,130 @@ def measure(work, device, runs=5):
 # ----------------------------------------------------------------------------------------- pictures
 
 
-def heat(values, image):
-    """A map in 0…1, dark blue to yellow: of the size of the uint8 image `[3, H, W]` over it, of
-    another size by itself.
+def light(photo):
+    """The uint8 photograph `[3, H, W]` gray and bright, for what is drawn over it: float32."""
+    return 100 + 0.6 * photo.float().mean(0, keepdim=True).expand(3, -1, -1)
+
+
+def drawn(title, figure, photo, palette, boxes=()):
+    """The data.Panel of a figure of the uint8 photograph `[3, H, W]`: a label map, or numbers of at
+    least 0 with a scale. Numbers of the photograph's size are drawn over it.
+
+    title: "TEXT", or "TEXT | LOW | HIGH" with the words at the ends of the scale.
     """
-    overlaid = values.shape == image.shape[1:]
-    values = values.detach().float().cpu()[None, None]
-    values = F.interpolate(values, size=image.shape[1:], mode="nearest")[0, 0].numpy()
-    stops = (10, 10, 60), (90, 20, 130), (220, 60, 60), (255, 160, 30), (255, 255, 140)
-    colors = [np.interp(values, np.linspace(0, 1, 5), channel) for channel in zip(*stops)]
-    colors, gray = np.stack(colors), image.float().mean(0).numpy()
-    return torch.from_numpy((0.65 * colors + 0.35 * gray if overlaid else colors).astype(np.uint8))
+    if not figure.is_floating_point():
+        return data.labelled(title, figure, palette, boxes=boxes)
+    figure, (title, *ends) = figure.detach().float().cpu(), title.split(" | ")
+    highest = figure.nan_to_num(0).max()
+    values = figure / highest.clamp(min=1e-12)
+    tile, scale = data.heat(values), tuple(ends) or ("0", f"{highest:.3g}")
+    if figure.shape == photo.shape[1:]:
+        share = 0.25 + 0.6 * values
+        tile = (share * tile + (1 - share) * light(photo)).to(torch.uint8)
+    return data.Panel(title, tile, scale, boxes if figure.shape == photo.shape[1:] else ())
 
 
-def drawn(figures, photo, palette):
-    """uint8 tiles `[3, h, w]` of maps in 0…1 and of label maps; photo: the image they are of, uint8
-    `[3, H, W]`.
+def wrong(prediction, truth, photo):
+    """uint8 `[3, H, W]`: errors red, what is right a bright photograph, what is ignored black."""
+    errors, tile = prediction.cpu() != truth, light(photo)
+    tile[:, errors] = torch.tensor([[220.0], [20], [40]])
+    tile[:, truth == data.IGNORE] = 0
+    return tile.to(torch.uint8)
+
+
+def compared(predictions):
+    """(difference, box) of two or more label maps `[H, W]`: the share of pairs that disagree,
+    `[H, W]` in 0…1, and the window (top, left, bottom, right), a quarter as high and wide, where
+    they differ most.
     """
-    return [
-        heat(m, photo) if m.is_floating_point() else data.colorize(m, palette)
-        for m in figures.values()
-    ]
-
-
-def compared(predictions, truth=None):
-    """Label maps of one image, and the window where they differ most, enlarged.
-
-    predictions: name -> int64 `[H, W]`, two or more -> the same, "difference" (`[H, W]`, the share
-    of pairs that disagree, 0…1), and "NAME, enlarged" (`[H/4, W/4]`), the same window of all, and
-    of `truth` if it is given.
-    """
-    maps = list(predictions.values())
-    pairs = [a != b for i, a in enumerate(maps) for b in maps[i + 1 :]]
+    pairs = [a != b for i, a in enumerate(predictions) for b in predictions[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
     size = [max(1, side // 4) for side in difference.shape]
     where = F.avg_pool2d(difference[None], (size[0], 1), stride=1)
     where = F.avg_pool2d(where, (1, size[1]), stride=1)[0]
     row, column = divmod(where.argmax().item(), where.shape[1])
-    window = slice(row, row + size[0]), slice(column, column + size[1])
-    shown = predictions | ({} if truth is None else {"truth": truth})
-    enlarged = {f"{name}, enlarged": p[window] for name, p in shown.items()}
-    return predictions | {"difference": difference} | enlarged
+    return difference, (row, column, row + size[0], column + size[1])
 
 
-def method_figures(net, image, palette, classes, pixel=None):
-    """(titles, tiles) of the method's own figures of one image, uint8 `[3, H, W]`.
-
-    A figure whose key is a class's number gets the class's name. Several label maps of the image's
-    size are `compared`. Both are empty where the method has no figures.
+def comparison(predictions, image, palette, truth=None):
+    """The Panels that compare label maps of one image (name -> `[H, W]`, two or more): each map,
+    the difference, and the same window of all enlarged, as of `truth`. And the window's box.
     """
+    maps = {name: m.cpu() for name, m in predictions.items()}
+    difference, box = compared(list(maps.values()))
+    panels = [data.labelled(name, m, palette, boxes=(box,)) for name, m in maps.items()]
+    title = "where they differ | same | different"
+    panels.append(drawn(title, difference, image, palette, (box,)))
+    top, left, bottom, right = box
+    panels.append(data.Panel("image, enlarged", image[:, top:bottom, left:right]))
+    for name, m in (maps | ({} if truth is None else {"truth": truth})).items():
+        panels.append(data.labelled(f"{name}, enlarged", m[top:bottom, left:right], palette))
+    return panels, box
+
+
+def method_figures(net, image, pixel=None):
+    """The method's own figures of one image, uint8 `[3, H, W]`: title -> map; {} if it has none."""
     if not hasattr(net, "figures"):
-        return [], []
-    arguments = {"pixel": pixel} if "pixel" in inspect.signature(net.figures).parameters else {}
-    device = next(net.parameters()).device
+        return {}
+    arguments = {"pixel": pixel} if takes_pixel(net) else {}
     try:
-        figures = net.figures(data.normalise(image.to(device)), **arguments)
+        return net.figures(data.normalise(image.to(next(net.parameters()).device)), **arguments)
     except ValueError as error:
         raise UserError(str(error)) from error
-    maps = [not m.is_floating_point() and m.shape == image.shape[1:] for m in figures.values()]
-    figures = compared(figures) if all(maps) and len(maps) > 1 else figures
-    tiles = drawn(figures, image, palette)
-    row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
-    rows, columns = (slice(max(0, i - 2), i + 3) for i in (row, column))
-    for tile, m in zip(tiles, figures.values()):
-        if arguments and m.is_floating_point():  # a red square marks the pixel of the figure
-            tile[:, rows, columns] = torch.tensor([[[255]], [[0]], [[0]]], dtype=torch.uint8)
-    return [classes[name] if isinstance(name, int) else name for name in figures], tiles
+
+
+def takes_pixel(net):
+    """Whether the method's figures are about one pixel."""
+    return "pixel" in inspect.signature(getattr(net, "figures", len)).parameters
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None):
     """The sheet of one image: image, truth if there is one, prediction, errors, method's figures.
 
-    image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`.
+    image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`. Figures whose key is a class's
+    number are named after the class; several label maps of the image's size are compared.
     """
-    tiles = {"image": image}
+    figures, boxes, prediction = method_figures(net, image, pixel), (), prediction.cpu()
+    names = {k: f"attention of {classes[k]}" if isinstance(k, int) else k for k in figures}
+    figures = {names[k]: m.cpu() for k, m in figures.items()}
+    maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
+    if len(maps) > 1 and all(m.shape == image.shape[1:] for m in figures.values()):
+        own, box = comparison(maps, image, palette, truth)
+        own = [p for p in own if p.title not in maps or not torch.equal(maps[p.title], prediction)]
+        boxes = on_prediction = (box,)
+    else:
+        on_prediction = ()
+        if figures and takes_pixel(net):
+            (row, column), by = pixel or (image.shape[1] // 2, image.shape[2] // 2), 3
+            boxes = ((row - by, column - by, row + by, column + by),)
+        own = [drawn(title, m, image, palette, boxes) for title, m in figures.items()]
+    panels = [data.Panel("image", image, boxes=boxes)]
     if truth is not None:
-        tiles["truth"] = data.colorize(truth, palette)
-    tiles["prediction"] = data.colorize(prediction, palette)
+        panels.append(data.labelled("truth", truth, palette, boxes=on_prediction))
+    panels.append(data.labelled("prediction", prediction, palette, boxes=on_prediction))
     if truth is not None:
-        wrong = (prediction.cpu() != truth) & (truth != data.IGNORE)
-        tiles["errors (white)"] = (255 * wrong).to(torch.uint8).expand(3, -1, -1)
-    names, pictures = method_figures(net, image, palette, classes, pixel)
-    titles, tiles = [*tiles, *names], [*tiles.values(), *pictures]
-    rows = [slice(start, start + 8) for start in range(0, len(tiles), 8)]
-    return data.sheet([tiles[row] for row in rows], [titles[row] for row in rows], classes, palette)
+        panels.append(data.Panel("errors (red)", wrong(prediction, truth, image)))
+    maps = [m for m in (truth, prediction, *maps.values()) if m is not None]
+    caption = getattr(net, "caption", "") if own else ""
+    return sheet_of([*panels, *own], maps, classes, palette, caption)
+
+
+def sheet_of(panels, *rest):
+    """`data.sheet` with as many columns as leave the fewest gaps, and no panel alone in a row."""
+    gaps = {c: (len(panels) % c == 1, -len(panels) % c) for c in (4, 5, 3)}
+    return data.sheet(panels, min(gaps, key=gaps.get), *rest)
 
 
 def comparison_sheet(nets, image, truth, palette, classes, device, amp, **kwargs):
     """The sheet of one image uint8 `[3, H, W]`, its truth `[H, W]`, and what several networks
-    predict, `compared`. nets: name -> network; kwargs of `predict`.
+    predict, `comparison`. nets: name -> network; kwargs of `predict`.
     """
     maps = {name: label_map(net, image, device, amp, **kwargs).cpu() for name, net in nets.items()}
-    maps = compared(maps, truth)
-    tiles = [image, data.colorize(truth, palette), *drawn(maps, image, palette)]
-    return data.sheet([tiles], ["image", "truth", *maps], classes, palette)
+    panels, box = comparison(maps, image, palette, truth)
+    first = data.Panel("image", image, boxes=(box,))
+    first = [first, data.labelled("truth", truth, palette, boxes=(box,))]
+    caption = "Enlarged: the window, outlined above, in which the predictions differ most."
+    return sheet_of([*first, *panels], [truth, *maps.values()], classes, palette, caption)
 
 
 def class_dependency(net, dataset, device, amp, workers):
@@ -650,19 +680,21 @@ def levels(net, dataset, device, amp, workers, file):
     table = torch.tensor([[matrix.result()["mIoU"] for matrix in row] for row in counts])
     difference = torch.stack([iou(row) - fused for row in counts])
     print("mIoU of each level's prediction (rows) where the unity pyramid takes the level of the"
-          " column:")  # fmt: skip
+          " column; –: no cell takes it, or none of these is labelled:")  # fmt: skip
     print("  stride " + "".join(f"{s:>8}" for s in net.strides))
-    for stride, row in zip(net.strides, table):
-        print(f"  {stride:>6} " + "".join(f"{value:>8.3f}" for value in row))
-    print("each level alone less the fused result, IoU, its best and its worst classes:")
+    for stride, row in zip(net.strides, table.tolist()):
+        cells = ("–" if math.isnan(value) else f"{value:.3f}" for value in row)
+        print(f"  {stride:>6} " + "".join(f"{cell:>8}" for cell in cells))
+    print("IoU of each level alone less that of the fused result, its best and worst classes:")
     for stride, row in zip(net.strides, difference):
-        order = [i for i in row.argsort(descending=True).tolist() if not row[i].isnan()]
+        order = [i for i in row.argsort(descending=True).tolist() if abs(row[i]) >= 0.0005]
         chosen = [*order[:3], *[i for i in order[-3:] if i not in order[:3]]]
-        print(
-            f"  {stride:>6}   " + ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen)
-        )
+        named = ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen)
+        print(f"  {stride:>6}   {named or 'no class differs'}")
     brightness = (difference.clamp(-0.15, 0.01) + 0.15) / 0.16
-    draw_matrix(brightness, dataset.classes, [f"stride {s}" for s in net.strides]).save(file)
+    title = "IoU of a level alone (rows) less that of the fused result, for each class (columns)"
+    ends, rows = ("-0.15 or less", "+0.01 or more"), [f"stride {s}" for s in net.strides]
+    draw_matrix(brightness, dataset.classes, title, ends, rows).save(file)
     return dict(strides=list(net.strides), table=table.tolist(), difference=difference.tolist())
 
 
@@ -675,20 +707,19 @@ def without_nan(numbers):
     return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
-def draw_matrix(values, columns, rows=None, cell=20, margin=120):
-    """A matrix of numbers in 0…1 as a picture, dark blue to yellow, NaN grey; rows and columns have
-    names. rows: None if theirs are the columns'.
+def draw_matrix(values, columns, title, ends=("0", "1"), rows=None, cell=28, margin=130):
+    """A matrix of numbers in 0…1 as a picture, dark blue to yellow, NaN grey, under its title, over
+    a colour bar with the words `ends`; rows and columns have names. rows: None if theirs are the
+    columns'.
     """
     rows = columns if rows is None else rows
     height, width = cell * len(rows), cell * len(columns)
     picture = Image.new("RGB", (margin + width, margin + height), "white")
-    tiles = heat(values.nan_to_num(0), torch.zeros(3, height, width, dtype=torch.uint8))
+    tiles = data.heat(values.nan_to_num(0)).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     tiles[:, values.isnan().repeat_interleave(cell, 0).repeat_interleave(cell, 1)] = 200
     picture.paste(Image.fromarray(tiles.permute(1, 2, 0).numpy()), (margin, margin))
-    font, turns = (
-        ImageFont.load_default(12),
-        (Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90),
-    )
+    font = ImageFont.load_default(13)
+    turns = Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90
     sides = (columns, height + 6, "lm"), (rows, margin - 6, "rm")
     for turn, (names, x, anchor) in zip(turns, sides):
         # the columns' names are written on its side, where they are rows
@@ -696,7 +727,8 @@ def draw_matrix(values, columns, rows=None, cell=20, margin=120):
         for i, name in enumerate(names):
             place = x, margin + cell * (i + 0.5)
             ImageDraw.Draw(picture).text(place, name[:18], "black", font, anchor=anchor)
-    return picture
+    panel = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)
+    return data.sheet([data.Panel(title, panel, ends)], 1, width=picture.width)
 
 
 def save_prediction(prediction, palette, file, raw_ids=None):
@@ -876,8 +908,9 @@ def _photographs(net, checkpoint, device, args, views):
         prediction = label_map(net, image, device, args.amp, **views)
         save_prediction(prediction, palette, folder / f"{file.stem}.png", checkpoint.get("raw_ids"))
         overlay = folder / f"{file.stem}_overlay.png"
-        rows = [[image, data.overlay(image, prediction, palette)]]
-        data.sheet(rows, ["image", "prediction"], classes, palette, width=480).save(overlay)
+        panels = [data.Panel("image", image)]
+        panels.append(data.Panel("prediction", data.overlay(image, prediction, palette)))
+        data.sheet(panels, 2, [prediction.cpu()], classes, palette, width=480).save(overlay)
         if args.figures:
             picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
@@ -912,7 +945,7 @@ def _check_pixel(net, pixel, shape):
     """UserError unless the method's figures can be about the pixel (row, column) of an image of
     `shape` `[3, H, W]`.
     """
-    if pixel and "pixel" not in inspect.signature(getattr(net, "figures", len)).parameters:
+    if pixel and not takes_pixel(net):
         raise UserError("--pixel has no effect: this method's figures are not about one pixel")
     if pixel and not all(0 <= i < side for i, side in zip(pixel, shape[1:])):
         text = f"--pixel {pixel[0]} {pixel[1]} is outside the image of {shape[1]} rows and"
@@ -930,7 +963,7 @@ def _split(net, checkpoint, device, rank, args, views):
         raise UserError(f"{text}; take another --dataset")
     nets, save = {args.checkpoint: net} | _others(args, dataset, device), None
     _check_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
-    for index in data.spread(len(dataset), 8) if args.pixel else []:
+    for index in data.telling(dataset, 8) if args.pixel else []:
         _check_pixel(net, args.pixel, dataset[index][0].shape)
     if args.save_predictions:
         folder = Path(args.save_predictions)
@@ -979,7 +1012,7 @@ def _figures(nets, dataset, device, args, views):
     """`--figures`: the sheets of eight images, and the pictures of the whole split; its numbers."""
     folder, numbers, net = Path(args.figures), {}, nets[args.checkpoint]
     shown = dataset.palette, dataset.classes
-    for index in data.spread(len(dataset), 8):
+    for index in data.telling(dataset, 8):
         image, truth = dataset[index]
         if args.compare:
             picture = comparison_sheet(nets, image, truth, *shown, device, args.amp, **views)
@@ -990,12 +1023,15 @@ def _figures(nets, dataset, device, args, views):
     rest = device, args.amp, args.workers
     if hasattr(net, "classifier") and not args.compare:
         dependency = class_dependency(net, dataset, *rest)
-        draw_matrix(dependency, dataset.classes).save(folder / "class_dependency.png")
         occurs = dependency.amax(1) > 0
+        others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)].mean()
+        title = "class dependency: how alike the mean features of two classes are, each row over "
+        title += f"its largest value; the mean of two different classes is {others:.3f}"
+        picture = draw_matrix(dependency, dataset.classes, title)
+        picture.save(folder / "class_dependency.png")
         if occurs.sum() > 1:
-            others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)]
-            numbers["class_dependency"] = others.mean().item()
-            print(f"class dependency: {others.mean():.3f} between two classes, the mean (of 0…1)")
+            numbers["class_dependency"] = others.item()
+            print(f"class dependency: {others:.3f} between two classes, the mean (of 0…1)")
     if getattr(net, "unity", None) is not None and not args.compare:  # a pyramid of outputs
         numbers["levels"] = levels(net, dataset, *rest, folder / "levels.png")
     print(f"figures: {folder}")

@@ -260,6 +260,10 @@ class HFGD(nn.Module):
     finer maps (Swin, ConvNeXt) or HRNet's last fusions into them; OCR reads the last but one.
     """
 
+    caption = (
+        "The same class kernels on coarse and on fine features: look for thin things and borders."
+    )
+
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, output_stride=4,
                  encoder="ours", leading=(1, 1), car=True, upsampler="usfpn", width=256,
                  guided=True, axial=True, stop_features=True, stop_kernels=True, released=False,
@@ -337,7 +341,11 @@ class HFGD(nn.Module):
         z = self.encoder(self.backbone(image), self.backbone.resize)[0]
         stride, size = self.backbone.strides[-1], image.shape[2:]
         coarse = self.backbone.upsample(self.classifier(z), stride, size)
-        predictions = {"coarse": coarse, f"stride {self.stride}": self(image)}
+        fine = f"prediction from fine features, stride {self.stride}"
+        predictions = {
+            f"prediction from coarse features, stride {stride}": coarse,
+            fine: self(image),
+        }
         return {name: y.argmax(1)[0] for name, y in predictions.items()}
 
 

@@ -147,6 +147,11 @@ class KSACNet(nn.Module):
     output_stride   of the backbone: 8, 16, 32            16             Table 2.1 (OS)
     """
 
+    caption = (
+        "All rates share one kernel: the same map, of the same channel, looks for the same "
+        "pattern at other sizes."
+    )
+
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="ksac",
                  rates=(6, 12, 18), extra_rates=(), decoder=False, output_stride=16):  # fmt: skip
         super().__init__()
@@ -194,24 +199,26 @@ class KSACNet(nn.Module):
         """Fig. 2.4 for one image `[3, H, W]` or `[1, 3, H, W]`: 25 feature maps of each rate.
 
         Each picture `[5·(h + 1), 5·(w + 1)]` is a 5x5 grid of the first maps of that rate after
-        ReLU, each scaled to 0…1. (The thesis does not say which 25 it shows.) Keys are the rates at
-        this output stride. Empty for head="fcn". ValueError in training mode.
+        ReLU, each scaled to 0…1, with NaN between them. (The thesis does not say which 25 it
+        shows.) Keys name the rates at this output stride. Empty for head="fcn". ValueError in
+        training mode.
         """
         image = backbones.one_image(self, image)
         if isinstance(self.head, FCN):
             return {}
         figures, x = {}, self.backbone(image)[-1]
         for rate, y in zip(self.head.rates, self.head.pyramid(x)):
-            name = f"rate {rate}"
+            name = f"rate {rate}: 25 feature maps | 0 | largest of each map"
             while name in figures:  # equal rates, as of a large output stride
-                name += "'"
+                name = f"once more {name}"
             figures[name] = tiled(y[0, :25])
         return figures
 
 
 def tiled(maps):
-    """25 maps `[25, h, w]`, each scaled to 0…1, in one picture, a position apart."""
-    maps = F.pad(maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6), (0, 1, 0, 1))
+    """25 maps `[25, h, w]`, each scaled to 0…1, in one picture, a position of NaN apart."""
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    maps = F.pad(maps, (0, 1, 0, 1), value=torch.nan)
     h, w = maps.shape[1:]
     return maps.reshape(5, 5, h, w).transpose(1, 2).reshape(5 * h, 5 * w)
 

@@ -406,6 +406,11 @@ class SpecializeAndFuse(nn.Module):
               G, H, I: context="anl", "anl_multi", "ours"; J: output="auxiliary"; K: strides=(32, 4)
     """
 
+    caption = (
+        "Large regions of one class are taken from coarse levels, borders and small things "
+        "from finer ones."
+    )
+
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, strides=(32, 16, 8, 4),
                  context="ours", output="pyramid", policy="true_positive", threshold=0.9,
                  unity="difference", finest="pixel"):  # fmt: skip
@@ -499,9 +504,9 @@ class SpecializeAndFuse(nn.Module):
     def figures(self, image):
         """Fig. A, of one image `[3, H, W]` or `[1, 3, H, W]`: label maps, and maps in 0…1.
 
-        "semantic s", "unity s": predictions of the level of stride s. "chosen s": its labels where
-        they are taken, 254 in cells that are done by coarser, 255 in mix-cells. "level": the taken
-        one, 0 coarsest … 1 finest. Empty for one level. ValueError in training mode.
+        For each stride the level's prediction, its unity, and its labels where they are taken, 254
+        elsewhere; then which level is taken, 0 coarsest … 1 finest. Empty for one level. ValueError
+        in training mode.
         """
         images = self.fitted(backbones.one_image(self, image))
         if self.unity is None:
@@ -510,13 +515,14 @@ class SpecializeAndFuse(nn.Module):
         unity_prob = [u.sigmoid() for u in unity]
         labels = [y.argmax(1)[0] for y in semantic]
         level = chosen_level(unity_prob, semantic[-1], self.threshold)[0]
-        pictures = {f"semantic {s}": y for s, y in zip(self.strides, labels)}
-        pictures |= {f"unity {s}": p[0] for s, p in zip(self.strides, unity_prob)}
+        pictures = {f"prediction of stride {s} alone": y for s, y in zip(self.strides, labels)}
+        taken = f"of one class, stride {{}}: probability (taken from {self.threshold:g})"
+        pictures |= {taken.format(s): p[0] for s, p in zip(self.strides, unity_prob)}
         for i, (s, y) in enumerate(zip(self.strides, labels)):
-            chosen = repeat_cells(y, level).masked_fill(level > i, IGNORE)
-            pictures[f"chosen {s}"] = chosen.masked_fill(level < i, 254)
-        pictures["level"] = level / (len(self.strides) - 1)
-        return pictures | {"fused": fuse(semantic, unity_prob, self.threshold).argmax(1)[0]}
+            chosen = repeat_cells(y, level).masked_fill(level != i, 254)
+            pictures[f"cells taken from stride {s}"] = chosen
+        ends = f"stride {self.strides[0]} | stride {self.strides[-1]}"
+        return pictures | {f"level that is taken | {ends}": level / (len(self.strides) - 1)}
 
 
 # Sect. 5.1.1; iterations are epochs · images / 16. It follows HRNet-OCR's code: there scale 1 makes

@@ -251,6 +251,11 @@ class SPGNet(nn.Module):
     for other values, and for a weights file with different backbones.
     """
 
+    caption = (
+        "Attention that the first stage gives to the second, by class: bright where the "
+        "class is expected."
+    )
+
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
                  stage_weights=None, aggregate=True, hard_examples=True):  # fmt: skip
@@ -297,7 +302,7 @@ class SPGNet(nn.Module):
         `[1, 3, H, W]`.
 
         dict of class number -> map `[H, W]`: the l2 norm of the 15 channels of m to which the class
-        has the largest weights, scaled to 0…1. Empty unless guidance="spg" multiplies by m.
+        has the largest weights, less its lowest value. Empty unless guidance="spg" multiplies by m.
         ValueError in training mode.
         """
         image = backbones.one_image(self, image)
@@ -310,8 +315,7 @@ class SPGNet(nn.Module):
         largest = weights.topk(15, dim=1).indices
         maps = torch.stack([m[channels].norm(dim=0) for channels in largest])  # [K, h, w]
         maps = backbones.upsample(maps[None], 4, image.shape[2:])[0]
-        low, high = (f((1, 2), keepdim=True) for f in (maps.amin, maps.amax))
-        return dict(enumerate((maps - low) / (high - low).clamp(min=1e-12)))
+        return dict(enumerate(maps - maps.amin((1, 2), keepdim=True)))
 
 
 def check_values(names, weights, channels, guidance, excite, stage_weights):

@@ -399,13 +399,16 @@ def _ticks(highest):
 
 
 def draw_samples(folder, net, dataset, device, amp, count=4):
-    """samples.png: image, truth, prediction of a few validation images, evenly spread."""
-    rows = []
-    for index in data.spread(len(dataset), count):
+    """samples.png: image, truth, prediction of a few validation images that show many classes."""
+    panels, maps, palette = [], [], dataset.palette
+    for index in data.telling(dataset, count):
         image, truth = dataset[index]
-        prediction = evaluate.label_map(net, image, device, amp)
-        rows.append([image, *(data.colorize(y, dataset.palette) for y in (truth, prediction))])
-    picture = data.sheet(rows, ["image", "truth", "prediction"], dataset.classes, dataset.palette)
+        prediction = evaluate.label_map(net, image, device, amp).cpu()
+        panels += [data.Panel(f"image {dataset.name(index)}", image)]
+        panels += [data.labelled("truth", truth, palette)]
+        panels += [data.labelled("prediction", prediction, palette)]
+        maps += [truth, prediction]
+    picture = data.sheet(panels, 3, maps, dataset.classes, palette)
     replace(folder / "samples.png", lambda path: picture.save(path, format="png"))
 
 

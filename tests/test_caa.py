@@ -1249,7 +1249,8 @@ def test_figures_show_the_column_and_row_of_the_position_nearest_to_the_pixel(pi
     )  # continued to 65 x 97: 5 x 7 positions at stride 16
     given = recorded(net.head.attention, "input")
     figures = net.figures(image, pixel)
-    assert set(figures) == {"column attention", "row attention", "column, then row"}
+    ends = ": attention of the marked pixel"
+    assert set(figures) == {f"{name}{ends}" for name in ("column step", "row step", "both steps")}
     with torch.no_grad():
         net(image[None])
         maps = caa.attended(net.head.attention, given[-1], *cell)
@@ -1263,15 +1264,17 @@ def test_figures_show_the_column_and_row_of_the_position_nearest_to_the_pixel(pi
         assert (
             figure.shape == (60, 90) and figure.dtype == torch.float32 and not figure.requires_grad
         )
-        assert figure.min() >= 0 and figure.max() == 1
-        assert torch.equal(figure, (maps[name] / maps[name].max())[rows][:, columns])
+        assert torch.equal(
+            figure, maps[name.removesuffix(" of the marked pixel")][rows][:, columns]
+        )
+    assert maps["column step: attention"].sum().item() == pytest.approx(1)
     own_row, own_column = (
         (rows == cell[0])[:, None].expand(60, 90),
         (columns == cell[1]).expand(60, 90),
     )
-    assert torch.equal(figures["column attention"] > 0, own_column)
-    assert torch.equal(figures["row attention"] > 0, own_row)
-    assert (figures["column, then row"] > 0).all()
+    assert torch.equal(figures[f"column step{ends}"] > 0, own_column)
+    assert torch.equal(figures[f"row step{ends}"] > 0, own_row)
+    assert (figures[f"both steps{ends}"] > 0).all()
 
 
 @pytest.mark.network
@@ -1313,7 +1316,7 @@ def test_attended_are_the_weights_of_every_position():
             for name in ("column attention", "row attention", "column, then row")
         }
         for m, n in product(range(3), range(5)):
-            maps["column attention"][m, j] = A_col[0, i, j][m]
+            maps["column step: attention of the marked pixel"][m, j] = A_col[0, i, j][m]
             maps["row attention"][i, n] = A_row[0, i, j][n]
             maps["column, then row"][m, n] = A_row[0, i, j][n] * A_col[0, i, n][m]
         value = torch.zeros(1, 1, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -1346,13 +1349,15 @@ def test_figures_of_dual_attention_are_label_maps_of_its_branches(design, branch
         for name, layer in layers.items():  # no class wins everywhere
             layer[1].bias -= seen[name][0].mean((0, 2, 3))
     figures = net.figures(image)
-    assert set(figures) == {"prediction", *(f"{name} attention" for name in branches)}
+    assert set(figures) == {"prediction", *(f"prediction, {name} branch" for name in branches)}
     assert all(m.shape == (65, 50) and m.dtype == torch.int64 for m in figures.values())
     with torch.no_grad():
         assert torch.equal(figures["prediction"], net(image[None]).argmax(1)[0])
     for name in branches:
         labels = at_pixels(seen[name][1], 16, (65, 50)).argmax(1)[0]
-        assert len(labels.unique()) > 1 and torch.equal(figures[f"{name} attention"], labels)
+        assert len(labels.unique()) > 1 and torch.equal(
+            figures[f"prediction, {name} branch"], labels
+        )
 
 
 # -------------------------------------------------------------------------------------------- build
@@ -1374,10 +1379,16 @@ def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder)
         shapes = {tuple(m.shape) for m in net.figures(images[0], (7, 39)).values()}
         assert (
             shapes == {(65, 40)}
-            and net.figures(images[0], (7, 39))["column attention"][:, 31].max() == 0
+            and net.figures(images[0], (7, 39))["column step: attention of the marked pixel"][
+                :, 31
+            ].max()
+            == 0
         )
         assert (
-            net.figures(images[0], (7, 39))["column attention"][:, 32].max() > 0
+            net.figures(images[0], (7, 39))["column step: attention of the marked pixel"][
+                :, 32
+            ].max()
+            > 0
         )  # pixels 32 to 39 are one patch
         net.auxiliary.register_forward_hook(lambda module, inputs, output: caught.append(output))
         labels = torch.randint(3, (1, 65, 40))

@@ -1024,30 +1024,68 @@ def test_sheet_is_wide_enough_for_its_columns_and_high_enough_for_its_rows():
         torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).expand(3, 10, 20)
         for color in ((255, 0, 0), (0, 0, 255))
     )
-    picture = data.sheet([[red, blue, red], [blue]], ["a", "b", "c"], width=80)
+    panels = [data.Panel(name, tile) for name, tile in zip("abcd", (red, blue, red, blue))]
+    picture = data.sheet(panels, 3, width=80)
     assert isinstance(picture, Image.Image)
-    assert picture.width == 3 * 84 + 4 and picture.height >= 20 + 2 * 40
+    assert picture.width == 3 * 88 + 8 and picture.height >= 2 * (17 + 40)
     array = np.asarray(picture)
     assert (
         (array == (255, 0, 0)).all(-1).sum() == (array == (0, 0, 255)).all(-1).sum() == 2 * 80 * 40
     )
 
 
-def test_sheet_shows_more_tiles_than_titles():
+def test_sheet_outlines_boxes_and_leaves_what_is_in_them():
+    tile = torch.full((3, 20, 20), 9, dtype=torch.uint8)
+    picture = np.asarray(data.sheet([data.Panel("", tile, boxes=((5, 10, 9, 18),))], 1, width=40))
+    frame = np.argwhere((picture == (0x88,) * 3).all(-1)).min(0) + 1  # the tile's upper left corner
+    box = picture[frame[0] + 10 : frame[0] + 19, frame[1] + 20 : frame[1] + 37]  # twice as large
+    assert (box[0] == 0).all() and (box[:, 0] == 0).all() and (box[-1] == 0).all()
+    assert (box[1:-1, 1:-1] == 9).all()
+    outside = picture[frame[0] + 9, frame[1] + 19 : frame[1] + 38]
+    assert (outside == 255).all()
+
+
+def test_sheet_has_a_colour_bar_and_long_titles_take_two_lines():
     tile = torch.full((3, 8, 8), 9, dtype=torch.uint8)
-    picture = data.sheet([[tile], [tile, tile, tile]], ["one"], width=40)
-    assert (np.asarray(picture) == 9).all(-1).sum() == 4 * 40 * 40
+    plain = data.sheet([data.Panel("one", tile)], 1, width=120)
+    bar = data.sheet([data.Panel("one", tile, ("0", "0.5"))], 1, width=120)
+    assert (np.asarray(bar) == (255, 255, 140)).all(-1).sum() == 8
+    assert bar.height > plain.height
+    long = data.sheet([data.Panel("one two three four five six", tile)], 1, width=120)
+    assert long.height == plain.height + 17
+    caption = data.sheet([data.Panel("one", tile)], 1, caption="what to look for", width=120)
+    assert caption.height == plain.height + 17
 
 
-def test_legend_shows_each_class_color_and_ignored():
+def test_legend_shows_the_classes_that_occur_and_ignored():
     tile = torch.full((3, 8, 8), 9, dtype=torch.uint8)
     colors = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]
-    picture = np.asarray(data.sheet([[tile]], ["t"], ["x", "y", "z"], colors, width=60))
-    plain = data.sheet([[tile]], ["t"], width=60)
-    assert picture.shape[0] > plain.height
-    for color in [*colors, (0, 0, 0)]:
-        swatch = np.lib.stride_tricks.sliding_window_view((picture == color).all(-1), (11, 11))
-        assert swatch.all((2, 3)).any()
+
+    def shown(*maps):
+        maps = [torch.tensor([values]) for values in maps]
+        picture = data.sheet([data.Panel("t", tile)], 1, maps, ["x", "y", "z"], colors, width=200)
+        array = np.asarray(picture)
+        swatches = {}
+        for color in [*colors, (0, 0, 0), (128, 128, 128)]:
+            same = np.lib.stride_tricks.sliding_window_view((array == color).all(-1), (11, 11))
+            swatches[color] = bool(same.all((2, 3)).any())
+        return [color for color, found in swatches.items() if found]
+
+    assert shown([0, 2], [2, 255]) == [colors[0], colors[2], (0, 0, 0)]
+    assert shown([1, 254]) == [colors[1], (128, 128, 128)]
+    assert shown() == []
+
+
+def test_telling_images_are_spread_and_show_many_classes():
+    class Few(list):
+        def __getitem__(self, i):
+            return None, torch.tensor(super().__getitem__(i))
+
+    # eight images in two parts: the third has most classes; of the others the sixth those that
+    # were not shown
+    held = Few([[0], [0], [0, 1], [0], [0, 1], [2, 3], [0], [0]])
+    assert data.telling(held, 2) == [2, 5]
+    assert data.telling(held, 20) == list(range(8)) and data.telling(Few([[1]]), 4) == [0]
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -1064,7 +1102,7 @@ def test_main_prints_counts_that_add_up_and_draws_a_sheet(tmp_path, capsys):
     assert sum(float(row[3].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.1)
     assert rows[-1] == ["255", "(ignored)", "0", "0.00%", "0"]
     with Image.open(tmp_path / "new/s.png") as picture:
-        assert picture.width == 6 * 244 + 4
+        assert picture.width == 6 * 248 + 8
 
 
 def test_report_counts_by_hand(tmp_path, capsys):

@@ -353,8 +353,8 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     assert evaluate.main([*flags, "--compare", str(other)]) == 0
     pictures = sorted((tmp_path / "f").iterdir())
     assert [file.name for file in pictures] == [f"{i}.png" for i in range(5)]
-    # image, truth, two predictions, difference, both and the truth enlarged
-    assert Image.open(pictures[0]).width == 8 * 244 + 4
+    # image, truth, two predictions, difference; image, both and the truth enlarged: three columns
+    assert Image.open(pictures[0]).width == 3 * 308 + 8
     capsys.readouterr()
     assert evaluate.main([*flags, "--compare", str(strange)]) == 2
     assert "strange.pt was trained on other classes" in capsys.readouterr().err
@@ -459,44 +459,45 @@ def test_photographs_come_from_folders_and_a_broken_one_does_not_end_the_list(
 
 
 def test_matrix_has_a_square_for_each_entry_rows_downwards():
-    picture = evaluate.draw_matrix(
-        torch.tensor([[1.0, 0.0], [0.5, 0.0]]), ["a", "b"], cell=20, margin=40
-    )
+    values = torch.tensor([[1.0, 0.0], [0.5, 0.0]])
+    picture = evaluate.draw_matrix(values, ["a", "b"], "title", ("low", "high"), cell=20, margin=40)
     bright, dark, middle = (255, 255, 140), (10, 10, 60), (220, 60, 60)
-    assert picture.size == (80, 80)
-    assert [picture.getpixel(place) for place in ((50, 50), (70, 50), (50, 70), (70, 70))] == [
-        bright,
-        dark,
-        middle,
-        dark,
-    ]
-    ink = 255 - np.asarray(picture.convert("L")).astype(int)
-    assert (
-        ink[40:, :40].sum() > 0 and ink[:40, 40:].sum() > 0 and ink[:40, :40].sum() == 0
-    )  # names left and above
+    left, top = 8, 8 + 17  # the sheet's gap, the title
+    places = (50, 50), (70, 50), (50, 70), (70, 70)
+    found = [picture.getpixel((left + x, top + y)) for x, y in places]
+    assert found == [bright, dark, middle, dark]
+    ink = 255 - np.asarray(picture.convert("L")).astype(int)[top:, left:]
+    # names left and above, a bar below
+    assert ink[40:80, :40].sum() > 0 and ink[:40, 40:80].sum() > 0 and ink[:40, :40].sum() == 0
+    assert ink[83:91, :80].sum() > 0
 
 
-def test_heat_is_dark_at_zero_and_bright_at_one_and_keeps_the_size():
-    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
-    picture = evaluate.heat(torch.tensor([[0.0, 1.0]]), image)
-    assert picture.shape == (3, 20, 30) and picture.dtype == torch.uint8
-    assert picture[:, 5, 5].tolist() == [10, 10, 60] and picture[:, 5, 25].tolist() == [
-        255,
-        255,
-        140,
-    ]
+def test_heat_is_dark_at_zero_bright_at_one_and_white_for_nan():
+    picture = data.heat(torch.tensor([[0.0, 1.0, math.nan]]))
+    assert picture.dtype == torch.uint8
+    assert picture[:, 0].T.tolist() == [[10, 10, 60], [255, 255, 140], [255, 255, 255]]
 
 
-def test_heat_of_the_images_size_lies_over_the_image():
+def test_figures_have_a_scale_and_lie_over_the_image_where_they_have_its_size():
     image = torch.full((3, 4, 6), 200, dtype=torch.uint8)
-    assert evaluate.heat(torch.zeros(4, 6), image)[:, 0, 0].tolist() == [
-        int(0.65 * c + 0.35 * 200) for c in (10, 10, 60)
-    ]
-    assert evaluate.heat(torch.zeros(8, 12), image)[:, 0, 0].tolist() == [
-        10,
-        10,
-        60,
-    ]  # another size: no map of the image
+    values = torch.zeros(4, 6)
+    values[0, 0] = 2.5
+    panel = evaluate.drawn("attention", values, image, [], ((1, 1, 2, 2),))
+    assert panel.title == "attention" and panel.scale == ("0", "2.5") and panel.boxes
+    light = 100 + 0.6 * 200
+    expected = [int(0.25 * c + 0.75 * light) for c in (10, 10, 60)]
+    assert panel.tile[:, 1, 1].tolist() == expected
+    expected = [int(0.85 * c + 0.15 * light) for c in (255, 255, 140)]
+    assert panel.tile[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
+    other = evaluate.drawn("level | stride 32 | stride 4", torch.ones(2, 3), image, [], ((1,) * 4,))
+    assert other.title == "level" and other.scale == ("stride 32", "stride 4") and not other.boxes
+    assert other.tile[:, 0, 0].tolist() == [255, 255, 140]
+
+
+def test_errors_are_red_what_is_right_is_light_and_what_is_ignored_black():
+    truth, prediction = torch.tensor([[0, 1, 255]]), torch.tensor([[0, 2, 2]])
+    tile = evaluate.wrong(prediction, truth, torch.full((3, 1, 3), 50, dtype=torch.uint8))
+    assert tile[:, 0].T.tolist() == [[130] * 3, [220, 20, 40], [0, 0, 0]]
 
 
 # ----------------------------------------------------------------------------------------- mistakes
@@ -780,37 +781,25 @@ def test_compared_by_hand():
     b[0, 0] = 1  # one pixel here
     b[4:6, 9:13] = 2  # and a whole window there
     c[5, 10] = 1
-    pictures = evaluate.compared({"a": a, "b": b, "c": c}, truth=c)
-    assert list(pictures) == [
-        "a",
-        "b",
-        "c",
-        "difference",
-        "a, enlarged",
-        "b, enlarged",
-        "c, enlarged",
-        "truth, enlarged",
-    ]
-    assert torch.equal(pictures["truth, enlarged"], pictures["c, enlarged"])
-    assert pictures["b, enlarged"].tolist() == [[2] * 4] * 2
-    assert (
-        pictures["c, enlarged"].tolist() == [[0] * 4, [0, 1, 0, 0]]
-        and pictures["a, enlarged"].tolist() == [[0] * 4] * 2
-    )
+    difference, box = evaluate.compared([a, b, c])
     # of the three pairs, two disagree where b alone differs, three where b and c do, each otherwise
-    difference = pictures["difference"]
-    assert (
-        difference[0, 0].item() == pytest.approx(2 / 3)
-        and difference[5, 10] == 1
-        and difference[7, 7] == 0
-    )
-    tiles = evaluate.drawn(
-        pictures, torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)]
-    )
-    assert tiles[1][:, 0, 0].tolist() == [1, 2, 3]  # a label map in its colours
-    assert (
-        tiles[3][:, 5, 10].tolist() > tiles[3][:, 0, 0].tolist() > tiles[3][:, 7, 7].tolist()
-    )  # the share as heat
+    assert difference[0, 0].item() == pytest.approx(2 / 3)
+    assert difference[5, 10] == 1 and difference[7, 7] == 0
+    assert box == (4, 9, 6, 13)  # rows 4, 5 and columns 9 to 12
+    image, palette = torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)]
+    panels, found = evaluate.comparison({"a": a, "b": b, "c": c}, image, palette, truth=c)
+    titles = ["image", "a", "b", "c", "truth"]
+    enlarged = [f"{title}, enlarged" for title in titles]
+    assert [panel.title for panel in panels] == ["a", "b", "c", "where they differ", *enlarged]
+    assert found == box
+    tiles = {panel.title: panel.tile for panel in panels}
+    assert tiles["b"][:, 0, 0].tolist() == [1, 2, 3]  # a label map in its colours
+    assert (tiles["b, enlarged"] == torch.tensor([4, 5, 6])[:, None, None]).all()
+    assert tiles["c, enlarged"][:, 1, 1].tolist() == [1, 2, 3]
+    assert tiles["c, enlarged"].shape == (3, 2, 4) and not tiles["a, enlarged"].any()
+    share = tiles["where they differ"].sum(0)
+    assert share[5, 10] > share[0, 0] > share[7, 7]  # as heat
+    assert all(panel.boxes == (box,) for panel in panels[:4]) and not panels[4].boxes
 
 
 def test_table_9_by_hand(tmp_path):
@@ -841,9 +830,10 @@ def test_table_9_by_hand(tmp_path):
     assert found["difference"][0][0] == pytest.approx(64 / 120 - 1)
     assert math.isnan(found["difference"][0][2])  # class 2 is nowhere
     picture = Image.open(tmp_path / "l.png")
-    assert picture.size == (120 + 20 * 4, 120 + 20 * 2)
     worst, absent = (10, 10, 60), (200, 200, 200)  # -47 % is clipped to -15; no IoU is grey
-    assert [picture.getpixel((x, 130)) for x in (130, 170)] == [worst, absent]
+    top = picture.height - 35 - 2 * 28  # above the bar and the two rows
+    cells = [picture.getpixel((8 + 130 + 28 * column + 14, top)) for column in (0, 2)]
+    assert cells == [worst, absent]
 
 
 def test_levels_are_printed_and_without_nan(capsys, tmp_path):
@@ -863,6 +853,8 @@ def test_levels_are_printed_and_without_nan(capsys, tmp_path):
     json.dumps(evaluate.without_nan(found), allow_nan=False)
     out = capsys.readouterr().out
     assert "stride        8       4" in out and out.count("\n") == 7
+    assert "nan" not in out and "       –" in out and "+0.000" not in out
+    assert "       4   no class differs" in out
 
 
 def test_figures_of_a_pyramid_tell_of_its_levels(photos, tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 
 import backbones
 import car
+import data
 import evaluate
 import hfgd
 
@@ -706,7 +707,8 @@ def test_patches_lie_where_they_are(upsampler):
         coarse = F.interpolate(coarse, scale_factor=32, mode="bilinear", align_corners=False)[
             :, :, :45, :70
         ]
-        assert torch.equal(net.figures(images)["coarse"], coarse.argmax(1)[0])
+        name = f"prediction from coarse features, stride {net.backbone.strides[-1]}"
+        assert torch.equal(net.figures(images)[name], coarse.argmax(1)[0])
 
 
 @pytest.mark.network
@@ -814,23 +816,30 @@ def test_parameters_of_the_upsamplers_by_hand():
 
 
 @pytest.mark.network
-def test_figures_show_the_coarse_and_the_fine_prediction():
+def test_figures_show_the_coarse_and_the_fine_prediction(monkeypatch):
     net = network(output_stride=2).eval()
     image = torch.randn(3, 44, 70)
     pictures = net.figures(image)
-    assert list(pictures) == ["coarse", "stride 2"]
-    assert torch.equal(pictures["stride 2"], net(image[None]).argmax(1)[0])
+    coarse, fine = (
+        f"prediction from {w} features, stride {s}" for w, s in (("coarse", 32), ("fine", 2))
+    )
+    assert list(pictures) == [coarse, fine]
+    assert torch.equal(pictures[fine], net(image[None]).argmax(1)[0])
     x = F.conv2d(
         net.encoder(net.backbone(image[None]), net.backbone.resize)[0],
         net.classifier.weight,
         net.classifier.bias,
     )
-    assert torch.equal(pictures["coarse"], backbones.upsample(x, 32, (44, 70)).argmax(1)[0])
-    titles, tiles = evaluate.method_figures(
-        net, torch.randint(256, image.shape).byte(), [(0, 0, 0)] * 3, ["a", "b", "c"]
-    )
-    enlarged = ["difference", "coarse, enlarged", "stride 2, enlarged"]
-    assert titles == [*pictures, *enlarged] and tiles[3].shape == (3, 11, 17)
+    assert torch.equal(pictures[coarse], backbones.upsample(x, 32, (44, 70)).argmax(1)[0])
+    photo, seen = torch.randint(256, image.shape).byte(), []
+    monkeypatch.setattr(data, "sheet", lambda panels, *rest: seen.extend(panels))
+    prediction = net(data.normalise(photo[None])).argmax(1)[0]
+    evaluate.figure_sheet(net, photo, prediction, [(0, 0, 0)] * 3, ["a", "b", "c"])
+    enlarged = ["image, enlarged", f"{coarse}, enlarged", f"{fine}, enlarged"]
+    # The fine prediction is the prediction: it is not shown twice.
+    expected = ["image", "prediction", coarse, "where they differ", *enlarged]
+    assert [panel.title for panel in seen] == expected and seen[4].tile.shape == (3, 11, 17)
+    assert len({panel.boxes for panel in seen[:4]}) == 1 and seen[0].boxes
 
 
 @pytest.mark.network

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from conftest import normed, trained
 
 import backbones
-import data
 import evaluate
 import pyramid_fuse as pf
 
@@ -822,32 +821,27 @@ def test_recipes_are_the_papers():
 def test_fig_a_greys_what_is_done_by_coarser():
     image = torch.randn(3, 64, 96)
     net = mixed(image[None])
-    figures = net.figures(image)
-    names = [
-        f"{what} {s}"
-        for what in ("semantic", "unity", "chosen")
-        for s in (32, 16, 8, 4)
-        if (what, s) != ("unity", 4)
+    figures, strides = net.figures(image), (32, 16, 8, 4)
+    names = [f"prediction of stride {s} alone" for s in strides]
+    unity = [
+        f"of one class, stride {s}: probability (taken from {net.threshold:g})" for s in strides[:3]
     ]
-    assert list(figures) == [*names, "level", "fused"]
-    chosen = torch.stack([figures[f"chosen {s}"] for s in (32, 16, 8, 4)])
-    assert ((chosen < 4).sum(0) == 1).all()  # each cell is taken from one level
-    assert torch.equal(chosen.amin(0), figures["fused"]) and len(figures["level"].unique()) > 1
-    level = (3 * figures["level"]).round().long()
+    taken = [f"cells taken from stride {s}" for s in strides]
+    ends = "level that is taken | stride 32 | stride 4"
+    assert list(figures) == [*names, *unity, *taken, ends]
+    chosen = torch.stack([figures[name] for name in taken])
+    assert ((chosen < 4).sum(0) == 1).all()  # each cell is taken from one level, 254 in the others
+    assert ((chosen == 254).sum(0) == 3).all()
+    semantic, prob = net.pyramids(image[None])
+    fused = pf.fuse(semantic, [p.sigmoid() for p in prob]).argmax(1)[0]
+    assert torch.equal(chosen.amin(0), fused) and len(figures[ends].unique()) > 1
+    level = (3 * figures[ends]).round().long()
     assert torch.equal((chosen < 4).int().argmax(0), level)
-    for i in range(4):  # a coarser level has done it; a mix-cell, a finer level will
-        assert torch.equal(chosen[i] == 254, level < i) and torch.equal(chosen[i] == X, level > i)
-    assert (
-        figures["unity 8"].shape == (8, 12)
-        and 0 <= figures["unity 8"].min() <= figures["unity 8"].max() <= 1
-    )
+    assert figures[unity[2]].shape == (8, 12)
+    assert 0 <= figures[unity[2]].min() <= figures[unity[2]].max() <= 1
     assert pf.build(4, "resnet18", output="single").eval().figures(image) == {}
-    palette = [(i, i, i) for i in range(4)]
-    photo = torch.randint(256, image.shape).byte()
-    titles, tiles = evaluate.method_figures(net, photo, palette, ["a", "b", "c", "d"])
-    assert titles == list(figures) and len(tiles) == 13
-    done = net.figures(data.normalise(photo))["chosen 4"] == 254
-    done = tiles[titles.index("chosen 4")][:, done]
+    panel = evaluate.drawn(taken[3], figures[taken[3]], image, [(i, i, i) for i in range(4)])
+    done = panel.tile[:, figures[taken[3]] == 254]
     assert (done == 128).all() and done.numel() > 0  # grey, as in Fig. A
 
 
@@ -858,7 +852,8 @@ def test_levels_are_those_of_eq_2_and_each_level_alone():
     taken, alone, fused = net.levels(images)
     assert torch.equal(fused, net(images).argmax(1))
     figures = net.figures(images)
-    wanted = (3 * figures["level"]).round().long().repeat_interleave(4, 0).repeat_interleave(4, 1)
+    level = figures["level that is taken | stride 32 | stride 4"]
+    wanted = (3 * level).round().long().repeat_interleave(4, 0).repeat_interleave(4, 1)
     assert torch.equal(taken[0], wanted) and len(alone) == 4
     for logits, found in zip(net.pyramids(images)[0], alone):
         by = 16 // logits.shape[2]
