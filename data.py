@@ -132,7 +132,8 @@ def own_session(worker):
 
 
 def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=513,
-            scale=(0.5, 2.0), scale_step=0.0, base_size=None, color="none"):  # fmt: skip
+            scale=(0.5, 2.0), scale_step=0.0, base_size=None, color="none",
+            single=False):  # fmt: skip
     """The dataset `name` in the folder `root` (see default_root).
 
     Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored). With `train` they are
@@ -142,7 +143,8 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
 
     Raises UserError for an unknown name, missing files (it says what it looked for, what it found,
     and how to get them), a broken image, a wrong label id. Fewer files than the official split has
-    are a warning on stderr.
+    are a warning on stderr. single: pairs of `folder` with one file missing stay, and fail when
+    they are read.
     """
     if color not in COLORS:
         raise UserError(f"unknown color '{color}'; there are {', '.join(COLORS)}")
@@ -162,7 +164,13 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
     found = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
     missing = [path for pair in files for path in pair if path.name not in found[path.parent]]
     official, what = layout.counts.get(split), f"get the others from {layout.source}"
-    if missing:
+    if missing and kind == "folder":
+        if not single:
+            partner = {a: b for pair in files for a, b in (pair, pair[::-1])}
+            text = f"'{missing[0]}' is not there, but '{partner[missing[0]]}' is"
+            text = f"{text}; {len(missing)} images or labels lack their partner"
+            raise UserError(f"{text}: `python data.py folder` names all")
+    elif missing:
         official, what = max(official or 0, len(files)), f"the first that is missing: {missing[0]}"
         lost = set(missing)
         files = [pair for pair in files if not lost & set(pair)]
@@ -814,11 +822,10 @@ def _folder(root, split):
     if twice:
         raise UserError(f"'{names}' names '{twice}' twice; give each class a name of its own")
     files = _pairs("folder", split, root, root / "images" / split, root / "labels" / split)
-    labels = set(images_in(root / "labels" / split, {".png"}))
-    single = sorted(labels ^ {label for _, label in files})
-    if single:
-        text = f"{len(single)} images or labels lack their partner"
-        raise UserError(f"{text}; the first label is '{single[0]}'")
+    known = {label for _, label in files}
+    for label in images_in(root / "labels" / split, {".png"}):
+        if label not in known:
+            files.append((root / "images" / split / f"{label.stem}.jpg", label))
     palette = []
     for i in range(len(classes)):
         hue = colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
@@ -1354,7 +1361,14 @@ class _Examined(Dataset):
             else:
                 label = self.data.raw(index)[1]
         except UserError as error:
-            return index, torch.zeros(256, dtype=torch.int64), (0, 0), False, str(error)
+            text, here = (
+                str(error),
+                [path for path in files[index] if path.is_file()] if files else [],
+            )
+            if len(here) == 1:
+                (gone,) = set(files[index]) - set(here)
+                text = f"'{gone}' is not there, but '{here[0]}' is"
+            return index, torch.zeros(256, dtype=torch.int64), (0, 0), False, text
         turned = bool(files) and not self.labels_only and orientation(files[index][0])
         counts = torch.bincount(label.flatten(), minlength=256)
         return index, counts, tuple(label.shape), turned, ""
@@ -1443,7 +1457,7 @@ def _run(args):
         raise UserError(f"--workers {args.workers}: expected a number of at least 0")
     if args.download:
         download(args.name, Path(args.data_root or default_root(args.name)))
-    data = dataset(args.name, args.data_root, args.split)
+    data = dataset(args.name, args.data_root, args.split, single=True)
     folders = {path.parent.resolve() for pair in getattr(data, "files", ()) for path in pair}
     if output.parent.resolve() in folders:
         raise UserError(f"--output {output} is among the dataset's files; take another folder")

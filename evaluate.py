@@ -467,8 +467,8 @@ def cost(net, size):
 
 
 def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
-    """{"forward", "training step": (median seconds, peak bytes)} on random images of `size`, of
-    SGD. It trains `net` on noise, so use it no more.
+    """Yields ("forward" and "training step" of SGD, (median seconds, peak bytes)) on random images
+    of `size`. It trains `net` on noise, so use it no more.
     """
     torch.backends.cudnn.benchmark = True  # as in training
     net.to(device, memory_format=torch.channels_last)
@@ -491,8 +491,8 @@ def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
         scaler.step(optimizer)
         scaler.update()
 
-    works = {"forward": forward, "training step": training}
-    return {name: measure(work, device, runs) for name, work in works.items()}
+    for name, work in ("forward", forward), ("training step", training):
+        yield name, measure(work, device, runs)
 
 
 def measure(work, device, runs=5):
@@ -849,6 +849,10 @@ def _run(args):
         classes = args.classes
         net = network(args.method, classes, args.backbone, None, args.output_stride, options)
     net.to(device, memory_format=torch.channels_last)
+    crop = checkpoint["settings"].get("crop_size") if checkpoint else None
+    if args.window and isinstance(crop, (int, list)) and args.window < np.max(crop):
+        text = f"note: --window {args.window} is smaller than the crops of {crop} in training"
+        print(f"{text}; windows of that size may give better results", file=sys.stderr)
     views, numbers, status = dict(scales=args.scales, flip=args.flip, window=args.window), {}, 0
     if args.images:
         numbers["images"], status = _photographs(net, checkpoint, device, args, views)
@@ -873,14 +877,15 @@ def _cost(net, size):
 
 def _speed(net, classes, device, args):
     name, (height, width) = device_name(device), args.crop_size
-    print(f"{args.batch_size} images of {height}x{width}, amp {args.amp}, {name}")
+    amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype(args.amp, device)]
+    print(f"{args.batch_size} images of {height}x{width}, amp {amp}, {name}")
     numbers = {"device": name, "batch_size": args.batch_size, "size": args.crop_size}
     timed = speed(net, classes, args.crop_size, args.batch_size, device, args.amp, args.runs)
-    for what, (seconds, peak) in timed.items():
+    for what, (seconds, peak) in timed:
         rate = args.batch_size / seconds
         numbers[what] = dict(seconds=seconds, images_per_second=rate, peak_bytes=peak)
         memory = "memory not measured" if peak is None else f"peak {peak / 2**20:.0f} MiB"
-        print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms), {memory}")
+        print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms), {memory}", flush=True)
     return numbers
 
 

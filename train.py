@@ -303,8 +303,11 @@ def write_config(folder, settings, origin, device, world):
     config["device"] = evaluate.device_name(device)
     text = json.dumps(config, indent=1) + "\n"
     replace(folder / "config.json", lambda path: path.write_text(text))
-    for name, value in settings.items():
-        print(f"  {name:<14} {value!s:<28} {origin[name]}")
+    chosen = [name for name in settings if origin[name] != "default"]
+    for name in sorted(chosen, key=lambda name: origin[name] != "command line"):
+        print(f"  {name:<14} {settings[name]!s:<40} {origin[name]}")
+    rest = [f"{name} {value}" for name, value in settings.items() if name not in chosen]
+    print(f"  defaults: {', '.join(rest)}")
 
 
 def replace(path, write):
@@ -444,7 +447,8 @@ def initialise(net, path, classes=None):
         raise UserError(f"nothing in '{path}' fits this network; {expected}")
     net.load_state_dict(fitting, strict=False)
     left = [name for name in own if name not in fitting]
-    as_new = f"; as new: {', '.join(left)}" if left else ""
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    as_new = f"; as new: {', '.join(left[:3])}{more}" if left else ""
     if classes and checkpoint["classes"] != classes:
         as_new += "; its classifier is of other classes (names, number or order)"
     return f"{len(fitting)} of {len(own)} tensors from {path}{as_new}"
@@ -518,8 +522,10 @@ class State:
             setattr(self, name, checkpoint[name])
 
     def save(self, name, dataset):
-        """Write the checkpoint `name`, but never one whose weights are not finite."""
-        parts = ("net", "optimizer", "schedule", "scaler")
+        """Write the checkpoint `name`, but never one whose weights are not finite. best.pt holds
+        what evaluation and --init need, last.pt also what --resume needs.
+        """
+        parts = ("net",) if name == "best.pt" else ("net", "optimizer", "schedule", "scaler")
         state = {part: getattr(self, part).state_dict() for part in parts}
         broken = [key for key, value in state["net"].items() if not value.isfinite().all()]
         if broken:
@@ -780,8 +786,10 @@ def run(given, output, resume):
         best = (
             f"best mIoU {state.best:.4f}" if state.best >= 0 else "no label in val, so no best.pt"
         )
-        files = "samples.png, curves.png, log.jsonl, last.pt" + ", best.pt" * (state.best >= 0)
-        print(f"{best}; in {folder}: {files}")
+        files = ("samples.png", "curves.png", "log.jsonl", "last.pt", "best.pt")
+        sizes = {name: folder / name for name in files if (folder / name).is_file()}
+        sizes = [f"{name} ({path.stat().st_size / 1e6:.1f} MB)" for name, path in sizes.items()]
+        print(f"{best}; in {folder}: {', '.join(sizes)}")
     if lock:
         lock.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0

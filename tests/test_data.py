@@ -1132,6 +1132,25 @@ def test_main_ends_with_2_and_one_line_for_a_wrong_id(tmp_path, capsys):
     assert not output.exists()
 
 
+def test_all_kinds_of_faults_are_reported_in_one_pass(tmp_path, capsys):
+    folder(tmp_path, [[0, 1]])
+    images, labels = tmp_path / "images/train", tmp_path / "labels/train"
+    image, label = next(images.iterdir()), next(labels.iterdir())
+    shutil.copy(image, images / f"alone{image.suffix}")
+    shutil.copy(label, labels / "single.png")
+    (images / f"broken{image.suffix}").write_bytes(b"no image")
+    shutil.copy(label, labels / "broken.png")
+    flags = ["folder", "--data-root", str(tmp_path), "--output", str(tmp_path / "s.png")]
+    assert data.main([*flags, "--workers", "0"]) == 2
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert "3 of 4 pairs are wrong" in last
+    assert any(f"alone.png' is not there, but '{images}" in line for line in lines)
+    assert any(f"single.jpg' is not there, but '{labels}" in line for line in lines)
+    assert any("cannot be read as an image" in line for line in lines)
+    with pytest.raises(data.UserError, match="is not there, but .*; 2 images or labels lack"):
+        data.dataset("folder", tmp_path)
+
+
 def test_a_contact_sheet_never_replaces_a_file_of_the_dataset(tmp_path, capsys):
     folder(tmp_path, [[0, 1]])
     photograph = next((tmp_path / "images/train").iterdir())

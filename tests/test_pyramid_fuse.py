@@ -833,7 +833,7 @@ def test_fig_a_greys_what_is_done_by_coarser():
     assert ((chosen < 4).sum(0) == 1).all()  # each cell is taken from one level, 254 in the others
     assert ((chosen == 254).sum(0) == 3).all()
     semantic, prob = net.pyramids(image[None])
-    fused = pf.fuse(semantic, [p.sigmoid() for p in prob]).argmax(1)[0]
+    fused = pf.fuse(semantic, [p.sigmoid() for p in prob], net.threshold).argmax(1)[0]
     assert torch.equal(chosen.amin(0), fused) and len(figures[ends].unique()) > 1
     level = (3 * figures[ends]).round().long()
     assert torch.equal((chosen < 4).int().argmax(0), level)

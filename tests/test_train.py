@@ -680,6 +680,19 @@ def test_training_labels_without_a_labelled_pixel_end_the_run(flags, photos, tmp
     assert "no pixel of the first batches is labelled" in mistake(capsys, *given)
 
 
+def test_a_run_says_first_what_was_chosen_and_what_its_files_weigh(flags, tmp_path, capsys):
+    assert train.main([*flags, "--lr", "0.1", "--output", str(tmp_path / "a")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    chosen = [line.split()[0] for line in lines if line.endswith("command line")]
+    assert chosen == ["method", "dataset", "data_root", "lr", "workers", "device"]
+    assert lines[: len(chosen)] == [line for line in lines if line.endswith("command line")]
+    recipe = [line for line in lines if line.endswith("recipe my_method/folder")]
+    assert lines.index(recipe[0]) == len(chosen) and "momentum 0.9" in lines[len(chosen + recipe)]
+    assert "last.pt (0.0 MB), best.pt (0.0 MB)" in lines[-1]
+    last, best = (torch.load(tmp_path / "a" / f, weights_only=True) for f in ("last.pt", "best.pt"))
+    assert "optimizer" in last and not {"optimizer", "schedule", "scaler"} & set(best)
+
+
 def test_a_damaged_run_is_not_resumed(flags, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train.main([*flags, "--output", str(folder)]) == 0
