@@ -50,7 +50,8 @@ from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 IGNORE = 255  # the train id of a pixel without a label
-UNKNOWN = 254  # in a look-up table: the dataset has no such id
+UNKNOWN = 254  # in a look-up table: the dataset has no such id; in pictures: nothing here
+GREY = (215, 215, 215)
 # ImageNet's, as torchvision's weights expect
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN_COLOR = (124, 116, 104)  # MEAN as bytes, what images are padded with
@@ -1215,9 +1216,9 @@ def _fetch(archive, file):
 
 
 def colorize(label, palette):
-    """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; 255 black, 254 grey."""
+    """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; 255 black, 254 GREY."""
     table = torch.zeros(256, 3, dtype=torch.uint8)
-    table[UNKNOWN] = 128
+    table[UNKNOWN] = torch.tensor(GREY)
     table[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
     return table[label.cpu().long()].permute(2, 0, 1)
 
@@ -1281,7 +1282,7 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
     font, line, gap = ImageFont.load_default(13), 17, 8
     occur = sorted(set().union(*(m.unique().tolist() for m in maps)))
     names = dict(enumerate(zip(classes, palette)))
-    names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("not of this level", (128, 128, 128))}
+    names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("another level", GREY)}
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     total, down = min(columns, len(panels)) * (width + gap) + gap, []
     words = wrapped(caption, total - 2 * gap, font) if caption else []

@@ -727,7 +727,7 @@ def draw_matrix(values, columns, title, ends=("0", "1"), rows=None, cell=28, mar
         for i, name in enumerate(names):
             place = x, margin + cell * (i + 0.5)
             ImageDraw.Draw(picture).text(place, name[:18], "black", font, anchor=anchor)
-    panel = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)
+    panel = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return data.sheet([data.Panel(title, panel, ends)], 1, width=picture.width)
 
 

@@ -516,7 +516,7 @@ class SpecializeAndFuse(nn.Module):
         labels = [y.argmax(1)[0] for y in semantic]
         level = chosen_level(unity_prob, semantic[-1], self.threshold)[0]
         pictures = {f"prediction of stride {s} alone": y for s, y in zip(self.strides, labels)}
-        taken = f"of one class, stride {{}}: probability (taken from {self.threshold:g})"
+        taken = f"unity, stride {{}}: probability of one class (taken from {self.threshold:g})"
         pictures |= {taken.format(s): p[0] for s, p in zip(self.strides, unity_prob)}
         for i, (s, y) in enumerate(zip(self.strides, labels)):
             chosen = repeat_cells(y, level).masked_fill(level != i, 254)

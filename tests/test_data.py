@@ -1066,13 +1066,13 @@ def test_legend_shows_the_classes_that_occur_and_ignored():
         picture = data.sheet([data.Panel("t", tile)], 1, maps, ["x", "y", "z"], colors, width=200)
         array = np.asarray(picture)
         swatches = {}
-        for color in [*colors, (0, 0, 0), (128, 128, 128)]:
+        for color in [*colors, (0, 0, 0), data.GREY]:
             same = np.lib.stride_tricks.sliding_window_view((array == color).all(-1), (11, 11))
             swatches[color] = bool(same.all((2, 3)).any())
         return [color for color, found in swatches.items() if found]
 
     assert shown([0, 2], [2, 255]) == [colors[0], colors[2], (0, 0, 0)]
-    assert shown([1, 254]) == [colors[1], (128, 128, 128)]
+    assert shown([1, 254]) == [colors[1], data.GREY]
     assert shown() == []
 
 
