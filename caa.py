@@ -332,7 +332,7 @@ class CAANet(nn.Module):
             if attention is None or se:
                 raise ValueError("dual has attention='axial' or 'self', and no se")
             self.head = DualAttention(high, num_classes, dual, attention, released)
-            self.caption = "What each branch predicts alone, and where the predictions differ most."
+            self.caption = "What each branch predicts alone."
         else:
             gate = dict(layers=channel_layers, width=channel_width, activation=activation)
             self.head = CAA(high, attention, channelization, se, released, **gate)
@@ -395,9 +395,8 @@ def attended(attention, x, i, j):
         return {"attention": col[0, 0, i * W + j].reshape(H, W)}
     column, across = col.new_zeros(H, W), col.new_zeros(H, W)
     column[:, j], across[i] = col[0, j, i], row[0, i, j]
-    both = row[0, i, j] * col[0, :, i].T
-    steps = {"column step": column, "row step": across, "both steps": both}
-    return {f"{name}: attention": m for name, m in steps.items()}
+    maps = {"column step": column, "row step": across, "both steps": row[0, i, j] * col[0, :, i].T}
+    return {f"{name}: attention": m for name, m in maps.items()}
 
 
 _COMMON = dict(

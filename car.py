@@ -667,10 +667,7 @@ class CARNet(nn.Module):
     HRNet's four together.
     """
 
-    caption = (
-        "Bright pixels have features like those of the marked one: CAR makes them bright "
-        "within a class."
-    )
+    caption = "Bright pixels have features like the marked one's: with CAR those of its class."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="self_attention",
                  pointwise=True, channels=512, pool_pointwise=False, auxiliary=False,

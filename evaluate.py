@@ -621,6 +621,8 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
         panels.append(data.Panel("errors (red)", wrong(prediction, truth, image)))
     maps = [m for m in (truth, prediction, *maps.values()) if m is not None]
     caption = getattr(net, "caption", "") if own else ""
+    if on_prediction:
+        caption = f"{caption} Enlarged: the outlined window, where the predictions differ most."
     return sheet_of([*panels, *own], maps, classes, palette, caption)
 
 

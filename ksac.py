@@ -147,10 +147,7 @@ class KSACNet(nn.Module):
     output_stride   of the backbone: 8, 16, 32            16             Table 2.1 (OS)
     """
 
-    caption = (
-        "All rates share one kernel: the same map, of the same channel, looks for the same "
-        "pattern at other sizes."
-    )
+    caption = "One kernel for all rates: each map looks for its pattern at another size."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="ksac",
                  rates=(6, 12, 18), extra_rates=(), decoder=False, output_stride=16):  # fmt: skip

@@ -406,10 +406,7 @@ class SpecializeAndFuse(nn.Module):
               G, H, I: context="anl", "anl_multi", "ours"; J: output="auxiliary"; K: strides=(32, 4)
     """
 
-    caption = (
-        "Large regions of one class are taken from coarse levels, borders and small things "
-        "from finer ones."
-    )
+    caption = "Large regions are taken from coarse levels, borders and small things from finer."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, strides=(32, 16, 8, 4),
                  context="ours", output="pyramid", policy="true_positive", threshold=0.9,
@@ -504,9 +501,8 @@ class SpecializeAndFuse(nn.Module):
     def figures(self, image):
         """Fig. A, of one image `[3, H, W]` or `[1, 3, H, W]`: label maps, and maps in 0…1.
 
-        For each stride the level's prediction, its unity, and its labels where they are taken, 254
-        elsewhere; then which level is taken, 0 coarsest … 1 finest. Empty for one level. ValueError
-        in training mode.
+        Of each level: prediction, unity, labels where they are taken, else 254; then the level that
+        is taken, 0 … 1, the finest. Empty for one level. ValueError in training mode.
         """
         images = self.fitted(backbones.one_image(self, image))
         if self.unity is None:
@@ -516,13 +512,13 @@ class SpecializeAndFuse(nn.Module):
         labels = [y.argmax(1)[0] for y in semantic]
         level = chosen_level(unity_prob, semantic[-1], self.threshold)[0]
         pictures = {f"prediction of stride {s} alone": y for s, y in zip(self.strides, labels)}
-        taken = f"unity, stride {{}}: probability of one class (taken from {self.threshold:g})"
-        pictures |= {taken.format(s): p[0] for s, p in zip(self.strides, unity_prob)}
+        for s, p in zip(self.strides, unity_prob):
+            pictures[f"unity, stride {s}: probability (taken from {self.threshold:g})"] = p[0]
         for i, (s, y) in enumerate(zip(self.strides, labels)):
-            chosen = repeat_cells(y, level).masked_fill(level != i, 254)
-            pictures[f"cells taken from stride {s}"] = chosen
-        ends = f"stride {self.strides[0]} | stride {self.strides[-1]}"
-        return pictures | {f"level that is taken | {ends}": level / (len(self.strides) - 1)}
+            y = repeat_cells(y, level).masked_fill(level != i, 254)
+            pictures[f"cells taken from stride {s}"] = y
+        ends = f"stride {self.strides[0]} | stride {s}"
+        return pictures | {f"level that is taken | {ends}": level / i}
 
 
 # Sect. 5.1.1; iterations are epochs · images / 16. It follows HRNet-OCR's code: there scale 1 makes

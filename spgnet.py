@@ -251,10 +251,7 @@ class SPGNet(nn.Module):
     for other values, and for a weights file with different backbones.
     """
 
-    caption = (
-        "Attention that the first stage gives to the second, by class: bright where the "
-        "class is expected."
-    )
+    caption = "What the first stage tells the second: bright where it expects the class."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
