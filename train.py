@@ -49,8 +49,7 @@ import data
 import evaluate
 from data import UserError
 
-# name: (default, what it is). The defaults are those of `shapes`, and of every dataset without a
-# recipe.
+# name: (default, what it is). The defaults are those of every dataset without a recipe.
 SETTINGS = {
     # what
     "method": ("caa", "file METHOD.py"),
@@ -790,6 +789,11 @@ def run(given, output, resume):
         sizes = {name: folder / name for name in files if (folder / name).is_file()}
         sizes = [f"{name} ({path.stat().st_size / 1e6:.1f} MB)" for name, path in sizes.items()]
         print(f"{best}; in {folder}: {', '.join(sizes)}")
+        which, file = "best.pt" if state.best >= 0 else "last.pt", f"{s['method']}.py"
+        print(f"Look at {folder}/samples.png: image, truth and prediction of four images.")
+        command = f"python evaluate.py --checkpoint {shlex.quote(str(folder / which))}"
+        print(f"Look inside the network: {command} --figures figures")
+        print(f"Read {file} beside its paper; the equations' tests: tests/test_{file}")
     if lock:
         lock.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0

@@ -688,7 +688,10 @@ def test_a_run_says_first_what_was_chosen_and_what_its_files_weigh(flags, tmp_pa
     assert lines[: len(chosen)] == [line for line in lines if line.endswith("command line")]
     recipe = [line for line in lines if line.endswith("recipe my_method/folder")]
     assert lines.index(recipe[0]) == len(chosen) and "momentum 0.9" in lines[len(chosen + recipe)]
-    assert "last.pt (0.0 MB), best.pt (0.0 MB)" in lines[-1]
+    assert "last.pt (0.0 MB), best.pt (0.0 MB)" in lines[-4]
+    assert "samples.png" in lines[-3] and "my_method.py" in lines[-1]
+    command = lines[-2].split("evaluate.py ")[1].split()
+    assert evaluate.main([*command[:-1], str(tmp_path / "f"), "--workers", "0"]) == 0
     last, best = (torch.load(tmp_path / "a" / f, weights_only=True) for f in ("last.pt", "best.pt"))
     assert "optimizer" in last and not {"optimizer", "schedule", "scaler"} & set(best)
 
@@ -799,7 +802,7 @@ def test_without_git_a_run_has_no_revision(flags, tmp_path, monkeypatch):
 def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path):
     state = train.State(
         evaluate.network("my_method", 3, "none"),
-        train.resolve({})[0],
+        train.resolve({"head_lr": 1.0})[0],
         tmp_path,
         torch.device("cpu"),
         0,
