@@ -318,7 +318,7 @@ class CAANet(nn.Module):
     released         True: ReLU after the queries     False          the authors' code
     """
 
-    caption = "The marked pixel takes from the bright positions: of its column, then of its row."
+    caption = "The marked pixel takes features from the bright positions."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, attention="axial",
                  channelization=True, channel_layers=5, channel_width=128, activation="leaky_relu",
@@ -332,7 +332,7 @@ class CAANet(nn.Module):
             if attention is None or se:
                 raise ValueError("dual has attention='axial' or 'self', and no se")
             self.head = DualAttention(high, num_classes, dual, attention, released)
-            self.caption = "What each branch predicts alone."
+            self.caption, self.about_pixel = "What each branch predicts alone.", False
         else:
             gate = dict(layers=channel_layers, width=channel_width, activation=activation)
             self.head = CAA(high, attention, channelization, se, released, **gate)

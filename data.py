@@ -50,7 +50,7 @@ from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 IGNORE = 255  # the train id of a pixel without a label
-UNKNOWN = 254  # in a look-up table: the dataset has no such id; in pictures: nothing here
+UNKNOWN = 254  # in a look-up table: the dataset has no such id; in pictures: of another level
 GREY = (215, 215, 215)
 # ImageNet's, as torchvision's weights expect
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -144,8 +144,8 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
 
     Raises UserError for an unknown name, missing files (it says what it looked for, what it found,
     and how to get them), a broken image, a wrong label id. Fewer files than the official split has
-    are a warning on stderr. single: pairs of `folder` with one file missing stay, and fail when
-    they are read.
+    are a warning on stderr. single: keep pairs of `folder` that lack a file; reading one is a
+    UserError.
     """
     if color not in COLORS:
         raise UserError(f"unknown color '{color}'; there are {', '.join(COLORS)}")
@@ -779,7 +779,7 @@ def _ids(name, split, root, path):
 
 
 def _names(text):
-    return [name.strip() for name in text.split(",")]
+    return [" ".join(name.split()) for name in text.split(",")]
 
 
 def _palette(count, first=0):
@@ -1239,10 +1239,13 @@ def spread(length, count):
 
 
 def telling(dataset, count):
-    """`count` indices, evenly spread, that show many classes: of four in each part of the dataset
-    the one with the most classes that were shown least.
+    """`count` indices, evenly spread, of images that show many classes.
+
+    The dataset is cut into `count` equal parts. Of four images in each, the one is taken whose
+    classes were shown least so far.
     """
     shown, chosen = np.zeros(256), []
+    shown[IGNORE] = np.inf
     for start in spread(len(dataset), count):
         part = [start + i for i in spread(max(1, len(dataset) // count), 4)]
         held = {i: np.unique(dataset[i][1].numpy()) for i in part}
@@ -1257,7 +1260,7 @@ class Panel(NamedTuple):
     title: str
     tile: torch.Tensor  # uint8 [3, h, w]
     scale: tuple = ()  # the words at the two ends of a colour bar under it
-    boxes: tuple = ()  # what is outlined on it: (top, left, bottom, right) in pixels of the tile
+    boxes: tuple = ()  # windows outlined on it: (top, left, bottom, right) in pixels of the tile
 
 
 def labelled(title, label, palette, **kwargs):
@@ -1289,7 +1292,8 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
     across = max(1, (total - gap) // 130)
     for row in rows:
         above = max(len(wrapped(panel.title, width, font)) for panel in row) * line
-        tall = max(round(panel.tile.shape[1] * width / panel.tile.shape[2]) for panel in row)
+        shapes = [panel.tile.shape[1:] for panel in row]
+        tall = max(min(2 * width, round(h * width / w)) for h, w in shapes)
         down.append((above, max(1, tall), line + 8 if any(panel.scale for panel in row) else 0))
     height = sum(map(sum, down)) + gap * (len(rows) + 1)
     under = line * (-(-len(occur) // across) + len(words)) + gap
@@ -1301,10 +1305,11 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
             for i, text in enumerate(wrapped(panel.title, width, font)):
                 draw.text((x, y + i * line), text, "black", font)
             tile = Image.fromarray(panel.tile.permute(1, 2, 0).numpy())
-            factor = width / tile.width
-            tile = tile.resize((width, max(1, round(tile.height * factor))), 0)
+            factor = min(width / tile.width, 2 * width / tile.height)
+            size = max(1, round(tile.width * factor)), max(1, round(tile.height * factor))
+            tile = tile.resize(size, 0)
             canvas.paste(tile, (x, top))
-            draw.rectangle((x - 1, top - 1, x + width, top + tile.height), outline="#888888")
+            draw.rectangle((x - 1, top - 1, x + tile.width, top + tile.height), outline="#888888")
             for box in panel.boxes:
                 upper, left, lower, right = (round(side * factor) for side in box)
                 for color, by in ("black", 0), ("white", 1):
@@ -1327,11 +1332,11 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
 
 
 def wrapped(text, width, font):
-    """The text in lines that are at most `width` pixels long, if its words are."""
+    """The text in lines of at most `width` pixels; it breaks after spaces and slashes."""
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
+    for word in re.findall(r"[^\s/]*[/\s]*", text):
+        longer = lines[-1] + word
+        if lines[-1] and font.getlength(longer.rstrip()) > width:
             lines.append(word)
         else:
             lines[-1] = longer

@@ -429,8 +429,8 @@ def parse_options(pairs):
 def in_range(name, value, least, most=10**9):
     """UserError where the value of a flag, if it has one, is not a number in least … most."""
     if value is not None and not least <= value <= most:
-        flag, top = name.replace("_", "-"), f", at most {most:g}"
-        raise UserError(f"--{flag} {value}: expected a number of at least {least}{top}")
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} {value}: expected a number from {least} to {most}")
 
 
 def check_sides(flag, sides):
@@ -523,17 +523,19 @@ def light(photo):
 
 def drawn(title, figure, photo, palette, boxes=()):
     """The data.Panel of a figure of the uint8 photograph `[3, H, W]`: a label map, or numbers of at
-    least 0 with a scale. Numbers of the photograph's size are drawn over it.
+    least 0 with a scale. A map as large as the photograph is drawn over it.
 
-    title: "TEXT", or "TEXT | LOW | HIGH" with the words at the ends of the scale.
+    title: "TEXT", the scale ends at the largest number; or "TEXT | LOW | HIGH", the words at the
+    ends of a scale from 0 to 1.
     """
     if not figure.is_floating_point():
         return data.labelled(title, figure, palette, boxes=boxes)
     figure, (title, *ends) = figure.detach().float().cpu(), title.split(" | ")
-    highest = figure.nan_to_num(0).max()
+    highest = torch.tensor(1.0) if ends else figure.nan_to_num(0).max()
     values = figure / highest.clamp(min=1e-12)
     tile, scale = data.heat(values), tuple(ends) or ("0", f"{highest:.3g}")
     if figure.shape == photo.shape[1:]:
+        values = values.nan_to_num(0)
         share = 0.25 + 0.6 * values
         tile = (share * tile + (1 - share) * light(photo)).to(torch.uint8)
     return data.Panel(title, tile, scale, boxes if figure.shape == photo.shape[1:] else ())
@@ -577,29 +579,32 @@ def comparison(predictions, image, palette, truth=None):
     return panels, box
 
 
-def method_figures(net, image, pixel=None):
+def method_figures(net, image, pixel=None, amp="off"):
     """The method's own figures of one image, uint8 `[3, H, W]`: title -> map; {} if it has none."""
     if not hasattr(net, "figures"):
         return {}
     arguments = {"pixel": pixel} if takes_pixel(net) else {}
+    device = next(net.parameters()).device
     try:
-        return net.figures(data.normalise(image.to(next(net.parameters()).device)), **arguments)
+        with autocast(device, amp):
+            return net.figures(data.normalise(image.to(device)), **arguments)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def takes_pixel(net):
     """Whether the method's figures are about one pixel."""
-    return "pixel" in inspect.signature(getattr(net, "figures", len)).parameters
+    about = "pixel" in inspect.signature(getattr(net, "figures", len)).parameters
+    return about and getattr(net, "about_pixel", True)
 
 
-def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None):
+def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None, amp="off"):
     """The sheet of one image: image, truth if there is one, prediction, errors, method's figures.
 
     image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`. Figures whose key is a class's
     number are named after the class; several label maps of the image's size are compared.
     """
-    figures, boxes, prediction = method_figures(net, image, pixel), (), prediction.cpu()
+    figures, boxes, prediction = method_figures(net, image, pixel, amp), (), prediction.cpu()
     names = {k: f"attention of {classes[k]}" if isinstance(k, int) else k for k in figures}
     figures = {names[k]: m.cpu() for k, m in figures.items()}
     maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
@@ -610,7 +615,8 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     else:
         on_prediction = ()
         if figures and takes_pixel(net):
-            (row, column), by = pixel or (image.shape[1] // 2, image.shape[2] // 2), 3
+            row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
+            by = max(3, image.shape[2] // 60)
             boxes = ((row - by, column - by, row + by, column + by),)
         own = [drawn(title, m, image, palette, boxes) for title, m in figures.items()]
     panels = [data.Panel("image", image, boxes=boxes)]
@@ -852,7 +858,7 @@ def _run(args):
         net = network(args.method, classes, args.backbone, None, args.output_stride, options)
     net.to(device, memory_format=torch.channels_last)
     crop = checkpoint["settings"].get("crop_size") if checkpoint else None
-    if args.window and isinstance(crop, (int, list)) and args.window < np.max(crop):
+    if rank == 0 and args.window and isinstance(crop, (int, list)) and args.window < np.max(crop):
         text = f"note: --window {args.window} is smaller than the crops of {crop} in training"
         print(f"{text}; windows of that size may give better results", file=sys.stderr)
     views, numbers, status = dict(scales=args.scales, flip=args.flip, window=args.window), {}, 0
@@ -919,7 +925,8 @@ def _photographs(net, checkpoint, device, args, views):
         panels.append(data.Panel("prediction", data.overlay(image, prediction, palette)))
         data.sheet(panels, 2, [prediction.cpu()], classes, palette, width=480).save(overlay)
         if args.figures:
-            picture = figure_sheet(net, image, prediction, palette, classes, pixel=args.pixel)
+            kwargs = dict(pixel=args.pixel, amp=args.amp)
+            picture = figure_sheet(net, image, prediction, palette, classes, **kwargs)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
         shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
         shares = shares / prediction.numel()
@@ -1025,7 +1032,7 @@ def _figures(nets, dataset, device, args, views):
             picture = comparison_sheet(nets, image, truth, *shown, device, args.amp, **views)
         else:
             prediction = label_map(net, image, device, args.amp, **views)
-            picture = figure_sheet(net, image, prediction, *shown, truth, args.pixel)
+            picture = figure_sheet(net, image, prediction, *shown, truth, args.pixel, args.amp)
         picture.save(folder / f"{dataset.name(index)}.png")
     rest = device, args.amp, args.workers
     if hasattr(net, "classifier") and not args.compare:
@@ -1033,7 +1040,9 @@ def _figures(nets, dataset, device, args, views):
         occurs = dependency.amax(1) > 0
         others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)].mean()
         title = "class dependency: how alike the mean features of two classes are, each row over "
-        title += f"its largest value; the mean of two different classes is {others:.3f}"
+        title += "its largest value"
+        if occurs.sum() > 1:
+            title += f"; the mean of two different classes is {others:.3f}"
         picture = draw_matrix(dependency, dataset.classes, title)
         picture.save(folder / "class_dependency.png")
         if occurs.sum() > 1:

@@ -260,7 +260,7 @@ class HFGD(nn.Module):
     finer maps (Swin, ConvNeXt) or HRNet's last fusions into them; OCR reads the last but one.
     """
 
-    caption = "The same class kernels on coarse and on fine features: look for thin things."
+    caption = "The same class kernels read coarse and fine features. Compare thin things."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, output_stride=4,
                  encoder="ours", leading=(1, 1), car=True, upsampler="usfpn", width=256,

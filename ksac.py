@@ -147,7 +147,7 @@ class KSACNet(nn.Module):
     output_stride   of the backbone: 8, 16, 32            16             Table 2.1 (OS)
     """
 
-    caption = "One kernel for all rates: each map looks for its pattern at another size."
+    caption = "Each rate looks for a map's pattern at another size. KSAC's rates share one kernel."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="ksac",
                  rates=(6, 12, 18), extra_rates=(), decoder=False, output_stride=16):  # fmt: skip

@@ -513,7 +513,7 @@ class SpecializeAndFuse(nn.Module):
         level = chosen_level(unity_prob, semantic[-1], self.threshold)[0]
         pictures = {f"prediction of stride {s} alone": y for s, y in zip(self.strides, labels)}
         for s, p in zip(self.strides, unity_prob):
-            pictures[f"unity, stride {s}: probability (taken from {self.threshold:g})"] = p[0]
+            pictures[f"unity, stride {s}: taken from {self.threshold:g} | 0 | 1"] = p[0]
         for i, (s, y) in enumerate(zip(self.strides, labels)):
             y = repeat_cells(y, level).masked_fill(level != i, 254)
             pictures[f"cells taken from stride {s}"] = y

@@ -251,7 +251,7 @@ class SPGNet(nn.Module):
     for other values, and for a weights file with different backbones.
     """
 
-    caption = "What the first stage tells the second: bright where it expects the class."
+    caption = "The guidance of the first stage: bright where it expects the class."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,

@@ -53,14 +53,8 @@ from data import UserError
 SETTINGS = {
     # what
     "method": ("caa", "file METHOD.py"),
-    "dataset": (
-        "shapes",
-        "name of a dataset in data.py: shapes, shapes+company, camvid, folder, …",
-    ),
-    "data_root": (
-        None,
-        "folder of the dataset [datasets/NAME, or that of the dataset whose files it shares]",
-    ),
+    "dataset": ("shapes", "name in data.py: shapes, shapes+company, camvid, folder, …"),
+    "data_root": (None, "folder of the dataset [datasets/NAME, or that of the same files]"),
     "backbone": ("resnet18", "feature extractor: " + ", ".join(backbones.NAMES)),
     "weights": (None, "weights of the backbone: none, imagenet, or the path of a state dict"),
     "output_stride": (None, "stride of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1"),
@@ -167,7 +161,8 @@ def completed(settings):
             settings[name] = max(100, math.ceil(settings["iterations"] / 10))
     for name in ("iterations", "batch_size", "accumulate", "eval_every", "save_every", "base_size"):
         evaluate.in_range(name, settings[name], 1)
-    for name in ("seed", "workers", "lr", "head_lr", "power", "weight_decay", "halve_every"):
+    evaluate.in_range("seed", settings["seed"], 0, 2**63 - 1)
+    for name in ("workers", "lr", "head_lr", "power", "weight_decay", "halve_every"):
         evaluate.in_range(name, settings[name], 0)
     for name in ("momentum", "bn_momentum"):
         evaluate.in_range(name, settings[name], 0, 1)
@@ -180,7 +175,7 @@ def completed(settings):
         text = f"--scale {low} {high}: expected two factors from 0.001 to 1000"
         raise UserError(f"{text}, the smaller one first")
     if settings["scale_step"]:
-        evaluate.in_range("scale_step", settings["scale_step"], 1e-3, max(1e-3, high - low))
+        evaluate.in_range("scale_step", settings["scale_step"], 1e-3, 1e3)
     return settings
 
 
@@ -207,11 +202,12 @@ def resumed(output, given):
     if output is None:
         raise UserError("--resume needs the run's folder: --output runs/NAME")
     path, last = Path(output) / "config.json", Path(output) / "last.pt"
-    if not path.is_file() and last.is_file():
-        raise UserError(f"'{path}' is not there; start a new run with --init {last}")
     if not path.is_file():
-        text = f"nothing to resume: '{path}' is not there; expected the --output folder of an"
-        raise UserError(f"{text} earlier run, or --method and --dataset to start one")
+        text = (
+            "expected the --output folder of an earlier run, or --method and --dataset to start one"
+        )
+        text = f"start a new run with --init {last}" if last.is_file() else text
+        raise UserError(f"nothing to resume: '{path}' is not there; {text}")
     try:
         saved = json.loads(path.read_text())["settings"]
         settings, origin = {}, {}
@@ -225,8 +221,11 @@ def resumed(output, given):
             if default is not None and not isinstance(settings[name], kinds):
                 raise TypeError
         settings = completed(settings)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         raise UserError(f"'{path}' is damaged; start a new run with --init {last}") from None
+    check_effect(given, settings)
     if "option" in given:  # those of the recipe need not be repeated
         given["option"] = settings["option"] | given["option"]
     for name, value in json.loads(json.dumps(given)).items():  # lists, as in config.json
@@ -237,11 +236,10 @@ def resumed(output, given):
             settings[name], origin[name] = value, "command line"
     checkpoint = evaluate.read_checkpoint(last) if last.exists() else None
     parts = {"optimizer", "schedule", "scaler", "evaluated", "best"}
-    if checkpoint and not (
-        parts <= set(checkpoint) and checkpoint["step"] <= settings["iterations"]
-    ):
-        text = f"'{last}' has no state of an optimizer, so it cannot be resumed"
-        raise UserError(f"{text}; start a new run with --init {last}")
+    whole = not checkpoint or parts <= set(checkpoint)
+    if not whole or checkpoint and checkpoint["step"] > settings["iterations"]:
+        wrong = f"does not belong to '{path}'" if whole else "has no state of an optimizer"
+        raise UserError(f"'{last}' {wrong}; start a new run with --init {last}")
     return completed(settings), origin, checkpoint
 
 
@@ -400,16 +398,15 @@ def _ticks(highest):
     return distance, distance * max(1, math.ceil(highest / distance - 1e-9))
 
 
-def draw_samples(folder, net, dataset, device, amp, count=4):
-    """samples.png: image, truth, prediction of a few validation images that show many classes."""
+def draw_samples(folder, net, dataset, device, amp, indices):
+    """samples.png: image, truth and prediction of these images."""
     panels, maps, palette = [], [], dataset.palette
-    for index in data.telling(dataset, count):
+    for index in indices:
         image, truth = dataset[index]
-        prediction = evaluate.label_map(net, image, device, amp).cpu()
+        maps += [truth, evaluate.label_map(net, image, device, amp).cpu()]
         panels += [data.Panel(f"image {dataset.name(index)}", image)]
-        panels += [data.labelled("truth", truth, palette)]
-        panels += [data.labelled("prediction", prediction, palette)]
-        maps += [truth, prediction]
+        names = "truth", "prediction"
+        panels += [data.labelled(name, m, palette) for name, m in zip(names, maps[-2:])]
     picture = data.sheet(panels, 3, maps, dataset.classes, palette)
     replace(folder / "samples.png", lambda path: picture.save(path, format="png"))
 
@@ -505,7 +502,8 @@ class State:
         fp16 = evaluate.amp_dtype(s["amp"], device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0
-        self.labelled = 0  # steps with a labelled pixel, since the start or --resume
+        self.shown = None  # the validation images of samples.png
+        self.labelled = False  # whether a pixel was, until now
 
     def load(self, checkpoint):
         evaluate.restore(self.net, checkpoint)
@@ -519,6 +517,7 @@ class State:
             raise UserError(f"{text}; start a new run with --init last.pt") from None
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
+        self.labelled = self.step > 0
 
     def save(self, name, dataset):
         """Write the checkpoint `name`, but never one whose weights are not finite. best.pt holds
@@ -622,7 +621,7 @@ def train_step(model, state, images, labels, stop):
     state.scaler.update()
     state.schedule.step()
     state.step += 1
-    state.labelled += labelled > 0
+    state.labelled |= labelled > 0
     return losses, stopped > 0
 
 
@@ -662,7 +661,7 @@ def loop(model, state, batches, train_set, val_set, stop, bar):
             sums.setdefault(name, []).append(value)
         if state.step % LOG_EVERY == 0 or state.step == s["iterations"]:
             if not state.labelled:
-                text = "no pixel of the first batches is labelled, so there is nothing to learn"
+                text = f"no pixel of the first {state.step} steps has a label"
                 raise UserError(f"{text}; `python data.py` shows the ids of the labels")
             means = {name: sum(line) / len(line) for name, line in sums.items()}
             steps = len(next(iter(sums.values())))
@@ -703,10 +702,13 @@ def validate(state, train_set, val_set, stop):
     if state.rank == 0:
         append_log(folder, step=state.step, **result)
         draw_curves(folder)
-        draw_samples(folder, net, val_set, device, s["amp"])
+        state.shown = state.shown or data.telling(val_set, 4)
+        draw_samples(folder, net, val_set, device, s["amp"], state.shown)
         numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
         tqdm.write(f"step {state.step}: {numbers}")
         if better:
+            if not (folder / "last.pt").exists():  # a best.pt alone could not be resumed
+                state.save("last.pt", train_set)
             state.save("best.pt", train_set)
     return False
 
@@ -782,9 +784,7 @@ def run(given, output, resume):
     elif rank == 0:
         results = [line for line in read_log(folder) if "mIoU" in line]
         print(evaluate.table(results[-1], val_set.classes) if results else "log.jsonl is gone")
-        best = (
-            f"best mIoU {state.best:.4f}" if state.best >= 0 else "no label in val, so no best.pt"
-        )
+        best = f"best mIoU {state.best:.4f}" if state.best >= 0 else "no label in val, no best.pt"
         files = ("samples.png", "curves.png", "log.jsonl", "last.pt", "best.pt")
         sizes = {name: folder / name for name in files if (folder / name).is_file()}
         sizes = [f"{name} ({path.stat().st_size / 1e6:.1f} MB)" for name, path in sizes.items()]

@@ -2,13 +2,13 @@
 
     python tests/exercise.py list
     python tests/exercise.py make caa.channelized car.class_centers --output handout
-    python tests/exercise.py grade submissions/* --json grades.json
+    python tests/exercise.py grade submissions/* --exercise caa.channelized car.class_centers
 
-`make` copies the repository without the bodies of these functions. Parts whose tests hold a
-solution are kept for grading. In the handout, `python tests/exercise.py grade .` marks the others.
-`grade` runs the tests of the repository that it is started in against each folder's files, never
-the folder's own tests, in a process of its own with a time limit. That process can do what Python
-can: grade in a container.
+`make` copies the code without the bodies of these functions. Parts whose tests hold a solution are
+kept for grading. In the handout, `python tests/exercise.py grade .` marks the others. `grade` runs
+the tests of the repository that it is started in against one file of each folder for each exercise,
+never the folder's own tests, in a process of its own with a time limit. That process can do what
+Python can: grade in a container.
 """
 
 import argparse
@@ -23,12 +23,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from _pytest.outcomes import Failed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,16 +79,20 @@ EXERCISES = {
         ("separate", "rearranged", "shared_atrous"),
         ("loop_conv2d", "algorithm_1",
          "test_shared_atrous_equals_separate_convolutions_at_any_size",
-         "test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates"),
-        "A rate is a dilation. What padding keeps the size of the map? Only shared_atrous is "
-        "marked; the other two are its fast and its plain form.",
-        (("hand-worked taps of three rates", "test_line_4_by_hand[shared_atrous", 1),
+         "test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates",
+         "test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing"),
+        "A rate is a dilation. What padding keeps the size of the map? For `rearranged`, multiply "
+        "first, then shift: torch.nn.functional.fold adds up what is shifted.",
+        (("hand-worked taps, plain form", "test_line_4_by_hand[separate", 1),
+         ("hand-worked taps, rearranged form", "test_line_4_by_hand[rearranged", 1),
          ("loop over the nine taps, with gradients",
-          "test_line_4_equals_the_loop_with_gradients[shared_atrous", 2),
+          "test_line_4_equals_the_loop_with_gradients[rearranged", 2),
          ("the kernel's gradient is the sum over the rates",
-          "test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates[shared_atrous", 1),
+          "test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates[rearranged", 1),
          ("maps one position wide, rates larger than the map",
-          "test_shared_atrous_equals_separate_convolutions_at_any_size[shared_atrous", 1))),
+          "test_shared_atrous_equals_separate_convolutions_at_any_size[rearranged", 1),
+         ("the faster form is taken",
+          "test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing", 1))),
     "car.class_centers": Exercise(
         "Class centres", "Class-Aware Regularization, thesis Eq. (4.1)", 1,
         ("class_centers",), ("loop_centers",),
@@ -234,7 +241,8 @@ def handed_out(source, exercises):
         names = [
             x.id for t in getattr(node, "targets", []) for x in ast.walk(t) if hasattr(x, "id")
         ]
-        defined |= dict.fromkeys([*names, getattr(node, "name", None)], node)
+        names += [node.name] if hasattr(node, "name") else []
+        defined |= dict.fromkeys(names, node)
 
     def needs(name, seen):
         """All names of the file that `name` reaches, as a fixture too."""
@@ -261,7 +269,7 @@ def handed_out(source, exercises):
 
 def make(names, output):
     """The handout of these exercises in the folder `output`."""
-    output = Path(output)
+    output, names = Path(output), list(dict.fromkeys(names))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         sys.exit(f"exercise.py: '{output}' exists; give a new --output folder")
     (output / "tests").mkdir(parents=True)
@@ -276,17 +284,26 @@ def make(names, output):
             (output / file).write_text(change((ROOT / file).read_text(), exercises))
     (output / "exercise.json").write_text(json.dumps(names) + "\n")
     (output / "EXERCISE.md").write_text(sheet(names, output))
+    text = (output / "EXERCISE.md").read_text()
     print(f"{output}: {', '.join(names)}; EXERCISE.md is for the students")
+    for name in names:
+        if not any(f"`{t.split('[')[0]}`" in text for _, t, _ in EXERCISES[name].parts):
+            print(
+                f"No part of {name} can be tried by students: its tests need the other exercises'"
+            )
 
 
 def sheet(names, output):
-    text = ["# Exercises\n\n`python tests/exercise.py grade .` marks the parts that are here.\n"]
+    text = ["# Exercises\n\nInstall the packages (`pip install -r requirements.txt`). Write the "
+            "functions that raise NotImplementedError. `python tests/exercise.py grade .` marks "
+            "the parts whose tests are in this folder. Parts \"kept for grading\" run at your "
+            "teacher's. Of what you submit, only the files named below are read.\n"]  # fmt: skip
     for name in names:
         exercise, module = EXERCISES[name], name.split(".")[0]
         here = (output / f"tests/test_{module}.py").read_text()
         total = sum(marks for *_, marks in exercise.parts)
         text.append(f"## {exercise.title}\n\n{exercise.source}. Write in `{module}.py`: "
-                    f"`{'`, `'.join(exercise.blank)}`. {total} marks. Hint: {exercise.hint}\n\n"
+                    f"`{'`, `'.join(exercise.blank)}`. {total} marks.\n\nHint: {exercise.hint}\n\n"
                     "| part | marks | test |\n|---|---|---|")  # fmt: skip
         for what, test, marks in exercise.parts:
             test = test.split("[")[0]
@@ -322,22 +339,27 @@ def words(error, pair):
     """A failure in one line. pair: the two tensors that were compared last, if they differ."""
     if isinstance(error, NotImplementedError):
         return "not written yet"
-    frames = traceback.extract_tb(error.__traceback__)
-    kind = "test_" if isinstance(error, AssertionError) else ""
-    own = [f for f in frames if not f.filename.startswith((sys.prefix, __file__))]
+    kind = "test_" if isinstance(error, (AssertionError, Failed)) else ""
+    libraries = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "purelib", "platlib"))
+    own = [f for f in traceback.extract_tb(error.__traceback__)
+           if not f.filename.startswith((*libraries, __file__, "<frozen"))]  # fmt: skip
     frame = next((f for f in reversed(own) if Path(f.filename).name.startswith(kind)), None)
     where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
     # pytest's own explanations are cut off, and what tensors are apart from their numbers
     text = re.split(r"\n\s*(?:\+  where|comparison|At index|Full diff|\(pytest)", str(error))[0]
     text = re.sub(r"tensor\((.*?)(?:, dtype=[\w.]+)?(?:, grad_fn=<\w+>)?\)", r"\1", text)
-    text = " ".join(text.split())
-    left, equals, right = text.removeprefix("assert ").partition(" == ")
+    text = (
+        " ".join(text.split()).removeprefix("assert ").encode("ascii", "backslashreplace").decode()
+    )
+    left, equals, right = text.partition(" == ")
     if not isinstance(error, AssertionError):
         text = f"{type(error).__name__}: {text[:200]}"
     elif pair:
         text = told(*pair)
-    elif equals:
+    elif equals and " and " not in text:
         text = f"expected {right[:200]}, got {left[:200]}"
+    else:
+        text = f"this does not hold: {text}"
     return f"{text[:450]}{where}"
 
 
@@ -424,7 +446,7 @@ def run_tests(names, record, limit=60):
         pytest.main([*flags, *dict.fromkeys(files)], plugins=[Recorder(wanted, record, limit)])
 
 
-def run(folder, names, file, limit):
+def run(folder, name, file, limit):
     """What the process of `grade` does: writes a line to `file` for each test."""
 
     def record(name, result):
@@ -432,66 +454,81 @@ def run(folder, names, file, limit):
             target.write(json.dumps([name, result]) + "\n")
 
     sys.path.insert(0, str(ROOT))
-    for module in dict.fromkeys(name.split(".")[0] for name in names):
-        path = Path(folder) / f"{module}.py"
-        try:
-            spec = importlib.util.spec_from_file_location(module, path)
-            sys.modules[module] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module])
-        except SyntaxError as error:
-            return record("broken", f"{path.name}, line {error.lineno}: {error.msg}")
-        except FileNotFoundError:
-            return record("broken", f"there is no {path.name}")
-        except Exception as error:
-            return record("broken", f"{path.name} cannot be imported: {words(error, None)}")
-    run_tests(names, record, limit)
+    module = name.split(".")[0]
+    path = Path(folder) / f"{module}.py"
+    try:
+        spec = importlib.util.spec_from_file_location(module, path)
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+    except SyntaxError as error:
+        return record("broken", f"{path.name}, line {error.lineno}: {error.msg}")
+    except FileNotFoundError:
+        return record("broken", f"there is no {path.name}")
+    except BaseException as error:
+        return record("broken", f"{path.name} cannot be imported: {words(error, None)}")
+    run_tests([name], record, limit)
 
 
-def marked(lines, names):
-    """{exercise: [(part, marks, "" or what failed, or None where the test is not here)]}"""
-    lines = [json.loads(line) for line in lines]
-    results = [line for line in lines if line[0] not in ("collected", "broken")]
-    collected = next((value for name, value in lines if name == "collected"), [])
-    broken = next((value for name, value in lines if name == "broken"), None)
-    grades = {}
-    for name in names:
-        grades[name] = []
-        source = (ROOT / "tests" / f"test_{name.split('.')[0]}.py").read_text()
-        for what, test, marks in EXERCISES[name].parts:
-            found = [why for item, why in results if matches(item, test)]
-            expected = sum(matches(item, test) for item in collected)
-            failed = next((why for why in found if why), "")
-            if broken:
-                failed = broken
-            elif f"def {test.split('[')[0]}(" not in source:
-                failed = None
-            elif not failed and (not expected or len(found) < expected):
-                failed = "the process ended before this part"
-            grades[name].append((what, marks, failed))
-    return grades
+def marked(lines, name, ended="the process ended in this part, or before it"):
+    """[(part, marks, "" or what failed, or None where the test is not here)] of an exercise."""
+    results, parts = [], []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # cut short, or not ours
+            results.append(tuple(json.loads(line)))
+    collected = next((value for name, value in results if name == "collected"), [])
+    broken = next((value for name, value in results if name == "broken"), None)
+    source = (ROOT / "tests" / f"test_{name.split('.')[0]}.py").read_text()
+    for what, test, marks in EXERCISES[name].parts:
+        found = [why for item, why in results if matches(item, test)]
+        failed = broken or next((why for why in found if why), "")
+        if f"def {test.split('[')[0]}(" not in source:
+            failed = None
+        elif not failed and (not found or len(found) < sum(matches(i, test) for i in collected)):
+            failed = ended
+        parts.append((what, marks, failed))
+    return parts
 
 
-def grade(folder, names, limit):
-    """`marked` of one submission. limit: seconds for one test; all have ten times that, and 60."""
+def grade(folder, name, limit):
+    """`marked` of one submission. limit: seconds for one test; all have ten times that, plus 60."""
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "results.jsonl"
+        file, ended = Path(temporary) / "results.jsonl", {}
         command = [sys.executable, "-B", Path(__file__).resolve(), "run", Path(folder).resolve()]
-        command += [file, str(limit), *names]
-        kwargs = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, **kwargs, cwd=temporary, timeout=60 + 10 * limit)
-        lines = file.read_text().splitlines() if file.exists() else []
-    return marked(lines, names)
+        kwargs = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=temporary)
+        process = subprocess.Popen(
+            [*command, file, str(limit), name], start_new_session=True, **kwargs
+        )
+        try:
+            process.wait(60 + 10 * limit)
+        except subprocess.TimeoutExpired:
+            ended["ended"] = f"stopped after {60 + 10 * limit:g} seconds, in this part or before it"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return marked(lines, name, **ended)
 
 
 def grade_all(folders, names, limit, output):
-    """Grades on the screen, a submission on each core at a time, then a table of all."""
+    """Grades on the screen, several at a time, then a table of all."""
+    folders = list(dict.fromkeys(map(str, folders)))
     for folder in folders:
         if not Path(folder).is_dir():
             sys.exit(f"exercise.py: '{folder}' is not a folder; give one for each submission")
+    names = names or handed(folders[0])
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+    pairs = [(folder, name) for folder in folders for name in names]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = pool.map(lambda folder: grade(folder, names or handed(folder), limit), folders)
-        everything = dict(zip(map(str, folders), work))
+        work = pool.map(lambda pair: grade(*pair, limit), pairs)
+        everything = {folder: {name: next(work) for name in names} for folder in folders}
+    if output:
+        keys = "part", "marks", "failed"
+        table = {
+            folder: {name: [dict(zip(keys, part)) for part in parts] for name, parts in g.items()}
+            for folder, g in everything.items()
+        }
+        Path(output).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     for folder, grades in everything.items():
         print(folder)
         for name, parts in grades.items():
@@ -500,29 +537,21 @@ def grade_all(folders, names, limit, output):
                 reached = "-" if failed is None else 0 if failed else marks
                 here = "kept for grading" if failed is None else failed or "right"
                 print(f"    {reached}/{marks} {what}: {here}")
-    if len(everything) > 1:
-        columns = list(dict.fromkeys(name for grades in everything.values() for name in grades))
-        print("\n" + "  ".join([f"{'submission':<20}", *columns]))
+    if len(folders) > 1:
+        print("\n" + "  ".join([f"{'submission':<30}", *names, "all"]))
         for folder, grades in everything.items():
-            cells = [score(grades[n]) if n in grades else "" for n in columns]
-            print("  ".join([f"{folder:<20}", *(f"{c:<{len(n)}}" for c, n in zip(cells, columns))]))
-    if output:
-        keys = "part", "marks", "failed"
-        table = {
-            folder: {name: [dict(zip(keys, part)) for part in parts] for name, parts in g.items()}
-            for folder, g in everything.items()
-        }
-        Path(output).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+            cells = [f"{score(grades[name]):<{len(name)}}" for name in names]
+            total = score([part for parts in grades.values() for part in parts])
+            print("  ".join([f"{folder[-30:]:<30}", *cells, total]))
 
 
 def handed(folder):
-    """The exercises that the folder's exercise.json names; all, if it cannot be read."""
+    """The exercises that the handout's exercise.json names."""
+    path = Path(folder) / "exercise.json"
     try:
-        return [
-            n for n in json.loads((Path(folder) / "exercise.json").read_text()) if n in EXERCISES
-        ]
+        return check(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        return list(EXERCISES)
+        sys.exit(f"exercise.py: '{path}' cannot be read; give --exercise NAME …")
 
 
 def score(parts):
@@ -536,6 +565,7 @@ def score(parts):
 
 def check(names):
     unknown = [name for name in names if name not in EXERCISES]
+    unknown += [n for n in names if not (ROOT / "tests" / f"test_{n.split('.')[0]}.py").is_file()]
     if unknown:
         sys.exit(f"exercise.py: no exercise '{unknown[0]}'; there are {', '.join(EXERCISES)}")
     return names
@@ -550,7 +580,7 @@ def main():
     making.add_argument("--output", required=True, metavar="DIR", help="new folder")
     grading = commands.add_parser("grade", help="the marks of submissions")
     grading.add_argument("folders", nargs="+", metavar="DIR")
-    what = "exercises [those of the folder's exercise.json]"
+    what = "exercises [those of the first folder's exercise.json]"
     grading.add_argument("--exercise", nargs="+", default=[], metavar="NAME", help=what)
     what = "seconds for one test [10]"
     grading.add_argument("--limit", type=float, default=10, help=what)
@@ -558,7 +588,7 @@ def main():
     running = commands.add_parser("run")  # by `grade`
     for name, kind in ("folder", str), ("file", str), ("limit", float):
         running.add_argument(name, type=kind)
-    running.add_argument("names", nargs="+")
+    running.add_argument("name")
     args = parser.parse_args()
     if args.command == "list":
         for name, exercise in EXERCISES.items():
@@ -569,7 +599,7 @@ def main():
     elif args.command == "grade":
         grade_all(args.folders, check(args.exercise), args.limit, args.json)
     else:
-        run(args.folder, args.names, args.file, args.limit)
+        run(args.folder, args.name, args.file, args.limit)
 
 
 if __name__ == "__main__":

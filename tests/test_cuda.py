@@ -80,11 +80,11 @@ def difference(a, b):
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-def command(arguments, folder, **environment):
-    """train.py as a user starts it: (exit status, what it printed)."""
+def command(arguments, folder, launch=False, **environment):
+    """train.py as a user starts it, by torchrun if `launch`: (exit status, what it printed)."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    launcher = launcher if "LAUNCH" in environment else []
+    launcher = launcher if launch else []
     full = [sys.executable, *launcher, train.__file__, *arguments]
     done = subprocess.run(full, env=environment, cwd=folder, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
@@ -132,7 +132,6 @@ def test_cuda_equals_the_cpu(method, exact, capsys):
     assert gradients.keys() == expected[2].keys()
     ours, theirs = (torch.cat([g.flatten() for g in x.values()]) for x in (gradients, expected[2]))
     assert difference(ours, theirs) < 2e-3
-    assert peak > 0
 
 
 @needs_gpu
@@ -145,9 +144,9 @@ def test_half_precision_is_finite_and_its_losses_and_logits_are_float32(method, 
     for name, loss in losses.items():
         assert loss.dtype == torch.float32 and loss.isfinite(), name
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-    exact = step(network(method), "cuda")
-    assert difference(logits, exact[0]) < 0.05
-    total, expected = sum(losses.values()), sum(exact[1].values())
+    full = step(network(method), "cuda")
+    assert difference(logits, full[0]) < 0.05
+    total, expected = sum(losses.values()), sum(full[1].values())
     assert total.item() == pytest.approx(expected.item(), rel=0.05)
 
 
@@ -220,9 +219,10 @@ def test_twenty_steps_resumed_equal_twenty_in_one_go(amp, tmp_path):
 @pytest.mark.cuda
 def test_torchrun_with_nccl_trains_and_evaluates(tmp_path):
     flags = [*SHORT, "--iterations", "4", "--output", "one"]
-    status, printed = command(flags, tmp_path, LAUNCH="torchrun")
+    status, printed = command(flags, tmp_path, launch=True)
     assert status == 0, printed
-    assert "best mIoU" in printed and json.loads((tmp_path / "one/config.json").read_text())
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    assert "best mIoU" in printed and config["device"] == torch.cuda.get_device_name()
 
 
 PLAIN = """
@@ -283,7 +283,11 @@ def test_two_processes_on_one_gpu_equal_one_with_the_joint_batch(tmp_path, norm,
         variables = os.environ | group | environment | {"RANK": rank}
         kwargs = dict(env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         both.append(subprocess.Popen(full, stderr=subprocess.STDOUT, **kwargs))
-    outputs = [process.communicate(timeout=300)[0] for process in both]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0], outputs
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4

@@ -552,7 +552,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     assert "fp16 needs a CUDA GPU" in mistake(capsys, "--checkpoint", checkpoint, "--amp", "fp16")
     for scale in ("0", "1e-320", "1e300", "nan"):
         line = mistake(capsys, "--checkpoint", checkpoint, "--scales", "1", scale)
-        assert "expected a number of at least 0.001, at most 1000" in line
+        assert "expected a number from 0.001 to 1000" in line
     (tmp_path / "a.json").mkdir()  # cannot be written: said before anything is computed
     folder = str(tmp_path / "a.json")
     assert "Is a directory" in mistake(capsys, "--checkpoint", checkpoint, "--json", folder)
@@ -568,7 +568,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         line = mistake(capsys, "--method", "caa", "--option", option, "--cost")
         assert "--option a=" in line or "no option a" in line
     assert "unknown method 'docs'" in mistake(capsys, "--method", "docs", "--cost")
-    assert "--window 0: expected a number of at least 1" in mistake(
+    assert "--window 0: expected a number from 1" in mistake(
         capsys, "--checkpoint", checkpoint, "--window", "0"
     )
     assert "is outside the image" in mistake(

@@ -39,8 +39,7 @@ def graded(names):
     """{exercise: [what failed, "" where a part is right]}, in this process."""
     lines = []
     exercise.run_tests(names, lambda *line: lines.append(json.dumps(line)))
-    marked = exercise.marked(lines, names)
-    return {name: [failed for *_, failed in parts] for name, parts in marked.items()}
+    return {name: [failed for *_, failed in exercise.marked(lines, name)] for name in names}
 
 
 def solve(name, text, monkeypatch):
@@ -112,12 +111,14 @@ def test_a_class_is_graded(tmp_path, capsys):
         "cem": right.replace("    finest = len(unity_prob)\n", "    while True:\n        pass\n"),
         "dora": right.replace("def fuse(", "def fuse((", 1),
         "eve": "import os\nos._exit(0)\n",
+        "fay": right.replace("    finest = len(unity_prob)\n", "    raise ValueError('\\ud800')\n"),
     }
     for student, text in submissions.items():
         exercise.make([name], tmp_path / student)
         (tmp_path / student / "pyramid_fuse.py").write_text(text)
         shutil.rmtree(tmp_path / student / "tests")  # they are not what is graded by
     (tmp_path / "eve" / "exercise.json").write_text('["pyramid_fuse.fuse", 3]')
+    (tmp_path / "ben" / "other.py").write_text("raise SystemExit")  # nobody reads it
     output = tmp_path / "grades.json"
     exercise.grade_all([tmp_path / student for student in submissions], [], 1, output)
     printed, grades = capsys.readouterr().out, json.loads(output.read_text())
@@ -127,10 +128,11 @@ def test_a_class_is_graded(tmp_path, capsys):
     assert found["ben"][0].startswith("expected ") and found["ben"][3] == ""
     assert all(why.startswith("TimeoutError: not done after 1 seconds") for why in found["cem"])
     assert set(found["dora"]) == {found["dora"][0]} and "pyramid_fuse.py, line" in found["dora"][0]
-    assert set(found["eve"]) == {"the process ended before this part"}
-    rows = [line.split() for line in printed.splitlines()[-5:]]
-    assert [Path(row[0]).name for row in rows] == list(submissions)
-    assert rows[0][1] == "5/5" and [row[1] for row in rows[2:]] == ["0/5"] * 3
+    assert set(found["eve"]) == {"the process ended in this part, or before it"}
+    assert found["fay"][0].startswith("ValueError: \\ud800")
+    rows = [line.split() for line in printed.splitlines()[-6:]]
+    assert [row[0].rpartition("/")[2] for row in rows] == list(submissions)
+    assert rows[0][1:] == ["5/5"] * 2 and [row[1] for row in rows[2:]] == ["0/5"] * 4
 
 
 def test_the_students_own_marks_are_of_what_is_handed_out(tmp_path):
@@ -140,3 +142,44 @@ def test_the_students_own_marks_are_of_what_is_handed_out(tmp_path):
     done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True)
     assert "0/3" in done.stdout and done.stdout.count("not written yet") == 2
     assert done.stdout.count("kept for grading") == 2
+
+
+def test_a_broken_file_costs_its_own_exercise_alone(tmp_path, capsys):
+    names = ["pyramid_fuse.fuse", "car.class_centers"]
+    exercise.make([*names, names[0]], tmp_path / "ann")
+    (tmp_path / "ann" / "car.py").write_text(source("car.class_centers"))
+    (tmp_path / "ann" / "pyramid_fuse.py").unlink()
+    exercise.grade_all([tmp_path / "ann"], [], 10, None)
+    printed = capsys.readouterr().out
+    assert "car.class_centers                          5/5" in printed
+    assert printed.count("there is no pyramid_fuse.py") == 4
+    (tmp_path / "ann" / "exercise.json").write_text("no json")
+    with pytest.raises(SystemExit, match="cannot be read; give --exercise NAME"):
+        exercise.grade_all([tmp_path / "ann"], [], 10, None)
+    with pytest.raises(SystemExit, match="no exercise 'a.b'"):
+        exercise.check(["a.b"])
+
+
+def test_failures_are_told_in_one_line_of_ascii():
+    def of(call, pair=None):
+        try:
+            call()
+        except BaseException as error:
+            return exercise.words(error, pair)
+
+    def false(text):
+        raise AssertionError(text)
+
+    assert of(lambda: false("assert 3 == 4")).startswith(
+        "expected 4, got 3 (test_exercise.py, line"
+    )
+    two = of(lambda: false("assert (3 == 3 and 4 == 5)"))
+    assert two.startswith("this does not hold: (3 == 3 and 4 == 5)")
+    assert "\\u0142" in of(lambda: 1 / 0 if false is None else int("\u0142"))
+    assert exercise.told(exercise_tensor(1.0), exercise_tensor(2.0)) == "expected [2.0], got [1.0]"
+
+
+def exercise_tensor(value):
+    import torch
+
+    return torch.tensor([value])

@@ -823,7 +823,7 @@ def test_fig_a_greys_what_is_done_by_coarser():
     net = mixed(image[None])
     figures, strides = net.figures(image), (32, 16, 8, 4)
     names = [f"prediction of stride {s} alone" for s in strides]
-    unity = [f"unity, stride {s}: probability (taken from {net.threshold:g})" for s in strides[:3]]
+    unity = [f"unity, stride {s}: taken from {net.threshold:g} | 0 | 1" for s in strides[:3]]
     taken = [f"cells taken from stride {s}" for s in strides]
     ends = "level that is taken | stride 32 | stride 4"
     assert list(figures) == [*names, *unity, *taken, ends]
