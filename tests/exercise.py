@@ -439,8 +439,9 @@ def run_tests(names, record, limit=60):
         file = ROOT / "tests" / f"test_{name.split('.')[0]}.py"
         source = file.read_text()
         tests = [test for _, test, _ in EXERCISES[name].parts]
-        wanted += [test for test in tests if f"def {test.split('[')[0]}(" in source]
-        files.append(str(file))
+        here = [test for test in tests if f"def {test.split('[')[0]}(" in source]
+        wanted += here
+        files += [f"{file}::{test.split('[')[0]}" for test in here]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         flags = ["-vvv", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--capture=no"]
         pytest.main([*flags, *dict.fromkeys(files)], plugins=[Recorder(wanted, record, limit)])

@@ -660,9 +660,12 @@ def test_file_that_holds_something_else_is_no_state_dict(tmp_path, content):
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
-)
-@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+    "wrap, prefix",
+    [
+        (None, ""), (None, "module."), ("state_dict", "_orig_mod."),
+        ("model", "module._orig_mod."), ("state_dict", "_orig_mod.module."),
+    ],
+)  # fmt: skip
 def test_weights_may_be_wrapped_and_prefixed(tmp_path, prefix, wrap):
     state = {f"{prefix}{k}": v for k, v in models.resnet18().state_dict().items()}
     torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "w.pth")

@@ -14,7 +14,6 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import car
 import data
@@ -107,7 +106,7 @@ def test_no_tensor_is_made_on_another_device(method, monkeypatch):
     # Fake tensors have shapes and devices, no numbers: a mixture of two devices is an error, and so
     # is a check of numbers.
     monkeypatch.setattr(car, "check_labels", lambda *_: None)
-    with FakeTensorMode(shape_env=ShapeEnv()), torch.device("cuda"):
+    with FakeTensorMode(), torch.device("cuda"):
         net = importlib.import_module(method).build(CLASSES, "resnet18")
         images, labels = torch.randn(2, 3, *SIZE), torch.randint(CLASSES, (2, *SIZE))
         assert net.eval()(images).device.type == "cuda"

@@ -1,9 +1,8 @@
 import colorsys
 import hashlib
 import http.server
-import os
+import io
 import shutil
-import subprocess
 import sys
 import threading
 import types
@@ -1724,13 +1723,16 @@ def test_huge_photographs_are_read_where_windows_are_given(tmp_path, monkeypatch
     assert Image.MAX_IMAGE_PIXELS == 400
 
 
-def test_names_that_the_terminal_does_not_have_are_printed_with_replaced_characters(tmp_path):
+def test_names_that_the_terminal_does_not_have_are_printed_with_replaced_characters(
+    tmp_path, monkeypatch
+):
     folder(tmp_path, [[0, 1]], classes="stra\u00dfe\nb\u00e4ume\nc\n")
-    command = [sys.executable, data.__file__, "folder", "--data-root", str(tmp_path)]
-    command += ["--output", str(tmp_path / "s.png"), "--workers", "0"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "stra?e" in done.stdout, done.stderr
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    flags = ["folder", "--data-root", str(tmp_path), "--output", str(tmp_path / "s.png")]
+    assert data.main([*flags, "--workers", "0"]) == 0
+    terminal.flush()
+    assert b"stra?e" in terminal.buffer.getvalue()
 
 
 # -------------------------------------------------------------------------------------- downloading

@@ -1,13 +1,17 @@
+import contextlib
+import io
 import json
 import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -258,7 +262,19 @@ def test_evaluate_command_agrees_with_a_plain_loop(trained, tmp_path, capsys):
     assert result["images"] == 5 and result["IoU"].keys() == {"left", "right", "never"}
 
 
-def test_two_processes_give_the_numbers_of_one_with_unequal_shares(trained, tmp_path):
+def evaluated_in_group(arguments, rank):
+    """evaluate.py in one of two processes that are a process group already: status and output."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(dist, "init_process_group", lambda _: dist.barrier())
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        return evaluate.main(arguments), output.getvalue()
+
+
+def test_two_processes_give_the_numbers_of_one_with_unequal_shares(
+    trained, tmp_path, two_processes
+):
     _, checkpoint, _ = trained  # five images: three and two
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     flags = [
@@ -274,20 +290,9 @@ def test_two_processes_give_the_numbers_of_one_with_unequal_shares(trained, tmp_
         "1",
     ]
     assert evaluate.main([*flags, "--json", str(one)]) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        evaluate.__file__,
-    ]
-    done = subprocess.run(
-        [*command, *flags, "--json", str(two)], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pixel accuracy") == 1  # printed by one process
+    outputs = two_processes(partial(evaluated_in_group, [*flags, "--json", str(two)]))
+    assert [status for status, _ in outputs] == [0, 0]
+    assert sum(printed.count("pixel accuracy") for _, printed in outputs) == 1  # by one process
     a, b = json.loads(one.read_text()), json.loads(two.read_text())
     assert a == b and len(a["mIoU_at_scale"]) == 2
 
