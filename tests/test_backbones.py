@@ -62,8 +62,7 @@ def test_stride_16_has_two_maps_of_it(name):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("stride", [32, 8])
-@pytest.mark.parametrize("name", PATCHES)
+@pytest.mark.parametrize("name, stride", [(n, 8 if n[-1] in "tl" else 32) for n in PATCHES])
 def test_networks_of_patches_have_four_maps_of_images_of_multiples_of_32(name, stride):
     with torch.device("meta"):
         net = backbones.build(name, stride)

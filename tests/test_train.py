@@ -282,8 +282,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
     assert signal.getsignal(number) is signal.SIG_DFL  # as it was before the run
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, processes, capsys):
+def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, capsys, processes=2):
     # `timeout`, torchrun and job schedulers signal every process of a group, the loaders' workers
     # among them
     folder = tmp_path / "run"
