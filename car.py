@@ -504,9 +504,9 @@ def pixels_of(net, sides, size):
 def pixel_relation(net, image, pixel=None, classifier="classifier"):
     """Fig. 4.4: the dot product of the feature at `pixel` with that of every pixel, `[H, W]`.
 
-    Products below 0 are 0. image `[3, H, W]` or `[1, 3, H, W]`; pixel: (row,
-    column), None: the centre; classifier: the submodule whose input is compared. ValueError in
-    training mode, for a batch, for a pixel outside the image.
+    Products below 0 are 0. image `[3, H, W]` or `[1, 3, H, W]`; pixel: (row, column), None: the
+    centre; classifier: the submodule whose input is compared. ValueError in training mode, for a
+    batch, for a pixel outside the image.
     """
     image = backbones.one_image(net, image)
     size = image.shape[2:]

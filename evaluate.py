@@ -977,7 +977,8 @@ def _split(net, checkpoint, device, rank, args, views):
         raise UserError(f"{text}; take another --dataset")
     nets, save = {args.checkpoint: net} | _others(args, dataset, device), None
     _check_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
-    for index in data.telling(dataset, 8) if args.pixel else []:
+    shown = data.telling(dataset, 8) if args.figures else []
+    for index in shown if args.pixel else []:
         _check_pixel(net, args.pixel, dataset[index][0].shape)
     if args.save_predictions:
         folder = Path(args.save_predictions)
@@ -999,7 +1000,7 @@ def _split(net, checkpoint, device, rank, args, views):
         print(table(result, dataset.classes))
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
         if args.figures:
-            result |= _figures(nets, dataset, device, args, views)
+            result |= _figures(nets, dataset, shown, device, args, views)
     about = dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name)
     about |= dict(split=args.split, images=len(dataset))
     about |= dict(output_stride=args.output_stride, option=args.option)
@@ -1022,17 +1023,17 @@ def _others(args, dataset, device):
     return nets
 
 
-def _figures(nets, dataset, device, args, views):
-    """`--figures`: the sheets of eight images, and the pictures of the whole split; its numbers."""
+def _figures(nets, dataset, shown, device, args, views):
+    """`--figures`: the sheets of the images `shown`, pictures of the whole split; its numbers."""
     folder, numbers, net = Path(args.figures), {}, nets[args.checkpoint]
-    shown = dataset.palette, dataset.classes
-    for index in data.telling(dataset, 8):
+    names = dataset.palette, dataset.classes
+    for index in shown:
         image, truth = dataset[index]
         if args.compare:
-            picture = comparison_sheet(nets, image, truth, *shown, device, args.amp, **views)
+            picture = comparison_sheet(nets, image, truth, *names, device, args.amp, **views)
         else:
             prediction = label_map(net, image, device, args.amp, **views)
-            picture = figure_sheet(net, image, prediction, *shown, truth, args.pixel, args.amp)
+            picture = figure_sheet(net, image, prediction, *names, truth, args.pixel, args.amp)
         picture.save(folder / f"{dataset.name(index)}.png")
     rest = device, args.amp, args.workers
     if hasattr(net, "classifier") and not args.compare:
@@ -1043,11 +1044,9 @@ def _figures(nets, dataset, device, args, views):
         title += "its largest value"
         if occurs.sum() > 1:
             title += f"; the mean of two different classes is {others:.3f}"
-        picture = draw_matrix(dependency, dataset.classes, title)
-        picture.save(folder / "class_dependency.png")
-        if occurs.sum() > 1:
             numbers["class_dependency"] = others.item()
             print(f"class dependency: {others:.3f} between two classes, the mean (of 0…1)")
+        draw_matrix(dependency, dataset.classes, title).save(folder / "class_dependency.png")
     if getattr(net, "unity", None) is not None and not args.compare:  # a pyramid of outputs
         numbers["levels"] = levels(net, dataset, *rest, folder / "levels.png")
     print(f"figures: {folder}")

@@ -306,8 +306,7 @@ def sheet(names, output):
                     f"`{'`, `'.join(exercise.blank)}`. {total} marks.\n\nHint: {exercise.hint}\n\n"
                     "| part | marks | test |\n|---|---|---|")  # fmt: skip
         for what, test, marks in exercise.parts:
-            test = test.split("[")[0]
-            shown = f"`{test}`" if f"def {test}(" in here else "kept for grading"
+            shown = f"`{test.split('[')[0]}`" if holds(here, test) else "kept for grading"
             text.append(f"| {what} | {marks} | {shown} |")
         text.append("")
     return "\n".join(text)
@@ -421,6 +420,11 @@ class Recorder:
             self.record(item.name, words(error, self.pair) if error else "")
 
 
+def holds(source, part):
+    """Whether the test file `source` has the test of a part."""
+    return f"def {part.split('[')[0]}(" in source
+
+
 def matches(name, part):
     """Whether the pytest name `test[a-b]` belongs to the part `test` or `test[b`."""
     test, _, parameter = part.partition("[")
@@ -439,7 +443,7 @@ def run_tests(names, record, limit=60):
         file = ROOT / "tests" / f"test_{name.split('.')[0]}.py"
         source = file.read_text()
         tests = [test for _, test, _ in EXERCISES[name].parts]
-        here = [test for test in tests if f"def {test.split('[')[0]}(" in source]
+        here = [test for test in tests if holds(source, test)]
         wanted += here
         files += [f"{file}::{test.split('[')[0]}" for test in here]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -482,7 +486,7 @@ def marked(lines, name, ended="the process ended in this part, or before it"):
     for what, test, marks in EXERCISES[name].parts:
         found = [why for item, why in results if matches(item, test)]
         failed = broken or next((why for why in found if why), "")
-        if f"def {test.split('[')[0]}(" not in source:
+        if not holds(source, test):
             failed = None
         elif not failed and (not found or len(found) < sum(matches(i, test) for i in collected)):
             failed = ended
