@@ -363,8 +363,8 @@ def words(error, pair):
 
 
 class Recorder:
-    """Of a pytest session: (test and its parameters, "" or what failed) of each test, as `record`
-    is told.
+    """A pytest plugin that runs the `wanted` tests, each at most `limit` seconds, and calls
+    `record(test with its parameters, "" or what failed)` after each.
     """
 
     def __init__(self, wanted, record, limit):
