@@ -793,7 +793,9 @@ def run(given, output, resume):
         print(f"Look at {folder}/samples.png: image, truth and prediction of four images.")
         command = f"python evaluate.py --checkpoint {shlex.quote(str(folder / which))}"
         print(f"Look inside the network: {command} --figures figures")
-        print(f"Read {file} beside its paper; the equations' tests: tests/test_{file}")
+        tests = Path(__file__).with_name("tests") / f"test_{file}"
+        known = f" beside its paper; the equations' tests: tests/{tests.name}" if tests.exists() else ""
+        print(f"Read {file}{known}")
     if lock:
         lock.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
