@@ -794,8 +794,8 @@ def run(given, output, resume):
         command = f"python evaluate.py --checkpoint {shlex.quote(str(folder / which))}"
         print(f"Look inside the network: {command} --figures figures")
         tests = Path(__file__).with_name("tests") / f"test_{file}"
-        known = f" beside its paper; the equations' tests: tests/{tests.name}" if tests.exists() else ""
-        print(f"Read {file}{known}")
+        also = f"; the equations' tests: tests/{tests.name}" if tests.exists() else ""
+        print(f"Read {file} beside its paper{also}")
     if lock:
         lock.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
