@@ -417,10 +417,10 @@ class SpecializeAndFuse(nn.Module):
         whole = all(type(s) is int for s in strides) and strides[-1:] == (4,)
         if not whole or not pairs or any(a <= b or a % b for a, b in pairs):
             raise ValueError(f"strides={strides}: expected multiples, coarse to fine, the last 4")
-        check = backbones.check_choices
-        check(output=(output, ("pyramid", "single", "auxiliary")))
-        check(policy=(policy, POLICIES), unity=(unity, UNITIES))
-        check(finest=(finest, ("pixel", "ignore_mixed")))
+        backbones.check_choices(
+            output=(output, ("pyramid", "single", "auxiliary")), policy=(policy, POLICIES),
+            unity=(unity, UNITIES), finest=(finest, ("pixel", "ignore_mixed")),
+        )  # fmt: skip
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}: expected a number in 0…1")
         if output == "single" and context == "anl_multi":

@@ -1,4 +1,6 @@
+import contextlib
 import gc
+import io
 import traceback
 from datetime import timedelta
 
@@ -24,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What was imported stays, and what tests leave is looked at seldom: a tenth of the time."""
+    """Without this the garbage collector takes a tenth of the tests' time."""
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
 
@@ -134,6 +136,20 @@ def two_processes(tmp_path_factory):
         pipe.send(None)
     for one in both:
         one.join(30)
+
+
+def in_group(main, arguments, rank, path=None):
+    """(status, output) of a script's `main(arguments)` as one process of `two_processes`, which are
+    a process group already. path: a folder to import from.
+    """
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        if path:
+            patch.syspath_prepend(path)
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(dist, "init_process_group", lambda _: dist.barrier())
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        return main(arguments), output.getvalue()
 
 
 def process(rank, folder, pipe):

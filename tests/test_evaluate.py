@@ -1,5 +1,3 @@
-import contextlib
-import io
 import json
 import math
 import shutil
@@ -11,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from conftest import in_group
 from PIL import Image
 from torch import nn
 
@@ -262,16 +260,6 @@ def test_evaluate_command_agrees_with_a_plain_loop(trained, tmp_path, capsys):
     assert result["images"] == 5 and result["IoU"].keys() == {"left", "right", "never"}
 
 
-def evaluated_in_group(arguments, rank):
-    """evaluate.py in one of two processes that are a process group already: status and output."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setenv("WORLD_SIZE", "2")
-        patch.setattr(dist, "init_process_group", lambda _: dist.barrier())
-        patch.setattr(dist, "destroy_process_group", lambda: None)
-        return evaluate.main(arguments), output.getvalue()
-
-
 def test_two_processes_give_the_numbers_of_one_with_unequal_shares(
     trained, tmp_path, two_processes
 ):
@@ -290,7 +278,7 @@ def test_two_processes_give_the_numbers_of_one_with_unequal_shares(
         "1",
     ]
     assert evaluate.main([*flags, "--json", str(one)]) == 0
-    outputs = two_processes(partial(evaluated_in_group, [*flags, "--json", str(two)]))
+    outputs = two_processes(partial(in_group, evaluate.main, [*flags, "--json", str(two)]))
     assert [status for status, _ in outputs] == [0, 0]
     assert sum(printed.count("pixel accuracy") for _, printed in outputs) == 1  # by one process
     a, b = json.loads(one.read_text()), json.loads(two.read_text())

@@ -1,6 +1,4 @@
-import contextlib
 import gc
-import io
 import json
 import os
 import shutil
@@ -13,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from conftest import in_group
 from PIL import Image
 from torch import nn
 
@@ -105,17 +103,6 @@ def start(arguments, method, processes=1, **how):
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
     )
-
-
-def run_in_group(arguments, method, rank):
-    """train.py in one of two processes that are a process group already: its status and output."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.syspath_prepend(method)
-        patch.setenv("WORLD_SIZE", "2")
-        patch.setattr(dist, "init_process_group", lambda _: dist.barrier())
-        patch.setattr(dist, "destroy_process_group", lambda: None)
-        return train.main(arguments), output.getvalue()
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -282,7 +269,8 @@ def test_a_signal_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
     assert signal.getsignal(number) is signal.SIG_DFL  # as it was before the run
 
 
-def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, capsys, processes=2):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, capsys, processes):
     # `timeout`, torchrun and job schedulers signal every process of a group, the loaders' workers
     # among them
     folder = tmp_path / "run"
@@ -351,7 +339,7 @@ def test_two_processes_equal_one_with_the_joint_batch(flags, method, tmp_path, t
         "idle=true",
     ]  # as the norms of a Swin Transformer's finer maps, where nothing reads those
     assert train.main([*flags, "--output", str(one)]) == 0
-    run = partial(run_in_group, [*flags, "--output", str(two)], method)
+    run = partial(in_group, train.main, [*flags, "--output", str(two)], path=method)
     (first, printed), (second, nothing) = two_processes(run)
     assert first == second == 0
     assert printed.count("best mIoU") == 1 and nothing == ""
@@ -375,7 +363,7 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(
         if processes == 1:
             assert train.main(given) == 0
         else:
-            run = partial(run_in_group, given, method)
+            run = partial(in_group, train.main, given, path=method)
             assert [status for status, _ in two_processes(run)] == [0, 0]
         found.append(weights(folder))
         logs.append(train.read_log(folder)[0])
@@ -508,7 +496,7 @@ def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, tw
     assert train.main([*flags, "--output", str(without)]) == 0
     flags.append("--car")
     assert train.main([*flags, "--output", str(one)]) == 0
-    run = partial(run_in_group, [*flags, "--output", str(two)], method)
+    run = partial(in_group, train.main, [*flags, "--output", str(two)], path=method)
     assert [status for status, _ in two_processes(run)] == [0, 0]
     a, b, c = weights(one), weights(two), weights(without)
     assert list(a) == list(c) and not torch.allclose(a["conv.weight"], c["conv.weight"], atol=1e-4)
