@@ -157,7 +157,7 @@ def test_authors_checkpoints_load_as_they_are(tmp_path, name, renamed):
     state.pop(known)
     torch.save({"model": state}, tmp_path / "w.pth")
     with pytest.raises(
-        ValueError, match=r"1 missing from the file \(features.5.(5.mlp.3|8.block.3).bias\)"
+        ValueError, match=r"1 missing from the file \['features.5.(5.mlp.3|8.block.3).bias'\]"
     ):
         backbones.build(name, weights=tmp_path / "w.pth")
 
@@ -188,9 +188,7 @@ def test_joint_pyramid_upsampling_by_its_words():
     found = jpu(maps)
     assert found.shape == (1, 8, 8, 16) == (1, jpu.channels, 8, 16)
     torch.testing.assert_close(found, torch.cat(parts, 1))
-    with pytest.raises(
-        ValueError, match="its output stride is 32, or 8 by Joint Pyramid Upsampling"
-    ):
+    with pytest.raises(ValueError, match=r"output stride 16: swin_t has \[32, 8\]"):
         backbones.build("swin_t", 16)
 
 
@@ -216,15 +214,12 @@ def test_swin_l_has_its_papers_size():
 
 
 @pytest.mark.network
-def test_swin_cannot_be_dilated_and_swin_l_not_downloaded():
-    with pytest.raises(ValueError, match="swin_t cannot be dilated: its output stride is 32"):
-        backbones.build("swin_t", 16)
-    with pytest.raises(ValueError, match="without multi_grid"):
+def test_what_cannot_be_dilated_says_so_and_swin_l_is_not_downloaded():
+    with pytest.raises(ValueError, match=r"output stride 16: hrnet_w18 has \[32\]"):
+        backbones.build("hrnet_w18", 16)
+    with pytest.raises(ValueError, match="convnext_tiny has no multi_grid"):
         backbones.build("convnext_tiny", 8, multi_grid=(1, 2, 4))
-    with (
-        torch.device("meta"),
-        pytest.raises(ValueError, match="no weights of swin_l; give the path"),
-    ):
+    with pytest.raises(ValueError, match="weights of swin_l could not .*; give the path"):
         backbones.build("swin_l", weights="imagenet")
 
 
@@ -277,7 +272,7 @@ def test_hrnet_names_follow_the_authors_checkpoints(tmp_path):
     torch.save(state | rest, tmp_path / "w.pth")
     again = backbones.build("hrnet_w18", weights=tmp_path / "w.pth").body.state_dict()
     assert all(torch.equal(again[name], state[name]) for name in state)
-    with pytest.raises(ValueError, match="no weights of hrnet_w18; give the path"):
+    with pytest.raises(ValueError, match="weights of hrnet_w18 could not .*; give the path"):
         backbones.build("hrnet_w18", weights="imagenet")
 
 
@@ -394,7 +389,9 @@ def test_multi_grid_repeats_its_last_factor():
 
 @pytest.mark.network
 def test_multi_grid_is_for_resnets():
-    with pytest.raises(ValueError, match="last blocks of a ResNet or xception65"):
+    with pytest.raises(
+        ValueError, match="mobilenet_v2 has no multi_grid; ResNets and xception65 have it"
+    ):
         backbones.build("mobilenet_v2", 16, multi_grid=(1, 2, 4))
 
 
@@ -552,7 +549,7 @@ def test_xception65_loads_its_own_weights_and_has_none_of_torchvision(tmp_path):
         for key, value in saved.items()
         if key.endswith(".weight")
     )
-    with pytest.raises(ValueError, match="torchvision has no weights of xception65; give the path"):
+    with pytest.raises(ValueError, match="weights of xception65 could not .*; give the path"):
         backbones.build("xception65", 16, "imagenet")
 
 
@@ -565,7 +562,7 @@ def test_unknown_name_lists_the_known_ones():
 @pytest.mark.network
 @pytest.mark.parametrize("stride", [4, 12, 64])
 def test_unknown_stride_lists_the_known_ones(stride):
-    with pytest.raises(ValueError, match=f"{stride}: .*32, 16 and 8"):
+    with pytest.raises(ValueError, match=rf"{stride}: .*\[32, 16, 8\]"):
         backbones.build("resnet18", stride)
 
 
@@ -631,13 +628,13 @@ def test_classifier_of_another_number_of_classes_is_no_obstacle(tmp_path):
     [
         (
             lambda state: state.pop("layer1.0.conv1.weight"),
-            r"1 missing from the file \(layer1.0.conv1.weight\)",
+            r"1 missing from the file \['layer1.0.conv1.weight'\], 0 not in the network \[\]",
         ),
-        (lambda state: state.update(extra=torch.zeros(2)), r"1 not in the network \(extra\)"),
+        (lambda state: state.update(extra=torch.zeros(2)), r"1 not in the network \['extra'\]"),
         (
             lambda state: state.update({"layer2.0.conv1.weight": torch.zeros(128, 64, 1, 1)}),
-            r"1 of another shape \(layer2.0.conv1.weight \[128, 64, 1, 1\] in the file, \[128, 64, "
-            r"3, 3\] in the network",
+            r"size mismatch for layer2.0.conv1.weight: .*\[128, 64, 1, 1\].* from checkpoint, .*"
+            r"\[128, 64, 3, 3\]",
         ),
     ],
     ids=["missing", "extra", "shape"],
@@ -652,9 +649,9 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path, change, message):
 @pytest.mark.system
 def test_weights_of_another_network_name_few_keys_of_many(tmp_path):
     path = saved(tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="missing from the file .*…") as caught:
+    with pytest.raises(ValueError, match="80 missing from the file .* 0 not in the") as caught:
         backbones.build("resnet34", weights=path)
-    assert len(str(caught.value)) < 600
+    assert str(caught.value).count("layer") == 4 and len(str(caught.value)) < 600
 
 
 @pytest.mark.system
