@@ -101,7 +101,7 @@ class Backbone(nn.Module):
             maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps)]
         return maps if self.jpu is None else [*maps[:3], self.jpu(maps[1:])]
 
-    # The functions of the same names below, for this kind of backbone:
+    # These call the functions of the same names below, for this kind of backbone.
     def upsample(self, x, stride, size):
         return upsample(x, stride, size, self.patches)
 
@@ -118,7 +118,8 @@ class Backbone(nn.Module):
 class _Levels(nn.Sequential):
     """A model's layers up to its last level: images -> the outputs of the layers named in `ends`.
 
-    (torchvision's create_feature_extractor would reorder the parameters of a Swin Transformer.)
+    torchvision's create_feature_extractor reorders the parameters of a Swin Transformer, hides its
+    layers from hooks, and traces for up to 0.7 s.
     """
 
     def __init__(self, model, ends):
@@ -208,7 +209,7 @@ def _model(name, weights, output_stride=32, multi_grid=None):
 
 
 def _dilate(model, output_stride, multi_grid):
-    """Trade the strides beyond `output_stride` for dilation."""
+    """Replace the strides beyond `output_stride` by dilation."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     strided = [conv for conv in convs if conv.stride[0] > 1 and conv.kernel_size[0] > 1]
     removed = strided[len(strided) - {32: 0, 16: 1, 8: 2}[output_stride] :]
@@ -384,12 +385,10 @@ class HighResolutionModule(nn.Module):
 
 
 class HRNet(nn.Module):
-    """High-resolution network (Wang et al., TPAMI 2019): `[N, 3, H, W]` -> four maps, strides 4, 8,
-    16, 32, finest first.
+    """High-resolution network (Wang et al., TPAMI 2019): `[N, 3, H, W]` -> four maps, finest first.
 
-    The names are those of the authors' ImageNet checkpoints (HRNet-Image-Classification), which
-    load as they are; what belongs to their classifier is dropped. Coarser maps are upsampled
-    bilinearly, as in their code for segmentation.
+    The authors' ImageNet checkpoints (HRNet-Image-Classification) load as they are. Coarser maps
+    are upsampled bilinearly, as in their code for segmentation.
     """
 
     def __init__(self, channels):
@@ -441,12 +440,6 @@ _CLASSIFIERS = ("fc.", "classifier.", "norm.", "head.", "incre_", "downsamp_", "
 _FORM = ("num_batches_tracked", "relative_position_index", "attn_mask")
 
 
-def _renamed(key):
-    for pattern, name in _RENAMED:
-        key = re.sub(pattern, name, key)
-    return key
-
-
 def _compared(keys):
     return [k for k in keys if not k.startswith(_CLASSIFIERS) and not k.endswith(_FORM)]
 
@@ -471,7 +464,8 @@ def load_weights(model, path):
             state = state[name]
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"'{path}' holds no state dict, also not under 'model' or 'state_dict'")
-    state = {_renamed(str(key)): x for key, x in state.items()}
+    for pattern, name in _RENAMED:
+        state = {re.sub(pattern, name, str(key)): x for key, x in state.items()}
     state = {key: state[key] for key in _compared(state)}
     for key in (key for key in state if key.endswith("layer_scale")):
         state[key] = state[key].reshape(-1, 1, 1)  # the authors' are flat
@@ -517,10 +511,10 @@ def average_pool(x, size):
 def joint_mean(values, counted):
     """The mean of `values` where `counted`, over all processes: scalar.
 
-    values: float, counted: bool, of one shape. It is 0, with a zero gradient, where nothing is
-    counted. DistributedDataParallel averages gradients over its
-    processes, so each process divides by its share of the common count: two processes give the
-    result and the gradient of one with the joint batch. All of them must call it.
+    values: float, counted: bool, of one shape. Where nothing is counted it is 0, with a zero
+    gradient. DistributedDataParallel averages gradients over its processes, so each process divides
+    by its share of the common count: two processes give the result and the gradient of one with the
+    joint batch. All of them must call it.
     """
     count = counted.sum()
     if dist.is_initialized():
@@ -542,10 +536,9 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 # ---------------------------------------------------------------------------------------- alignment
 #
 # Where the positions of a map are on the image. A convolution of stride s, kernel size K and
-# padding K//2 computes its output i around pixel i·s. So n + 1 positions span n·s + 1 pixels, for
-# stride 4:
+# padding K//2 computes its output i around pixel i·s. So n + 1 positions span n·s + 1 pixels:
 #
-#     pixel       0   1   2   3   4   5   6   7   8          2·4 + 1 pixels
+#     pixel       0   1   2   3   4   5   6   7   8          stride 4: 2·4 + 1 pixels
 #     position    0               1               2          3 positions
 #
 # The papers' crops have such sides: 513 = 16·32 + 1, 769 = 24·32 + 1. Other images are extended to
@@ -648,24 +641,25 @@ def check_choices(**options):
 
 
 def check_options(network, options, *parts):
-    """`options`, if each is a keyword-only argument of the class `network`, or of one of the
-    classes `parts`, to which it hands them on; else a ValueError that lists those.
+    """`options`, checked: each is a keyword-only argument of the class `network`, or of one of the
+    classes `parts`, to which `network` hands it on.
 
-    A value is True or False where the default is, and a number where the default is a float; else
-    a ValueError.
+    ValueError for an unknown one: it lists the known ones. ValueError also where the default is
+    True or False and the value is neither, or the default is a float and the value not a number.
     """
     parameters = [p for c in (network, *parts) for p in inspect.signature(c).parameters.values()]
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    unknown = sorted(set(options) - set(known))
+    unknown = ", ".join(sorted(set(options) - set(known)))
     if unknown:
         listed = ", ".join(f"{name}={default!r}" for name, default in known.items())
-        text = f"{network.__name__} has no option {', '.join(unknown)}"
-        raise ValueError(f"{text}; its options and defaults are {listed}")
+        raise ValueError(
+            f"{network.__name__} has no option {unknown}; its options and defaults are {listed}"
+        )
     for name, value in options.items():
         kind, switch = type(known[name]), isinstance(value, bool)
-        number = isinstance(value, (int, float)) and not switch
         if kind is bool and not switch:
             raise ValueError(f"{name}={value!r}: expected True or False")
+        number = isinstance(value, (int, float)) and not switch
         if (kind is float and not number) or (kind is int and switch):
             raise ValueError(f"{name}={value!r}: expected a number")
     return options
