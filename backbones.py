@@ -212,7 +212,7 @@ def _dilate(model, output_stride, multi_grid):
     """Replace the strides beyond `output_stride` by dilation."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     strided = [conv for conv in convs if conv.stride[0] > 1 and conv.kernel_size[0] > 1]
-    removed = strided[len(strided) - {32: 0, 16: 1, 8: 2}[output_stride] :]
+    removed = strided[len(strided) - 16 // output_stride :]  # the last 0, 1 or 2
     rate = 1
     for conv in convs:
         _set_rate(conv, rate)
@@ -627,10 +627,10 @@ def one_pixel(pixel, size):
     ValueError where it is outside.
     """
     H, W = size
-    row, column = (H // 2, W // 2) if pixel is None else pixel
-    if not (0 <= row < H and 0 <= column < W):
-        raise ValueError(f"pixel ({row}, {column}) is outside the image of {H} rows, {W} columns")
-    return row, column
+    i, j = (H // 2, W // 2) if pixel is None else pixel
+    if not (0 <= i < H and 0 <= j < W):
+        raise ValueError(f"pixel ({i}, {j}) is outside the image: it has {H} rows and {W} columns")
+    return i, j
 
 
 def check_choices(**options):
