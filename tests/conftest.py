@@ -127,7 +127,7 @@ def two_processes(tmp_path_factory):
     def run(share):
         for pipe, _ in pipes:
             pipe.send(share)
-        errors = [pipe.recv() if pipe.poll(120) else "no answer" for pipe, _ in pipes]
+        errors = [pipe.recv() if pipe.poll(600) else "no answer" for pipe, _ in pipes]
         assert errors == ["", ""]
         return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -154,7 +154,7 @@ def in_group(main, arguments, rank, path=None):
 
 def process(rank, folder, pipe):
     torch.set_num_threads(1)
-    how = dict(init_method=f"file://{folder}/store", timeout=timedelta(seconds=60))
+    how = dict(init_method=f"file://{folder}/store", timeout=timedelta(seconds=600))
     dist.init_process_group("gloo", rank=rank, world_size=2, **how)
     while (share := pipe.recv()) is not None:
         try:
