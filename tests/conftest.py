@@ -37,34 +37,6 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_weights():
-    """Large weights repeat a drawn block: drawing them takes longer than most tests.
-
-    The block's length is a prime, so no two rows of a weight are equal.
-    """
-    block, drawn = 10_007, {name: getattr(torch.Tensor, name) for name in ("uniform_", "normal_")}
-
-    def filled(draw):
-        def fill(tensor, *args, **kwargs):
-            repeats = tensor.numel() // block
-            if repeats < 2 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-                return draw(tensor, *args, **kwargs)
-            flat = tensor.view(-1)
-            first = draw(flat[:block], *args, **kwargs)
-            flat[block : repeats * block].view(repeats - 1, block).copy_(first)
-            flat[repeats * block :] = first[: tensor.numel() - repeats * block]
-            return tensor
-
-        return fill
-
-    for name, draw in drawn.items():
-        setattr(torch.Tensor, name, filled(draw))
-    yield
-    for name, draw in drawn.items():
-        setattr(torch.Tensor, name, draw)
-
-
 class Largest(TorchDispatchMode):
     """The most numbers that any tensor holds while it is active."""
 
