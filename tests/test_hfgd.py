@@ -717,8 +717,9 @@ def test_patches_lie_where_they_are(upsampler):
 @pytest.mark.parametrize("encoder", ["ours", "identity"])
 def test_class_dependency_is_of_what_car_acts_on_or_of_what_is_classified(encoder):
     net = network(encoder=encoder).eval()
-    pairs = [(image[None], label[None]) for image, label in zip(*scene(65, 65))]
-    features = []
+    images, labels = scene(65, 65)
+    labels[0, 32, ::32] = torch.arange(3)  # each class occurs at one position at least
+    pairs, features = [(image[None], label[None]) for image, label in zip(images, labels)], []
     (net.encoder.last if encoder == "ours" else net.classifier).register_forward_pre_hook(
         lambda module, inputs: features.append(inputs[0])
     )
