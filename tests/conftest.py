@@ -1,6 +1,7 @@
 import contextlib
 import gc
 import io
+import sys
 import traceback
 from datetime import timedelta
 
@@ -108,6 +109,30 @@ def two_processes(tmp_path_factory):
         pipe.send(None)
     for one in both:
         one.join(30)
+
+
+# Hides what Windows lacks. As sitecustomize.py on PYTHONPATH it does so in every process.
+WITHOUT_POSIX = """
+import os, signal, sys
+for module, names in (
+    (os, "setsid killpg getpgid sched_getaffinity"),
+    (signal, "SIGHUP SIGUSR1 SIGALRM setitimer ITIMER_REAL"),
+):
+    for name in names.split():
+        vars(module).pop(name, None)
+sys.modules["fcntl"] = None
+"""
+
+
+def without_posix(script, *arguments):
+    """The command that runs a script as on Windows, as far as names can be missing here."""
+    run = """
+import runpy
+del sys.argv[0]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    return [sys.executable, "-c", WITHOUT_POSIX + run, str(script), *map(str, arguments)]
 
 
 def in_group(main, arguments, rank, path=None):
