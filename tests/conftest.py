@@ -38,6 +38,18 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+# A sixth of ResNet-18's weights, for networks that are trained. In evaluation mode its features are
+# next to 0 without pretrained norms, and tests would compare nothing.
+LIGHT = "mobilenet_v2"
+
+
+@pytest.fixture
+def meta():
+    """Networks of the test have no weights, which is enough to see what layers they have."""
+    with torch.device("meta"):
+        yield
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that any tensor holds while it is active."""
 
