@@ -1,6 +1,7 @@
 import contextlib
 import gc
 import io
+import sys
 import traceback
 from datetime import timedelta
 
@@ -37,32 +38,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick_weights():
-    """Large weights repeat a drawn block: drawing them takes longer than most tests.
+# A sixth of ResNet-18's weights, for networks that are trained. In evaluation mode its features are
+# next to 0 without pretrained norms, and tests would compare nothing.
+LIGHT = "mobilenet_v2"
 
-    The block's length is a prime, so no two rows of a weight are equal.
-    """
-    block, drawn = 10_007, {name: getattr(torch.Tensor, name) for name in ("uniform_", "normal_")}
 
-    def filled(draw):
-        def fill(tensor, *args, **kwargs):
-            repeats = tensor.numel() // block
-            if repeats < 2 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-                return draw(tensor, *args, **kwargs)
-            flat = tensor.view(-1)
-            first = draw(flat[:block], *args, **kwargs)
-            flat[block : repeats * block].view(repeats - 1, block).copy_(first)
-            flat[repeats * block :] = first[: tensor.numel() - repeats * block]
-            return tensor
-
-        return fill
-
-    for name, draw in drawn.items():
-        setattr(torch.Tensor, name, filled(draw))
-    yield
-    for name, draw in drawn.items():
-        setattr(torch.Tensor, name, draw)
+@pytest.fixture
+def meta():
+    """Networks of the test have no weights, which is enough to see what layers they have."""
+    with torch.device("meta"):
+        yield
 
 
 class Largest(TorchDispatchMode):
@@ -127,7 +112,7 @@ def two_processes(tmp_path_factory):
     def run(share):
         for pipe, _ in pipes:
             pipe.send(share)
-        errors = [pipe.recv() if pipe.poll(120) else "no answer" for pipe, _ in pipes]
+        errors = [pipe.recv() if pipe.poll(600) else "no answer" for pipe, _ in pipes]
         assert errors == ["", ""]
         return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -136,6 +121,30 @@ def two_processes(tmp_path_factory):
         pipe.send(None)
     for one in both:
         one.join(30)
+
+
+# Hides what Windows lacks. As sitecustomize.py on PYTHONPATH it does so in every process.
+WITHOUT_POSIX = """
+import os, signal, sys
+for module, names in (
+    (os, "setsid killpg getpgid sched_getaffinity"),
+    (signal, "SIGHUP SIGUSR1 SIGALRM setitimer ITIMER_REAL"),
+):
+    for name in names.split():
+        vars(module).pop(name, None)
+sys.modules["fcntl"] = None
+"""
+
+
+def without_posix(script, *arguments):
+    """The command that runs a script as on Windows, as far as names can be missing here."""
+    run = """
+import runpy
+del sys.argv[0]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    return [sys.executable, "-c", WITHOUT_POSIX + run, str(script), *map(str, arguments)]
 
 
 def in_group(main, arguments, rank, path=None):
@@ -154,7 +163,7 @@ def in_group(main, arguments, rank, path=None):
 
 def process(rank, folder, pipe):
     torch.set_num_threads(1)
-    how = dict(init_method=f"file://{folder}/store", timeout=timedelta(seconds=60))
+    how = dict(init_method=f"file://{folder}/store", timeout=timedelta(seconds=600))
     dist.init_process_group("gloo", rank=rank, world_size=2, **how)
     while (share := pipe.recv()) is not None:
         try:

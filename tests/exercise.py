@@ -7,8 +7,8 @@
 `make` copies the code without the bodies of these functions. Parts whose tests hold a solution are
 kept for grading. In the handout, `python tests/exercise.py grade .` marks the others. `grade` runs
 the tests of the repository that it is started in against one file of each folder for each exercise,
-never the folder's own tests, in a process of its own with a time limit. That process can do what
-Python can: grade in a container.
+never the folder's own tests, in a process of its own with a time limit. On Windows only the process
+has a limit, not each test. That process can do what Python can: grade in a container.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from typing import NamedTuple
 from _pytest.outcomes import Failed
 
 ROOT = Path(__file__).resolve().parent.parent
+ALARM = hasattr(signal, "setitimer")  # Windows has none
+STARTING = 60  # seconds that a process has besides those of its tests
 
 
 class Exercise(NamedTuple):
@@ -281,10 +283,10 @@ def make(names, output):
     for module in modules:
         exercises = [EXERCISES[name] for name in names if name.startswith(f"{module}.")]
         for change, file in (blanked, f"{module}.py"), (handed_out, f"tests/test_{module}.py"):
-            (output / file).write_text(change((ROOT / file).read_text(), exercises))
-    (output / "exercise.json").write_text(json.dumps(names) + "\n")
-    (output / "EXERCISE.md").write_text(sheet(names, output))
-    text = (output / "EXERCISE.md").read_text()
+            (output / file).write_text(change((ROOT / file).read_text("utf-8"), exercises), "utf-8")
+    (output / "exercise.json").write_text(json.dumps(names) + "\n", "utf-8")
+    (output / "EXERCISE.md").write_text(sheet(names, output), "utf-8")
+    text = (output / "EXERCISE.md").read_text("utf-8")
     print(f"{output}: {', '.join(names)}; EXERCISE.md is for the students")
     for name in names:
         if not any(f"`{t.split('[')[0]}`" in text for _, t, _ in EXERCISES[name].parts):
@@ -300,7 +302,7 @@ def sheet(names, output):
             "teacher's. Of what you submit, only the files named below are read.\n"]  # fmt: skip
     for name in names:
         exercise, module = EXERCISES[name], name.split(".")[0]
-        here = (output / f"tests/test_{module}.py").read_text()
+        here = (output / f"tests/test_{module}.py").read_text("utf-8")
         total = sum(marks for *_, marks in exercise.parts)
         text.append(f"## {exercise.title}\n\n{exercise.source}. Write in `{module}.py`: "
                     f"`{'`, `'.join(exercise.blank)}`. {total} marks.\n\nHint: {exercise.hint}\n\n"
@@ -405,13 +407,15 @@ class Recorder:
         self.patch.setattr(torch.testing, "assert_close", assert_close)
         for name in compare:
             self.patch.setattr(torch, name, partial(same, name))
-        signal.signal(signal.SIGALRM, expire)
-        signal.setitimer(signal.ITIMER_REAL, self.limit)
+        if ALARM:
+            signal.signal(signal.SIGALRM, expire)
+            signal.setitimer(signal.ITIMER_REAL, self.limit)
         if item.originalname in self.stuck:
             expire()
 
     def pytest_runtest_teardown(self):
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if ALARM:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         self.patch.undo()
 
     def pytest_runtest_makereport(self, item, call):
@@ -441,7 +445,7 @@ def run_tests(names, record, limit=60):
     wanted, files = [], []
     for name in names:
         file = ROOT / "tests" / f"test_{name.split('.')[0]}.py"
-        source = file.read_text()
+        source = file.read_text("utf-8")
         tests = [test for _, test, _ in EXERCISES[name].parts]
         here = [test for test in tests if holds(source, test)]
         wanted += here
@@ -455,7 +459,7 @@ def run(folder, name, file, limit):
     """What the process of `grade` does: writes a line to `file` for each test."""
 
     def record(name, result):
-        with open(file, "a") as target:
+        with open(file, "a", encoding="utf-8") as target:
             target.write(json.dumps([name, result]) + "\n")
 
     sys.path.insert(0, str(ROOT))
@@ -482,7 +486,7 @@ def marked(lines, name, ended="the process ended in this part, or before it"):
             results.append(tuple(json.loads(line)))
     collected = next((value for name, value in results if name == "collected"), [])
     broken = next((value for name, value in results if name == "broken"), None)
-    source = (ROOT / "tests" / f"test_{name.split('.')[0]}.py").read_text()
+    source = (ROOT / "tests" / f"test_{name.split('.')[0]}.py").read_text("utf-8")
     for what, test, marks in EXERCISES[name].parts:
         found = [why for item, why in results if matches(item, test)]
         failed = broken or next((why for why in found if why), "")
@@ -495,8 +499,11 @@ def marked(lines, name, ended="the process ended in this part, or before it"):
 
 
 def grade(folder, name, limit):
-    """`marked` of one submission. limit: seconds for one test; all have ten times that, plus 60."""
-    with tempfile.TemporaryDirectory() as temporary:
+    """`marked` of one submission. limit: seconds for one test; the process has ten times that, and
+    STARTING.
+    """
+    seconds = STARTING + 10 * limit
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         file, ended = Path(temporary) / "results.jsonl", {}
         command = [sys.executable, "-B", Path(__file__).resolve(), "run", Path(folder).resolve()]
         kwargs = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=temporary)
@@ -504,13 +511,16 @@ def grade(folder, name, limit):
             [*command, file, str(limit), name], start_new_session=True, **kwargs
         )
         try:
-            process.wait(60 + 10 * limit)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            ended["ended"] = f"stopped after {60 + 10 * limit:g} seconds, in this part or before it"
+            ended["ended"] = f"stopped after {seconds:g} seconds, in this part or before it"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it started, too
-        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+            process.kill()
+            process.wait()
+        lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
     return marked(lines, name, **ended)
 
 
@@ -533,7 +543,7 @@ def grade_all(folders, names, limit, output):
             folder: {name: [dict(zip(keys, part)) for part in parts] for name, parts in g.items()}
             for folder, g in everything.items()
         }
-        Path(output).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+        Path(output).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", "utf-8")
     for folder, grades in everything.items():
         print(folder)
         for name, parts in grades.items():
@@ -554,7 +564,7 @@ def handed(folder):
     """The exercises that the handout's exercise.json names."""
     path = Path(folder) / "exercise.json"
     try:
-        return check(json.loads(path.read_text()))
+        return check(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         sys.exit(f"exercise.py: '{path}' cannot be read; give --exercise NAME …")
 

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LIGHT
 
 import backbones
 import caa
@@ -532,6 +533,7 @@ def test_queries_are_linear_as_printed_and_behind_a_relu_as_released(attention):
         torch.testing.assert_close(released(x), printed(x).relu() / 0.7)
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 @pytest.mark.parametrize(
     "options", [dict(), dict(dual="parallel"), dict(dual="sequential")], ids=str
@@ -542,6 +544,7 @@ def test_released_reaches_the_queries(options):
         assert has_relu(attention.theta) == has_relu(attention.phi) == released
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 def test_queries_are_linear_where_nothing_is_said():
     for attention in (
@@ -691,8 +694,8 @@ def test_float16_features_are_pooled_in_float32():
 # -------------------------------------------------------------------------------------- the network
 
 
-def small(num_classes=5, output_stride=16, **options):
-    return caa.build(num_classes, "resnet18", output_stride=output_stride, **options)
+def small(num_classes=5, output_stride=16, backbone="resnet18", **options):
+    return caa.build(num_classes, backbone, output_stride=output_stride, **options)
 
 
 def batch(N=2, H=64, W=48, num_classes=5):
@@ -730,7 +733,7 @@ def at_pixels(m, stride, size):
 @pytest.mark.network
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_trains_every_parameter(options):
-    net, (images, labels) = open_gammas(small(**options)), batch()
+    net, (images, labels) = open_gammas(small(backbone=LIGHT, **options)), batch()
     losses = net(images, labels)
     names = {"cross_entropy"} | ({"auxiliary"} if options.get("auxiliary", True) else set())
     names |= {"parallel": {"spatial", "channel"}, "sequential": {"channel"}}.get(
@@ -1401,6 +1404,7 @@ def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder)
     )
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 def test_unknown_option_lists_the_known_ones_with_their_defaults():
     with pytest.raises(ValueError) as error:
@@ -1413,6 +1417,7 @@ def test_unknown_option_lists_the_known_ones_with_their_defaults():
         assert part in str(error.value)
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 @pytest.mark.parametrize(
     "make, named",

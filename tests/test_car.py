@@ -3,6 +3,7 @@ float64; its layers against literal compositions; `regularize` with networks of 
 """
 
 import copy
+import functools
 import math
 from collections import OrderedDict
 from itertools import product
@@ -10,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LIGHT
 from torch import nn
 from torchvision.models import segmentation
 
@@ -694,14 +696,19 @@ def test_labels_are_read_at_the_pixels_given_and_at_the_last_beyond():
     assert found.tolist() == [[[2, 5], [4002, 4005], [6002, 6005]]]
 
 
+@functools.cache
+def without_weights(name, output_stride):
+    with torch.device("meta"):
+        return backbones.build(name, output_stride)
+
+
 @pytest.mark.equation
 @pytest.mark.parametrize("side", [513, 512, 360, 97, 64, 50, 34, 33, 2])
 @pytest.mark.parametrize("name, output_stride", [("resnet18", 32), ("resnet18", 8), ("swin_t", 32)])
 def test_networks_of_this_repository_know_where_their_positions_are(name, output_stride, side):
-    with torch.device("meta"):
-        net = nn.Module()
-        net.backbone, net.regularized = backbones.build(name, output_stride), "classifier"
-        maps = net.backbone(torch.empty(1, 3, 64, side))
+    net = nn.Module()
+    net.backbone, net.regularized = without_weights(name, output_stride), "classifier"
+    maps = net.backbone(torch.empty(1, 3, 64, side, device="meta"))
     for stride, x in zip(net.backbone.strides, maps):
         expected = [net.backbone.positions(stride, n).tolist() for n in x.shape[2:]]
         assert [p.tolist() for p in car.pixels_of(net, (64, side), x.shape[2:])] == expected
@@ -1076,7 +1083,7 @@ def test_every_network_names_its_last_linear_output_or_its_features_before_dropo
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_trains_every_parameter_at_odd_sizes(head, released):
-    net = car.build(4, "resnet18", head=head, released=released, auxiliary=True).train()
+    net = car.build(4, LIGHT, head=head, released=released, auxiliary=True).train()
     images, labels = torch.randn(2, 3, 37, 50), torch.randint(4, (2, 37, 50))
     losses = net(images, labels)
     assert list(losses) == ["cross_entropy", "auxiliary", *TERMS]

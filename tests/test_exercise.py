@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import exercise
 import pytest
+from conftest import WITHOUT_POSIX, without_posix
 
 pytestmark = pytest.mark.system
 
@@ -32,10 +34,10 @@ WRONG = {
 
 
 def source(name):
-    return (exercise.ROOT / f"{name.split('.')[0]}.py").read_text()
+    return (exercise.ROOT / f"{name.split('.')[0]}.py").read_text("utf-8")
 
 
-def graded(names, limit=60):
+def graded(names, limit=600):
     """{exercise: [what failed, "" where a part is right]}, in this process."""
     lines, conftest = [], sys.modules["conftest"]
     exercise.run_tests(names, lambda *line: lines.append(json.dumps(line)), limit)
@@ -83,20 +85,23 @@ def test_a_handout_has_no_solution(tmp_path):
         folder = tmp_path / name
         exercise.make([name], folder)
         module = name.split(".")[0]
-        code, tests = (folder / f"{module}.py").read_text(), folder / f"tests/test_{module}.py"
+        code, tests = (
+            (folder / f"{module}.py").read_text("utf-8"),
+            folder / f"tests/test_{module}.py",
+        )
         assert code.count("raise NotImplementedError(") == len(one.blank)
         compile(code, module, "exec")
-        assert not any(f"def {solution}(" in tests.read_text() for solution in one.solutions)
-        compile(tests.read_text(), tests.name, "exec")
+        assert not any(f"def {solution}(" in tests.read_text("utf-8") for solution in one.solutions)
+        compile(tests.read_text("utf-8"), tests.name, "exec")
         original, own = (
             exercise.functions(exercise.ast.parse(text)) for text in (source(name), code)
         )
         for function, node in original.items():  # all else is as it was
             same = exercise.ast.dump(node) == exercise.ast.dump(own[function])
             assert same == (function not in one.blank)
-        sheet = (folder / "EXERCISE.md").read_text()
+        sheet = (folder / "EXERCISE.md").read_text("utf-8")
         assert all(part[0] in sheet for part in one.parts) and one.hint in sheet
-    assert "Derivation" not in (tmp_path / "caa.channelized/caa.py").read_text().split(
+    assert "Derivation" not in (tmp_path / "caa.channelized/caa.py").read_text("utf-8").split(
         "def channel_map")[0].split("def channelized(")[1]  # fmt: skip
     with pytest.raises(SystemExit, match="exists; give a new --output folder"):
         exercise.make(["caa.channelized"], tmp_path)
@@ -112,28 +117,87 @@ def test_a_class_is_graded(tmp_path, capsys):
     }
     for student, text in submissions.items():
         exercise.make([name, name], tmp_path / student)
-        (tmp_path / student / "pyramid_fuse.py").write_text(text)
+        (tmp_path / student / "pyramid_fuse.py").write_text(text, "utf-8")
         shutil.rmtree(tmp_path / student / "tests")  # they are not what is graded by
     (tmp_path / "eve" / "exercise.json").write_text('["car.class_centers", 3]')  # nor this
     output = tmp_path / "grades.json"
-    exercise.grade_all([tmp_path / student for student in submissions], [], 10, output)
-    printed, grades = capsys.readouterr().out, json.loads(output.read_text())
+    exercise.grade_all([tmp_path / student for student in submissions], [], 600, output)
+    printed, grades = capsys.readouterr().out, json.loads(output.read_text("utf-8"))
     grades = {Path(folder).name: marks for folder, marks in grades.items()}
     found = {s: [p["failed"] for p in grades[s][name]] for s in submissions}
     assert found["ben"][0].startswith("expected ") and found["ben"][3] == ""
     assert set(found["eve"]) == {"the process ended in this part, or before it"}
     rows = [line.split() for line in printed.splitlines()[-2:]]
-    assert [row[0].rpartition("/")[2] for row in rows] == list(submissions)
+    assert [Path(row[0]).name for row in rows] == list(submissions)
     assert rows[1][1:] == ["0/5"] * 2
 
 
+# The loop shortens the alarm of its own test, so no other test has a short limit.
+ENDLESS = """
+    import signal
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0.01)
+    assert 0 < left <= 600
+    while True:
+        pass
+"""
+
+
 def test_an_endless_loop_fails_its_parts_alone(monkeypatch):
-    name, loop = "pyramid_fuse.fuse", "    while True:\n        pass\n"
-    text = source(name).replace("    finest = len(unity_prob)\n", loop)
-    solve(name, text, monkeypatch)
-    found = graded([name, "pyramid_fuse.pyramid_labels"], limit=0.3)
-    assert all(why.startswith("TimeoutError: not done after 0.3 sec") for why in found[name])
+    name, line = "pyramid_fuse.fuse", "    finest = len(unity_prob)\n"
+    assert source(name).count(line) == 1
+    solve(name, source(name).replace(line, ENDLESS), monkeypatch)
+    found = graded([name, "pyramid_fuse.pyramid_labels"])
+    assert all(why.startswith("TimeoutError: not done after 600 sec") for why in found[name])
     assert set(found["pyramid_fuse.pyramid_labels"]) == {""}
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_submission_that_never_ends_is_stopped(groups, tmp_path, monkeypatch):
+    if not groups:
+        monkeypatch.delattr(os, "killpg", raising=False)
+    monkeypatch.setattr(exercise, "STARTING", 1)
+    (tmp_path / "pyramid_fuse.py").write_text("import time\ntime.sleep(600)\n")
+    parts = exercise.grade(tmp_path, "pyramid_fuse.fuse", 0)
+    assert {why for *_, why in parts} == {"stopped after 1 seconds, in this part or before it"}
+
+
+def test_all_commands_work_from_any_folder_and_without_what_windows_lacks(tmp_path):
+    # Windows' files have another encoding than UTF-8, where none is given. Its pipes have, too.
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_POSIX)
+    environment = dict(
+        PYTHONPATH=str(tmp_path),
+        PYTHONWARNDEFAULTENCODING="1",
+        PYTHONWARNINGS="error::EncodingWarning:__main__",
+        PYTHONIOENCODING="cp1252",
+    )
+
+    def command(*arguments):
+        command = without_posix(exercise.__file__, *arguments)
+        kwargs = dict(cwd=tmp_path, env=os.environ | environment, capture_output=True)
+        done = subprocess.run(command, **kwargs)
+        assert done.returncode == 0, done.stderr.decode("cp1252")
+        return done.stdout.decode("cp1252")
+
+    name = "pyramid_fuse.fuse"
+    assert [line.split()[0] for line in command("list").splitlines()] == list(exercise.EXERCISES)
+    assert "EXERCISE.md is for the students" in command("make", name, "--output", "handout")
+    (tmp_path / "handout" / "pyramid_fuse.py").write_text(source(name), "utf-8")
+    marks = sum(marks for _, _, marks in exercise.EXERCISES[name].parts)
+    printed = command("grade", "handout", "--limit", "600", "--json", "marks.json")
+    assert f"{name:<42} {marks}/{marks}" in printed and "marks.json" in os.listdir(tmp_path)
+
+
+def test_a_copied_folder_is_imported_from_anywhere(tmp_path, monkeypatch):
+    files = [shutil.copy(path, tmp_path) for path in exercise.ROOT.glob("*.py")]
+    for file in files:
+        monkeypatch.setitem(sys.modules, Path(file).stem, None)  # so that the copy does not stay
+        del sys.modules[Path(file).stem]
+    elsewhere = [path for path in sys.path if Path(path).resolve() != exercise.ROOT]
+    monkeypatch.setattr(sys, "path", [*elsewhere, str(tmp_path)])
+    monkeypatch.chdir(tmp_path.parent)
+    for name in exercise.EXERCISES:
+        module = importlib.import_module(name.split(".")[0])
+        assert Path(module.__file__).parent == tmp_path
 
 
 def test_the_students_own_marks_are_of_what_is_handed_out(tmp_path):
@@ -158,9 +222,11 @@ def test_a_file_that_is_not_python_fails_all_parts(text, why, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "pyramid_fuse", importlib.import_module("pyramid_fuse"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     if text:
-        (tmp_path / "pyramid_fuse.py").write_text(text)
+        (tmp_path / "pyramid_fuse.py").write_text(text, "utf-8")
     exercise.run(tmp_path, "pyramid_fuse.fuse", tmp_path / "results", 10)
-    parts = exercise.marked((tmp_path / "results").read_text().splitlines(), "pyramid_fuse.fuse")
+    parts = exercise.marked(
+        (tmp_path / "results").read_text("utf-8").splitlines(), "pyramid_fuse.fuse"
+    )
     assert all(failed.startswith(why) for *_, failed in parts)
 
 

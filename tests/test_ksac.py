@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LIGHT
 from torch import nn
 
 import backbones
@@ -342,7 +343,7 @@ def test_fcn_is_one_convolution_of_1x1():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_logits_have_the_images_size_and_the_loss_reaches_every_parameter(options):
     torch.manual_seed(0)
-    net = ksac.build(5, "resnet18", output_stride=32, **options)
+    net = ksac.build(5, LIGHT, output_stride=32, **options)
     images, labels = torch.randn(2, 3, 45, 70), torch.randint(5, (2, 45, 70))
     labels[:, :9] = 255
     losses = net(images, labels)
@@ -376,6 +377,7 @@ def test_ignored_pixels_and_no_labelled_pixel_give_a_zero_gradient():
     assert loss.item() == 0 and not any(p.grad.abs().sum() for p in net.parameters())
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 def test_what_enters_the_classifier_are_256_channels():
     for options in (dict(), dict(head="aspp"), dict(head="fcn"), dict(decoder=True)):
@@ -388,6 +390,7 @@ def test_what_enters_the_classifier_are_256_channels():
         ) == (256, 7, (1, 1))
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 @pytest.mark.parametrize(
     "stride, rates", [(16, (1, 6, 12, 18, 24)), (8, (2, 12, 24, 36, 48)), (32, (1, 3, 6, 9, 12))]
@@ -454,6 +457,7 @@ def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
     assert "image-level" not in str(error.value)
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="KSACNet has no option rate; .*rates=\\(6, 12, 18\\)"):

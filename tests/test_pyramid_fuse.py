@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import normed, trained
+from conftest import LIGHT, normed, trained
 
 import backbones
 import evaluate
@@ -630,7 +630,7 @@ def narrow_decoder(monkeypatch):
 @pytest.mark.network
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_of_table_a_trains_every_parameter(name, narrow_decoder):
-    net = pf.build(4, "resnet18", **EXPERIMENTS[name]).train()
+    net = pf.build(4, LIGHT, **EXPERIMENTS[name]).train()
     images, labels = torch.randn(2, 3, 64, 32), torch.randint(4, (2, 64, 32))
     for side, top in ((32, 0), (16, 32), (8, 48)):  # every level has unity-cells of its own
         blocks = (
@@ -733,6 +733,7 @@ def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted, 
     assert all(torch.equal(losses[name], expected[name]) for name in losses)
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 def test_sides_half_way_between_are_enlarged(narrow_decoder):
     net = pf.build(4, "resnet18", output="single", context=None)
@@ -766,6 +767,7 @@ def test_bf16_trains():
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.usefixtures("meta")
 @pytest.mark.network
 @pytest.mark.parametrize(
     "options, message",
