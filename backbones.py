@@ -20,6 +20,7 @@ To copy: this file stands alone.
 
 import inspect
 import re
+import sys
 from collections import OrderedDict
 from functools import partial
 
@@ -604,6 +605,30 @@ def nearest(positions, side):
     """For each of `side` pixels the index of the nearest of the positions, int64 `[side]`."""
     middles = (positions[1:] + positions[:-1]) / 2
     return torch.bucketize(torch.arange(side), middles, right=True)
+
+
+def spread(sides, size):
+    """The pixel at the middle of each position of a map of `size` that covers an image evenly:
+    row and column indices, int64.
+    """
+    return [((torch.arange(n) + 0.5) * (side / n)).long() for side, n in zip(sides, size)]
+
+
+def pixels_of(net, sides, size):
+    """Row and column indices, in an image with `sides`, of the positions of a map of `size`.
+
+    The networks here know their strides. Maps of other networks are taken to be spread evenly,
+    because that is how their logits are resized to the image.
+    """
+    known = getattr(net, "backbone", None)
+    if not isinstance(known, Backbone):
+        known = sys.modules[__name__] if hasattr(net, "regularized") else None  # as in SPGNet
+    # One position alone does not tell its stride: it has that of the other side.
+    strides = [known.stride_of(*pair) if known else None for pair in zip(sides, size)]
+    found = [stride for stride in strides if stride]
+    if not found or len(found) < sum(n > 1 for n in size):
+        return spread(sides, size)
+    return [known.positions(stride or found[0], n) for stride, n in zip(strides, size)]
 
 
 # ------------------------------------------------------------------------------------- for networks

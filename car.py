@@ -41,7 +41,7 @@ index. The code adds a leading N for the images, and f_mse averages over them to
                                         f_sum: [HW]  (4.13), (4.14) -> inter_center_to_pixel
 
 Gradients are stopped at every μ but the first one of (4.4). Also here: moving centres, Sect.
-4.4.2.3 -> ClassAwareRegularization; Fig. 4.4 -> pixel_relation; Fig. 4.5 -> class_dependency.
+4.4.2.3 -> ClassAwareRegularization; Fig. 4.4 -> pixel_relation; Fig. 4.5 -> evaluate.py.
 
 Read first `class_centers`, then the three losses, then `ClassAwareRegularization`. `regularize`
 adds them to a network of your own. Tests: tests/test_car.py. To copy: this file and backbones.py.
@@ -183,14 +183,9 @@ def labels_at(labels, size, pixels=None):
     pixels: row and column indices of the positions in the image, int64 `[h]`, `[w]`; those beyond
     it are clamped. None: spread evenly, which is resizing by "nearest-exact".
     """
-    pairs = zip(pixels or spread(labels.shape[1:], size), labels.shape[1:])
+    pairs = zip(pixels or backbones.spread(labels.shape[1:], size), labels.shape[1:])
     rows, columns = (p.clamp(max=side - 1).to(labels.device) for p, side in pairs)
     return labels[:, rows[:, None], columns]
-
-
-def spread(sides, size):
-    """The pixel at the middle of each position of a map of `size` that covers an image evenly."""
-    return [((torch.arange(n) + 0.5) * (side / n)).long() for side, n in zip(sides, size)]
 
 
 def sum_over_processes(x):
@@ -399,7 +394,7 @@ class Regularized(nn.Module):
         if is_map(logits):
             self.check_classes(logits.shape[1])
         losses = own_losses(output) if self.takes_labels else self.logits_losses(output, labels)
-        pixels = pixels_of(self.net, labels.shape[1:], X.shape[2:])
+        pixels = backbones.pixels_of(self.net, labels.shape[1:], X.shape[2:])
         return losses | self.car(X, labels_at(labels, X.shape[2:], pixels))
 
     def logits_losses(self, output, labels):
@@ -482,21 +477,6 @@ def dropouts(net):
     return {m for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
 
 
-def pixels_of(net, sides, size):
-    """Row and column indices, in an image with `sides`, of the positions of a map of `size`.
-
-    The backbones here know them (SPGNet uses the functions of backbones.py). Maps of other networks
-    are taken to be spread evenly, because that is how their logits are resized to the image.
-    """
-    source = getattr(net, "backbone", None)
-    if not isinstance(source, backbones.Backbone):
-        source = backbones if hasattr(net, "regularized") else None
-    strides = [source.stride_of(*pair) if source else None for pair in zip(sides, size)]
-    if None in strides:
-        return spread(sides, size)
-    return [source.positions(stride, n) for stride, n in zip(strides, size)]
-
-
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -512,32 +492,9 @@ def pixel_relation(net, image, pixel=None, classifier="classifier"):
     size = image.shape[2:]
     row, column = backbones.one_pixel(pixel, size)
     X = watch(net, classifier, classifier, image)[1][0].float()  # [C, h, w]
-    rows, columns = map(backbones.nearest, pixels_of(net, size, X.shape[1:]), size)
+    rows, columns = map(backbones.nearest, backbones.pixels_of(net, size, X.shape[1:]), size)
     similarity = (X[:, rows[row], columns[column], None, None] * X).sum(0).clamp(min=0)
     return similarity[rows[:, None], columns]
-
-
-@torch.no_grad()
-def class_dependency(net, pairs, num_classes, classifier="classifier"):
-    """Fig. 4.5: the dot products of the centres of every two classes over a dataset, `[K, K]`.
-
-    pairs: an iterable of (images `[N, 3, H, W]`, labels `[N, H, W]`). A centre is the mean over all
-    of them of what enters the submodule `classifier`. Each row is scaled to 0…1 by its largest
-    value (ours); products below 0, and classes that do not occur, are 0. ValueError in training
-    mode.
-    """
-    if net.training:
-        raise ValueError("the map is of what the network has learned: call net.eval() first")
-    sums, total = 0, 0
-    for images, labels in pairs:
-        X = watch(net, classifier, classifier, images)[1]
-        small = labels_at(labels, X.shape[2:], pixels_of(net, labels.shape[1:], X.shape[2:]))
-        mu, counts = class_centers(X, small, num_classes, scope="image")
-        sums = sums + (mu * counts.unsqueeze(2)).sum(0).double()
-        total = total + counts.sum(0).double()
-    mu = sums / total.clamp(min=1).unsqueeze(1)
-    similarity = (mu @ mu.T).clamp(min=0)
-    return similarity / similarity.amax(1, keepdim=True).clamp(min=1e-12)
 
 
 # -------------------------------------------------------------------------------------------- heads

@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint … --scales 0.75 1 1.25 --flip --json result.json
     python evaluate.py --checkpoint … --images street.jpg            # any photograph, any folder
     python evaluate.py --checkpoint … --figures figures              # internal visualisations
+    python evaluate.py --checkpoint … --analyse                      # what the paper argues with
     python evaluate.py --checkpoint … --figures figures --compare OTHER.pt    # beside each other
     python evaluate.py --method caa --backbone resnet101 --cost      # parameters, multiply-adds
     python evaluate.py --method caa --backbone resnet50 --speed      # images per second, memory
@@ -23,6 +24,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,6 +41,8 @@ from tqdm import tqdm
 import backbones
 import data
 from data import UserError, guarded, own_session
+
+AMP = ("auto", "bf16", "fp16", "off")  # mixed precision; auto: bf16, or what the GPU has; CPU: off
 
 # ------------------------------------------------------------------------------------------ metrics
 
@@ -86,10 +90,8 @@ def table(result, classes):
     """The result as text: IoU per class, then the means; classes without an IoU are named last."""
     pairs = list(zip(classes, result["IoU"]))
     lines = [f"  {name:<20} {value:6.3f}" for name, value in pairs if value is not None]
-    rows = {
-        name.replace("_", " "): result[name]
-        for name in ("mIoU", "pixel_accuracy", "class_accuracy")
-    }
+    means = ("mIoU", "pixel_accuracy", "class_accuracy")
+    rows = {name.replace("_", " "): result[name] for name in means}
     rows |= {f"mIoU at scale {s}": value for s, value in result.get("mIoU_at_scale", {}).items()}
     lines += [f"{k:<22} {math.nan if value is None else value:6.3f}" for k, value in rows.items()]
     absent = ", ".join(name for name, value in pairs if value is None)
@@ -101,8 +103,7 @@ def table(result, classes):
 def warn_of_absent(labelled, dataset, name):
     """A warning on stderr, where a result could be wrong unnoticed: classes without any label."""
     absent = [name for name, there_is in zip(dataset.classes, labelled) if not there_is]
-    text = f"no label of {name} holds {', '.join(absent)}; is that right? `python data.py` shows"
-    text = f"{text} the ids of the files"
+    text = f"no label of {name} holds {', '.join(absent)}; `python data.py` shows the ids"
     if not any(labelled):
         text = f"no pixel of {name} is labelled: there is nothing to measure"
     if absent:
@@ -116,12 +117,13 @@ def warn_of_absent(labelled, dataset, name):
 def predict(net, images, scales=(1.0,), flip=False, window=None):
     """Class probabilities `[N, K, H, W]`, float32, of images `[N, 3, H, W]`.
 
-    The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image
-    into overlapping squares of that side (steps of two thirds), and average where they overlap.
+    The mean over the scales, each with its mirror image if `flip`. Images are resized bilinearly,
+    antialiased where they shrink. window: cut each scaled image into overlapping squares of that
+    side (steps of two thirds), and average where they overlap.
     """
-    total = at_scale(net, images, scales[0], flip, window)
-    for scale in scales[1:]:
-        total += at_scale(net, images, scale, flip, window)
+    total = 0
+    for scale in scales:
+        total = at_scale(net, images, scale, flip, window).add_(total)
     return total.div_(len(scales))
 
 
@@ -141,14 +143,6 @@ def at_scale(net, images, scale, flip=False, window=None):
     return p if p.shape[2:] == size else F.interpolate(p, size=size, **kwargs)
 
 
-@torch.no_grad()
-def classify(net, images, scales=(1.0,), flip=False, window=None):
-    """The classes int64 `[N, H, W]` of `predict`. One view needs no probabilities."""
-    one = tuple(scales) == (1.0,) and not flip and not (window and max(images.shape[2:]) > window)
-    scores = net(images) if one else predict(net, images, scales, flip, window)
-    return highest(scores)
-
-
 def highest(scores):
     """The classes `[N, H, W]` of the highest scores `[N, K, H, W]`; UserError for NaN."""
     values, classes = scores.max(1)
@@ -161,7 +155,7 @@ def highest(scores):
 def label_map(net, image, device, amp="off", **kwargs):
     """The predicted classes int64 `[H, W]` of one image, uint8 `[3, H, W]`; kwargs of `predict`."""
     with autocast(device, amp):
-        return classify(net, data.normalise(image[None].to(device)), **kwargs)[0]
+        return highest(predict(net, data.normalise(image[None].to(device)), **kwargs))[0]
 
 
 def _softmax(logits):
@@ -192,43 +186,38 @@ def _starts(side, window):
     return sorted({min(start, last) for start in range(0, last + window, max(1, window * 2 // 3))})
 
 
-def evaluate(net, dataset, device, amp="off", workers=2, save=None, stopped=lambda: False,
-             scales=(1.0,), **kwargs):  # fmt: skip
+def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, scales=(1.0,),
+             **kwargs):  # fmt: skip
     """The result of `net` (in evaluation mode) over all of `dataset`, shared among the processes of
     the run.
 
     Process r of w takes the images r, r + w, …: none twice, none left out; shares may be unequal,
     because nothing is exchanged before the counts are added up. scales, kwargs: see `predict`; of
     several scales the mIoU of each alone is in the result too, "mIoU_at_scale". save: called with
-    (index, prediction `[H, W]`). stopped: asked before every image; where it says yes the result is
-    that of a part.
+    (index, prediction `[H, W]`). stop: where its .signal is set, the result is that of a part.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    several = scales if len(scales) > 1 else ()
-    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in several}
+    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in scales}
     pairs = read_all(Subset(dataset, indices), device, workers, "evaluating", rank > 0)
     for index, (image, labels) in zip(indices, pairs):
-        if stopped():
+        if stop and stop.signal:
             break
-        with autocast(device, amp):
-            if several:
-                total = 0
-                for scale in scales:
-                    p = at_scale(net, image, scale, **kwargs)
-                    alone[scale].update(p.argmax(1), labels)
-                    total = p.add_(total)
-                prediction = highest(total)  # of the sum, as of the mean
-            else:
-                prediction = classify(net, image, scales, **kwargs)
+        scores = 0  # of the sum over the scales, as of the mean
+        for scale in scales:
+            with autocast(device, amp):
+                p = at_scale(net, image, scale, **kwargs)
+            alone[scale].update(p.argmax(1), labels)
+            scores = p.add_(scores)
+        prediction = highest(scores)
         matrix.update(prediction, labels)
         if save:
             save(index, prediction[0])
     for counts in (matrix, *alone.values()):
         counts.all_reduce()
     each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
-    return matrix.result() | ({"mIoU_at_scale": each} if each else {})
+    return matrix.result() | ({"mIoU_at_scale": each} if len(scales) > 1 else {})
 
 
 def read_all(dataset, device, workers, what, quiet=False):
@@ -241,15 +230,26 @@ def read_all(dataset, device, workers, what, quiet=False):
 # --------------------- what train.py uses too: networks, checkpoints, processes, precision, flags
 
 
+def method_file(name):
+    """The module NAME.py, with its `build`."""
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.has_location:  # a folder, say
+        raise UserError(f"unknown method '{name}': expected a file {name}.py with a function build")
+    module = importlib.import_module(name)
+    if not hasattr(module, "build"):
+        raise UserError(f"'{name}' is not a method: {module.__file__} has no function build")
+    return module
+
+
 def network(method, num_classes, backbone, weights=None, output_stride=None, options=None):
     """`METHOD.build(…)` of METHOD.py; UserError if there is none, or if its options do not fit."""
     module, options = method_file(method), dict(options or {})
     if output_stride is not None:
         options["output_stride"] = output_stride
-    reserved = ", ".join({"num_classes", "backbone", "weights"} & set(options))
-    if reserved:
-        text = f"{reserved} is not an --option; it has a flag of its own, or follows from the"
-        raise UserError(f"{text} dataset")
+    if reserved := ", ".join({"num_classes", "backbone", "weights"} & set(options)):
+        raise UserError(
+            f"{reserved} is not an --option; take its own flag, or the dataset's number"
+        )
     try:
         return module.build(num_classes, backbone, weights=weights, **options)
     except (ValueError, FileNotFoundError) as error:
@@ -262,18 +262,6 @@ def network(method, num_classes, backbone, weights=None, output_stride=None, opt
         raise UserError(f"{method} cannot be built with the options {given} ({reason})") from error
 
 
-def method_file(name):
-    """The module NAME.py, with its `build`."""
-    known = name.isidentifier() and not name.startswith("__") and importlib.util.find_spec(name)
-    if not known or not known.has_location:  # a folder, say
-        text = f"unknown method '{name}': there is no file {name}.py"
-        raise UserError(f"{text} with a function build")
-    module = importlib.import_module(name)
-    if not hasattr(module, "build"):
-        raise UserError(f"'{name}' is not a method: {module.__file__} has no function build")
-    return module
-
-
 def read_checkpoint(path):
     """What train.py saved at `path`; UserError where it cannot be read."""
     expected = "expected a last.pt or best.pt that train.py wrote"
@@ -282,36 +270,13 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"no checkpoint '{path}'; {expected}") from None
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = reason.split(" In PyTorch")[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" In PyTorch")[0]
         raise UserError(f"checkpoint '{path}' cannot be read ({reason}); {expected}") from None
     parts = {"net", "settings", "step", "classes", "palette"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         text = f"'{path}' is not a checkpoint of train.py"
         raise UserError(f"{text}; a backbone's weights go to --weights")
-    if not sound(**checkpoint):
-        raise UserError(f"checkpoint '{path}' is damaged; {expected}")
     return checkpoint
-
-
-def sound(net, settings, step, classes, palette, raw_ids=None, **_):
-    """Whether the parts of a checkpoint are of the kinds that train.py saves."""
-
-    def are(kind, values):
-        return isinstance(values, (list, tuple)) and all(isinstance(v, kind) for v in values)
-
-    if not (isinstance(settings, dict) and are(str, classes) and are((list, tuple), palette)):
-        return False
-    names = [settings.get(name) for name in ("method", "backbone", "dataset")]
-    colors = all(are(int, c) and len(c) == 3 and 0 <= min(c) <= max(c) < 256 for c in palette)
-    ids = raw_ids is None or are(int, raw_ids) and len(raw_ids) == len(classes)
-    return (
-        isinstance(net, dict) and are(torch.Tensor, list(net.values())) and are(str, names)
-        and isinstance(settings.get("option"), dict) and "output_stride" in settings
-        and isinstance(settings.get("data_root"), (str, type(None)))
-        and isinstance(step, int) and step >= 0 and colors and len(palette) == len(classes) > 0
-        and ids and all(0 <= i < 256 for i in raw_ids or [])
-    )  # fmt: skip
 
 
 def load(checkpoint, output_stride=None, options=None):
@@ -320,58 +285,62 @@ def load(checkpoint, output_stride=None, options=None):
     output_stride, options: evaluate so and not as trained, where that changes no weight. UserError
     where it does, or where the method's file has changed.
     """
-    settings, changed = checkpoint["settings"], output_stride is not None or bool(options)
+    settings, classes = checkpoint["settings"], len(checkpoint["classes"])
     output_stride = settings["output_stride"] if output_stride is None else output_stride
-    options, classes = settings["option"] | (options or {}), len(checkpoint["classes"])
-    parts = settings["method"], classes, settings["backbone"], None, output_stride, options
-    net = network(*parts)
-    restore(net, checkpoint, changed)
+    options = settings["option"] | (options or {})
+    parts = settings["backbone"], None, output_stride, options
+    net = network(settings["method"], classes, *parts)
+    restore(net, checkpoint)
     return net.eval()
 
 
-def restore(net, checkpoint, changed=False):
+def restore(net, checkpoint):
     """The checkpoint's weights into `net`; UserError where they do not fit."""
     try:
         net.load_state_dict(checkpoint["net"])
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        if changed:
-            text = "with these --option and --output-stride the network has other weights than the"
-            text = f"{text} checkpoint; only what changes no weight can be changed ({reason})"
-            raise UserError(text) from None
-        method = checkpoint["settings"]["method"]
-        raise UserError(
-            f"the checkpoint does not fit {method}.py as it is now ({reason})"
-        ) from None
+        text = (
+            f"{checkpoint['settings']['method']}.py has changed, or an --option or --output-stride"
+        )
+        text = f"the checkpoint's weights do not fit: {text} was given that changes weights"
+        raise UserError(f"{text} ({reason})") from None
+
+
+def replace(path, write):
+    """Write under a temporary name, then rename: a reader finds the old file or the new one."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def processes(device=None):
     """(device, rank, world): under torchrun joins its process group (nccl on CUDA, gloo on the
-    CPU).
+    CPU). A CUDA device becomes the current one.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, count = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
+    local, several = int(os.environ.get("LOCAL_RANK", 0)), "WORLD_SIZE" in os.environ
     try:
-        kind, count = torch.device(device).type, torch.cuda.device_count()
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
         kind = None
     if kind not in ("cpu", "cuda", "mps"):
         raise UserError(f"unknown device '{device}'; expected cpu, cuda, cuda:N or mps")
-    if kind == "cuda" and (torch.device(device).index or 0) >= count:
-        text = f"device '{device}': torch sees {count} CUDA GPUs here; take another"
-        raise UserError(f"{text}, or --device cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device 'mps': torch sees no Apple GPU here; take --device cpu")
-    if "WORLD_SIZE" not in os.environ:
-        return torch.device(device), 0, 1
-    if kind == "mps":
-        raise UserError("device 'mps' is for one process: start it without torchrun")
+    if kind == "mps" and (several or not torch.backends.mps.is_available()):
+        text = "takes an Apple GPU, and one process, without torchrun"
+        raise UserError(f"device 'mps' {text}; take --device cpu")
     if kind == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= count:
-            text = f"process {local} of this machine has no GPU of its own: there are {count}"
-            raise UserError(f"{text}; start fewer processes")
-        device = f"cuda:{local}"
-        torch.cuda.set_device(device)
+        index, count = local if several else index, torch.cuda.device_count()
+        if index >= count:
+            text = f"there are {count} CUDA GPUs here, and number {index} is asked for"
+            raise UserError(f"{text}; start fewer processes, or take another --device")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    if not several:
+        return torch.device(device), 0, 1
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except ValueError as error:  # not torchrun's environment
@@ -404,12 +373,50 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+class Parser(argparse.ArgumentParser):
+    """What is wrong with the flags is a UserError: one line."""
+
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the flags")
+
+
+def number(least, most=1e9, kind=float):
+    """For argparse's type=: a number from `least` to `most`."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not least <= value <= most:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"expected {what} from {least} to {most:.10g}, not {text}"
+            )
+        return value
+
+    return read
+
+
+def whole(least, most=10**9):
+    """For argparse's type=: a whole number from `least` to `most`."""
+    return number(least, most, int)
+
+
+def two_sides(sides):
+    """(height, width) of the values of --crop-size: one side, or both."""
+    if len(sides) > 2:
+        given = " ".join(map(str, sides))
+        raise UserError(f"--crop-size {given}: expected one side, or height and width")
+    return sides[0], sides[-1]
+
+
 def parse_options(pairs):
     """["KEY=VALUE", …] -> dict; values are Python literals where they can be, else text."""
     options, words = {}, {"true": "True", "false": "False", "none": "None"}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
+        key, _, value = pair.partition("=")
+        if not key or "=" not in pair:
             raise UserError(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
         if key == "output_stride":
             raise UserError(f"--option {pair}: it has a flag of its own, --output-stride")
@@ -420,26 +427,9 @@ def parse_options(pairs):
         try:
             json.dumps(options[key], allow_nan=False)
         except (ValueError, TypeError):
-            raise UserError(
-                f"--option {pair}: expected a number, a word, a list or a dict"
-            ) from None
+            expected = "expected a number, a word, a list or a dict"
+            raise UserError(f"--option {pair}: {expected}") from None
     return options
-
-
-def in_range(name, value, least, most=10**9):
-    """UserError where the value of a flag, if it has one, is not a number in least … most."""
-    if value is not None and not least <= value <= most:
-        flag = name.replace("_", "-")
-        raise UserError(f"--{flag} {value}: expected a number from {least} to {most}")
-
-
-def check_sides(flag, sides):
-    """UserError where --FLAG is not one side or two, each of at least 1."""
-    if len(sides) > 2:
-        given = " ".join(map(str, sides))
-        raise UserError(f"--{flag} {given}: expected one side, or height and width")
-    for side in sides:
-        in_range(flag, side, 1, 100_000)
 
 
 # ----------------------------------------------------------------------------------- cost and speed
@@ -466,62 +456,61 @@ def cost(net, size):
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2, children
 
 
-def speed(net, num_classes, size, batch_size, device, amp="off", runs=5):
-    """Yields ("forward" and "training step" of SGD, (median seconds, peak bytes)) on random images
-    of `size`. It trains `net` on noise, so use it no more.
+def speed(net, num_classes, device, args):
+    """`--speed`: prints and returns the median seconds and, on CUDA, the peak bytes of a forward
+    pass and of a training step of SGD, after two of each to warm up. It trains `net` on noise.
     """
     torch.backends.cudnn.benchmark = True  # as in training
-    net.to(device, memory_format=torch.channels_last)
-    images = torch.randn(batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(num_classes, (batch_size, *size), device=device)
+    cuda, net = device.type == "cuda", net.to(device, memory_format=torch.channels_last)
+    count, size, dtype = args.batch_size, args.crop_size, amp_dtype(args.amp, device)
+    images = torch.randn(count, 3, *size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (count, *size), device=device)
     optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(amp, device) is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def forward():
-        net.eval()
-        with torch.no_grad(), autocast(device, amp):
-            net(images)
+        with torch.no_grad(), autocast(device, args.amp):
+            net.eval()(images)
 
     def training():
-        net.train()
-        with autocast(device, amp):
-            loss = sum(net(images, labels).values())
+        with autocast(device, args.amp):
+            loss = sum(net.train()(images, labels).values())
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-    for name, work in ("forward", forward), ("training step", training):
-        yield name, measure(work, device, runs)
-
-
-def measure(work, device, runs=5):
-    """(median seconds, peak bytes, on CUDA alone) of `work()`, after two calls to warm up."""
-    cuda, seconds = device.type == "cuda", []
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    for _ in range(2):
-        work()
-    wait()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(runs):
-        start = time.perf_counter()
-        work()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) if cuda else None
-    return statistics.median(seconds), peak
+    name = device_name(device)
+    print(f"{count} images of {size[0]}x{size[1]}, amp {str(dtype).removeprefix('torch.')}, {name}")
+    numbers = {"device": name, "batch_size": count, "size": size}
+    for what, work in ("forward", forward), ("training step", training):
+        seconds = []
+        for run in range(2 + args.runs):
+            if cuda and run == 2:
+                torch.cuda.reset_peak_memory_stats(device)
+            start = time.perf_counter()
+            work()
+            if cuda:
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        middle = statistics.median(seconds[2:])
+        peak = torch.cuda.max_memory_allocated(device) if cuda else None
+        memory = f"peak {peak / 2**20:.0f} MiB" if cuda else "memory not measured"
+        print(f"  {what:<14} {count / middle:8.2f} images/s ({middle * 1000:.0f} ms), {memory}")
+        rate = count / middle
+        numbers[what] = dict(seconds=middle, images_per_second=rate, peak_bytes=peak)
+    return numbers
 
 
 # ----------------------------------------------------------------------------------------- pictures
 
 
-def light(photo):
+def fade(photo):
     """The uint8 photograph `[3, H, W]` gray and bright, for what is drawn over it: float32."""
     return 100 + 0.6 * photo.float().mean(0, keepdim=True).expand(3, -1, -1)
 
 
-def drawn(title, figure, photo, palette, boxes=()):
+def draw_figure(title, figure, photo, palette, boxes=()):
     """The data.Panel of a figure of the uint8 photograph `[3, H, W]`: a label map, or numbers of at
     least 0 with a scale. A map as large as the photograph is drawn over it.
 
@@ -529,7 +518,7 @@ def drawn(title, figure, photo, palette, boxes=()):
     ends of a scale from 0 to 1.
     """
     if not figure.is_floating_point():
-        return data.labelled(title, figure, palette, boxes=boxes)
+        return data.label_panel(title, figure, palette, boxes=boxes)
     figure, (title, *ends) = figure.detach().float().cpu(), title.split(" | ")
     highest = torch.tensor(1.0) if ends else figure.nan_to_num(0).max()
     values = figure / highest.clamp(min=1e-12)
@@ -537,13 +526,13 @@ def drawn(title, figure, photo, palette, boxes=()):
     if figure.shape == photo.shape[1:]:
         values = values.nan_to_num(0)
         share = 0.25 + 0.6 * values
-        tile = (share * tile + (1 - share) * light(photo)).to(torch.uint8)
+        tile = (share * tile + (1 - share) * fade(photo)).to(torch.uint8)
     return data.Panel(title, tile, scale, boxes if figure.shape == photo.shape[1:] else ())
 
 
-def wrong(prediction, truth, photo):
+def error_map(prediction, truth, photo):
     """uint8 `[3, H, W]`: errors red, what is right a bright photograph, what is ignored black."""
-    errors, tile = prediction.cpu() != truth, light(photo)
+    errors, tile = prediction.cpu() != truth, fade(photo)
     tile[:, errors] = torch.tensor([[220.0], [20], [40]])
     tile[:, truth == data.IGNORE] = 0
     return tile.to(torch.uint8)
@@ -569,27 +558,14 @@ def comparison(predictions, image, palette, truth=None):
     """
     maps = {name: m.cpu() for name, m in predictions.items()}
     difference, box = compared(list(maps.values()))
-    panels = [data.labelled(name, m, palette, boxes=(box,)) for name, m in maps.items()]
+    panels = [data.label_panel(name, m, palette, boxes=(box,)) for name, m in maps.items()]
     title = "where they differ | same | different"
-    panels.append(drawn(title, difference, image, palette, (box,)))
+    panels.append(draw_figure(title, difference, image, palette, (box,)))
     top, left, bottom, right = box
     panels.append(data.Panel("image, enlarged", image[:, top:bottom, left:right]))
     for name, m in (maps | ({} if truth is None else {"truth": truth})).items():
-        panels.append(data.labelled(f"{name}, enlarged", m[top:bottom, left:right], palette))
+        panels.append(data.label_panel(f"{name}, enlarged", m[top:bottom, left:right], palette))
     return panels, box
-
-
-def method_figures(net, image, pixel=None, amp="off"):
-    """The method's own figures of one image, uint8 `[3, H, W]`: title -> map; {} if it has none."""
-    if not hasattr(net, "figures"):
-        return {}
-    arguments = {"pixel": pixel} if takes_pixel(net) else {}
-    device = next(net.parameters()).device
-    try:
-        with autocast(device, amp):
-            return net.figures(data.normalise(image.to(device)), **arguments)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def takes_pixel(net):
@@ -604,7 +580,12 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`. Figures whose key is a class's
     number are named after the class; several label maps of the image's size are compared.
     """
-    figures, boxes, prediction = method_figures(net, image, pixel, amp), (), prediction.cpu()
+    figures, boxes, on_prediction, prediction = {}, (), (), prediction.cpu()
+    if hasattr(net, "figures"):
+        device = next(net.parameters()).device
+        with autocast(device, amp):
+            about = {"pixel": pixel} if takes_pixel(net) else {}
+            figures = net.figures(data.normalise(image.to(device)), **about)
     names = {k: f"attention of {classes[k]}" if isinstance(k, int) else k for k in figures}
     figures = {names[k]: m.cpu() for k, m in figures.items()}
     maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
@@ -613,18 +594,17 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
         own = [p for p in own if p.title not in maps or not torch.equal(maps[p.title], prediction)]
         boxes = on_prediction = (box,)
     else:
-        on_prediction = ()
         if figures and takes_pixel(net):
-            row, column = pixel or (image.shape[1] // 2, image.shape[2] // 2)
+            row, column = backbones.one_pixel(pixel, image.shape[1:])
             by = max(3, image.shape[2] // 60)
             boxes = ((row - by, column - by, row + by, column + by),)
-        own = [drawn(title, m, image, palette, boxes) for title, m in figures.items()]
+        own = [draw_figure(title, m, image, palette, boxes) for title, m in figures.items()]
     panels = [data.Panel("image", image, boxes=boxes)]
     if truth is not None:
-        panels.append(data.labelled("truth", truth, palette, boxes=on_prediction))
-    panels.append(data.labelled("prediction", prediction, palette, boxes=on_prediction))
+        panels.append(data.label_panel("truth", truth, palette, boxes=on_prediction))
+    panels.append(data.label_panel("prediction", prediction, palette, boxes=on_prediction))
     if truth is not None:
-        panels.append(data.Panel("errors (red)", wrong(prediction, truth, image)))
+        panels.append(data.Panel("errors (red)", error_map(prediction, truth, image)))
     maps = [m for m in (truth, prediction, *maps.values()) if m is not None]
     caption = getattr(net, "caption", "") if own else ""
     if on_prediction:
@@ -645,65 +625,37 @@ def comparison_sheet(nets, image, truth, palette, classes, device, amp, **kwargs
     maps = {name: label_map(net, image, device, amp, **kwargs).cpu() for name, net in nets.items()}
     panels, box = comparison(maps, image, palette, truth)
     first = data.Panel("image", image, boxes=(box,))
-    first = [first, data.labelled("truth", truth, palette, boxes=(box,))]
+    first = [first, data.label_panel("truth", truth, palette, boxes=(box,))]
     caption = "Enlarged: the window, outlined above, in which the predictions differ most."
     return sheet_of([*first, *panels], [truth, *maps.values()], classes, palette, caption)
 
 
-def class_dependency(net, dataset, device, amp, workers):
-    """car.class_dependency of what enters the classifier, over all of `dataset`: `[K, K]` in 0…1,
-    on the CPU.
+@torch.no_grad()
+def class_dependency(net, pairs, num_classes, layer="classifier"):
+    """Fig. 4.5 of the thesis of car.py: how alike the mean features of every two classes are,
+    `[K, K]` float64 in 0…1.
+
+    pairs: (images float `[N, 3, H, W]`, labels int64 `[N, H, W]`, 255 = ignored), any number. A
+    class's mean μ is over all of its positions in what enters the submodule `layer`. A row has the
+    dot products of one μ with all, over its largest (ours); products below 0, and classes that do
+    not occur, are 0. net is in evaluation mode.
     """
-    with autocast(device, amp):
-        pairs = read_all(dataset, device, workers, "class dependency")
-        return method_file("car").class_dependency(net, pairs, dataset.num_classes).cpu()
-
-
-def levels(net, dataset, device, amp, workers, file):
-    """Table 9 and Figs. 3, C of Specialize and Fuse, printed, and as lists for --json.
-
-    net: a SpecializeAndFuse with output="pyramid", at scale 1. "table": mIoU of the level of the
-    row on the pixels where the fused result takes the level of the column, coarse to fine (the
-    paper: fine to coarse). "difference": IoU of each class if the level alone is the prediction,
-    less that of the fused one; `file` gets it as a picture, clipped to -15 … +1 % as in the paper.
-    NaN where a class or a level does not occur.
-    """
-    L, K = len(net.strides), dataset.num_classes
-    counts = [[ConfusionMatrix(K, device) for _ in range(L)] for _ in range(L)]
-    prediction = ConfusionMatrix(K, device)
-    for images, labels in read_all(dataset, device, workers, "levels"):
-        with autocast(device, amp):
-            taken, alone, fused = net.levels(images)
-        prediction.update(fused, labels)
-        for row, level in zip(counts, alone):
-            for i, matrix in enumerate(row):
-                matrix.update(level, labels.masked_fill(taken != i, data.IGNORE))
-
-    def iou(parts):  # of all the pixels that the parts count
-        total = ConfusionMatrix(K)
-        total.matrix = sum(part.matrix for part in parts)
-        return torch.tensor([math.nan if v is None else v for v in total.result()["IoU"]])
-
-    fused = iou([prediction])
-    table = torch.tensor([[matrix.result()["mIoU"] for matrix in row] for row in counts])
-    difference = torch.stack([iou(row) - fused for row in counts])
-    print("mIoU of each level's prediction (rows) where the unity pyramid takes the level of the"
-          " column; –: no cell takes it, or none of these is labelled:")  # fmt: skip
-    print("  stride " + "".join(f"{s:>8}" for s in net.strides))
-    for stride, row in zip(net.strides, table.tolist()):
-        cells = ("–" if math.isnan(value) else f"{value:.3f}" for value in row)
-        print(f"  {stride:>6} " + "".join(f"{cell:>8}" for cell in cells))
-    print("IoU of each level alone less that of the fused result, its best and worst classes:")
-    for stride, row in zip(net.strides, difference):
-        order = [i for i in row.argsort(descending=True).tolist() if abs(row[i]) >= 0.0005]
-        chosen = [*order[:3], *[i for i in order[-3:] if i not in order[:3]]]
-        named = ", ".join(f"{dataset.classes[i]} {row[i]:+.3f}" for i in chosen)
-        print(f"  {stride:>6}   {named or 'no class differs'}")
-    brightness = (difference.clamp(-0.15, 0.01) + 0.15) / 0.16
-    title = "IoU of a level alone (rows) less that of the fused result, for each class (columns)"
-    ends, rows = ("-0.15 or less", "+0.01 or more"), [f"stride {s}" for s in net.strides]
-    draw_matrix(brightness, dataset.classes, title, ends, rows).save(file)
-    return dict(strides=list(net.strides), table=table.tolist(), difference=difference.tolist())
+    entered, sums, counts = [], 0, 0
+    module = net.get_submodule(layer)
+    handle = module.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    for images, labels in pairs:
+        net(images)
+        X = entered.pop().double()  # [N, C, h, w]
+        pixels = backbones.pixels_of(net, labels.shape[1:], X.shape[2:])
+        rows, columns = (p.clamp(max=n - 1) for p, n in zip(pixels, labels.shape[1:]))
+        small = labels[:, rows[:, None], columns]  # [N, h, w]
+        Y = (small.unsqueeze(3) == torch.arange(num_classes, device=small.device)).double()
+        sums = sums + torch.einsum("nhwk,nchw->kc", Y, X)
+        counts = counts + Y.sum((0, 1, 2))
+    handle.remove()
+    mu = sums / counts.clamp(min=1).unsqueeze(1)  # [K, C]
+    similarity = (mu @ mu.T).clamp(min=0)
+    return similarity / similarity.amax(1, keepdim=True).clamp(min=1e-12)
 
 
 def without_nan(numbers):
@@ -715,11 +667,13 @@ def without_nan(numbers):
     return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
-def draw_matrix(values, columns, title, ends=("0", "1"), rows=None, cell=28, margin=130):
-    """A matrix of numbers in 0…1 as a picture, dark blue to yellow, NaN grey, under its title, over
-    a colour bar with the words `ends`; rows and columns have names. rows: None if theirs are the
-    columns'.
+def draw_matrix(values, columns, title, rows=None, cell=28, margin=130):
+    """A matrix of numbers as a picture, from its lowest (at most 0) in dark blue to its highest in
+    yellow, NaN grey, under its title, over a colour bar; rows and columns have names. rows: None if
+    theirs are the columns'.
     """
+    low, high = min(values.nan_to_num(0).min().item(), 0), values.nan_to_num(0).max().item()
+    ends, values = (f"{low:.3g}", f"{high:.3g}"), (values - low) / max(high - low, 1e-12)
     rows = columns if rows is None else rows
     height, width = cell * len(rows), cell * len(columns)
     picture = Image.new("RGB", (margin + width, margin + height), "white")
@@ -755,56 +709,57 @@ def save_prediction(prediction, palette, file, raw_ids=None):
 
 # ---------------------------------------------------------------------------------------- the flags
 
-SPLIT, VIEWS = ("a whole split",), ("a whole split", "images")
-# name: (default, what it is for, help, argparse's keywords). A flag without effect is refused.
+FILE, DIR, ON = dict(metavar="FILE"), dict(metavar="DIR"), dict(action="store_true")
+PIXEL, SIDES = dict(type=int, nargs=2), dict(nargs="+", type=whole(1, 100_000), metavar="N")
+OPTION = dict(action="append", metavar="KEY=VALUE")
+SCALES, PHOTOS = dict(nargs="+", type=number(1e-3, 1e3)), dict(nargs="+")
+SPLIT, NETWORK = ("a whole split",), ("checkpoint", "method")
+VIEWS = (*SPLIT, "images")
+# name: (default, what it is for, how it is read, help). A flag without effect is refused.
 FLAGS = {
-    "checkpoint": (None, None, "last.pt or best.pt of train.py", dict(metavar="FILE")),
-    "method": (None, None, "file of the method, for --cost and --speed without a checkpoint", {}),
-    "images": (None, None, "photographs without labels, or folders of them", dict(nargs="+")),
-    "cost": (False, None, "count parameters and multiply-adds", {}),
-    "speed": (False, None, "measure images per second and peak memory, forward and training", {}),
-    "json": (None, None, "file for all numbers", dict(metavar="FILE")),
-    "device": (None, None, "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]", {}),
-    "dataset": (None, SPLIT, "dataset to evaluate on [the checkpoint's]", {}),
-    "data_root": (None, SPLIT, "folder of the dataset [the checkpoint's]", dict(metavar="DIR")),
-    "split": ("val", SPLIT, "split of the dataset [val]", {}),
-    "workers": (2, SPLIT, "loader processes [2]", {}),
-    "scales": ([1.0], VIEWS, "scales to average over [1]", dict(nargs="+", type=float)),
-    "flip": (False, VIEWS, "average over the mirrored image too", {}),
-    "window": (None, VIEWS, "side of sliding windows in pixels [whole images]", dict(type=int)),
-    "save_predictions": (None, VIEWS, "folder for a palette PNG of each image, with the ids of the "
-                         "benchmark's label files", dict(metavar="DIR")),
-    "figures": (None, VIEWS, "folder for sheets of eight images, with the method's own figures, "
-                "and class dependency", dict(metavar="DIR")),
-    "compare": ([], SPLIT, "other checkpoints: figures show their predictions beside each other",
-                dict(nargs="+", metavar="FILE")),
-    "pixel": (None, VIEWS, "row and column of the pixel that the figures are about [the centre]",
-              dict(type=int, nargs=2)),
-    "amp": ("auto", (*VIEWS, "speed"), "mixed precision [auto: on CUDA]",
-            dict(choices=("auto", "bf16", "fp16", "off"))),
-    "backbone": ("resnet50", ("method",), f"{', '.join(backbones.NAMES)} [resnet50]", {}),
-    "classes": (59, ("method",), "number of classes [59, as in Pascal Context]", {}),
-    "output_stride": (None, ("checkpoint", "method"), "output stride; of a checkpoint: at "
-                      "evaluation only", dict(type=int)),
-    "option": ([], ("checkpoint", "method"), "option of the method, may be repeated; of a "
-               "checkpoint: if it changes no weight", dict(action="append", metavar="KEY=VALUE")),
-    "crop_size": ([513], ("cost", "speed"), "side of the image, or height and width [513]",
-                  dict(type=int, nargs="+", metavar="N")),
-    "batch_size": (2, ("speed",), "images at a time [2]", {}),
-    "runs": (5, ("speed",), "timed repetitions, the median is printed [5]", {}),
-}  # fmt: skip
+    "checkpoint": (None, (), FILE, "last.pt or best.pt of train.py"),
+    "method": (None, (), str, "file of the method, for --cost and --speed without a checkpoint"),
+    "images": (None, (), PHOTOS, "photographs without labels, or folders of them"),
+    "cost": (False, (), ON, "count parameters and multiply-adds"),
+    "speed": (False, (), ON, "measure images per second and peak memory, forward and training"),
+    "json": (None, (), FILE, "file for all numbers"),
+    "device": (None, (), str, "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]"),
+    "dataset": (None, SPLIT, str, "dataset to evaluate on [the checkpoint's]"),
+    "data_root": (None, SPLIT, DIR, "folder of the dataset [the checkpoint's]"),
+    "split": ("val", SPLIT, str, "split of the dataset [val]"),
+    "workers": (2, SPLIT, whole(0), "loader processes [2]"),
+    "analyse": (False, SPLIT, ON, "the numbers that the method's paper argues with"),
+    "compare": ([], SPLIT, PHOTOS, "other checkpoints: their predictions beside each other"),
+    "scales": ([1.0], VIEWS, SCALES, "scales to average over [1]"),
+    "flip": (False, VIEWS, ON, "average over the mirrored image too"),
+    "window": (None, VIEWS, whole(1), "side of sliding windows in pixels [whole images]"),
+    "save_predictions": (None, VIEWS, DIR, "folder for palette PNGs with the benchmark's own ids"),
+    "figures": (None, VIEWS, DIR, "folder for sheets of eight images, each seen as a whole"),
+    "pixel": (None, VIEWS, PIXEL, "row and column that the figures are about [the centre]"),
+    "amp": ("auto", (*VIEWS, "speed"), dict(choices=AMP), "mixed precision [auto: on CUDA]"),
+    "backbone": ("resnet50", ("method",), str, f"{', '.join(backbones.NAMES)} [resnet50]"),
+    "classes": (59, ("method",), whole(1), "number of classes [59, as in Pascal Context]"),
+    "output_stride": (None, NETWORK, int, "output stride; of a checkpoint: at evaluation only"),
+    "option": (
+        [],
+        NETWORK,
+        OPTION,
+        "option of the method; of a checkpoint: if it changes no weight",
+    ),
+    "crop_size": ([513], ("cost", "speed"), SIDES, "side of the image, or height and width [513]"),
+    "batch_size": (2, ("speed",), whole(1), "images at a time [2]"),
+    "runs": (5, ("speed",), whole(1), "timed repetitions, the median is printed [5]"),
+}
 
 
-def _arguments(arguments):
+def arguments(argv=None):
     """The flags over their defaults. UserError for one that has no effect."""
     text = "Metrics, predictions, figures, cost and speed of a network."
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description=text)
-    for name, (default, _, what, kwargs) in FLAGS.items():
-        if not kwargs:
-            kwargs = dict(action="store_true") if default is False else {}
-            kwargs = kwargs or dict(type=int if isinstance(default, int) else str)
-        parser.add_argument("--" + name.replace("_", "-"), help=what, **kwargs)
-    given = vars(parser.parse_args(arguments))
+    parser = Parser(argument_default=argparse.SUPPRESS, description=text)
+    for name, (_, _, form, what) in FLAGS.items():
+        form = form if type(form) is dict else dict(type=form)
+        parser.add_argument("--" + name.replace("_", "-"), help=what, **form)
+    given = vars(parser.parse_args(argv))
     done = {name for name in ("checkpoint", "method", "images", "cost", "speed") if name in given}
     if not done & {"images", "cost", "speed"}:
         done.add("a whole split")
@@ -812,40 +767,37 @@ def _arguments(arguments):
         uses = FLAGS[name][1]
         if uses and not done & set(uses):
             fits = ", ".join(f"--{use}" if use in FLAGS else use for use in uses)
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} has no effect here: it is for {fits}; leave it out")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} has no effect here: it is for {fits}; leave it out")
     for name in sorted({"pixel", "compare"} & set(given)):
         if "figures" not in given:
             raise UserError(f"--{name} has no effect without --figures DIR")
     if {"pixel", "compare"} <= set(given):
         raise UserError("--pixel has no effect with --compare; leave one of them out")
-    args = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
-    for name in ("window", "classes", "batch_size", "runs"):
-        in_range(name, getattr(args, name), 1)
-    in_range("workers", args.workers, 0)
-    check_sides("crop-size", args.crop_size)
-    args.crop_size = (args.crop_size[0], args.crop_size[-1])
-    for scale in args.scales:
-        in_range("scales", scale, 1e-3, 1e3)
-    if bool(args.checkpoint) == bool(args.method):
+    if ("checkpoint" in given) == ("method" in given):
         raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
-    if args.method and (args.images or not (args.cost or args.speed)):
+    if "method" in given and ("images" in given or not {"cost", "speed"} & set(given)):
         text = "--method alone has no trained weights: it goes with --cost or --speed"
         raise UserError(f"{text}; else give --checkpoint")
+    if not given.get("json", ".json").endswith(".json"):
+        raise UserError(f"--json {given['json']}: expected a file that ends in .json")
+    args = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
+    args.crop_size = two_sides(args.crop_size)
     return args
 
 
 # ----------------------------------------------------------------------------------------- the work
 
 
-def _run(args):
+def run(args):
+    """Do what the flags ask for. Returns the exit status: 2 where a photograph was broken."""
     device, rank, world = processes(args.device)
-    amp_dtype(args.amp, device)
-    if args.json and Path(args.json).suffix != ".json":
-        raise UserError(f"--json {args.json}: expected a file that ends in .json")
+    amp_dtype(args.amp, device)  # whether the device has it
     if args.json and rank == 0:  # it can be written: better known now than at the end
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).open("a").close()
+        folder = Path(args.json).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     if world > 1 and (args.cost or args.speed or args.images):
         text = "--cost, --speed and --images are for one process"
         raise UserError(f"{text}: start them without torchrun")
@@ -857,25 +809,23 @@ def _run(args):
         classes = args.classes
         net = network(args.method, classes, args.backbone, None, args.output_stride, options)
     net.to(device, memory_format=torch.channels_last)
-    crop = checkpoint["settings"].get("crop_size") if checkpoint else None
-    if rank == 0 and args.window and isinstance(crop, (int, list)) and args.window < np.max(crop):
-        text = f"note: --window {args.window} is smaller than the crops of {crop} in training"
-        print(f"{text}; windows of that size may give better results", file=sys.stderr)
     views, numbers, status = dict(scales=args.scales, flip=args.flip, window=args.window), {}, 0
     if args.images:
-        numbers["images"], status = _photographs(net, checkpoint, device, args, views)
+        numbers["images"], status = photographs(net, checkpoint, device, args, views)
     if args.cost:
-        numbers["cost"] = _cost(net, args.crop_size)
+        numbers["cost"] = print_cost(net, args.crop_size)
     if args.speed:  # the last use of net
-        numbers["speed"] = _speed(net, classes, device, args)
+        numbers["speed"] = speed(net, classes, device, args)
     if not (args.images or args.cost or args.speed):
-        numbers = _split(net, checkpoint, device, rank, args, views)
+        numbers = whole_split(net, checkpoint, device, rank, args, views)
     if args.json and rank == 0:
-        Path(args.json).write_text(json.dumps(without_nan(numbers), indent=1) + "\n")
+        text = json.dumps(without_nan(numbers), indent=1) + "\n"
+        replace(Path(args.json), lambda path: path.write_text(text))
     return status
 
 
-def _cost(net, size):
+def print_cost(net, size):
+    """`--cost`"""
     parameters, operations, children = cost(net, size)
     shown = f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds"
     print(f"{shown} for {size[0]}x{size[1]}, of which")
@@ -883,37 +833,51 @@ def _cost(net, size):
     return dict(size=size, parameters=parameters, multiply_adds=operations, children=children)
 
 
-def _speed(net, classes, device, args):
-    name, (height, width) = device_name(device), args.crop_size
-    amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype(args.amp, device)]
-    print(f"{args.batch_size} images of {height}x{width}, amp {amp}, {name}")
-    numbers = {"device": name, "batch_size": args.batch_size, "size": args.crop_size}
-    timed = speed(net, classes, args.crop_size, args.batch_size, device, args.amp, args.runs)
-    for what, (seconds, peak) in timed:
-        rate = args.batch_size / seconds
-        numbers[what] = dict(seconds=seconds, images_per_second=rate, peak_bytes=peak)
-        memory = "memory not measured" if peak is None else f"peak {peak / 2**20:.0f} MiB"
-        print(f"  {what:<14} {rate:8.2f} images/s ({seconds * 1000:.0f} ms), {memory}", flush=True)
-    return numbers
+def make_folders(args, read):
+    """Make the folders of predictions and figures. UserError where a file in them could overwrite
+    one of the folders `read`, or the other's.
+    """
+    taken = {folder.resolve() for folder in read}
+    for flag in ("save_predictions", "figures"):
+        if name := getattr(args, flag):
+            folder = Path(name).resolve()
+            if folder in taken:
+                text = f"--{flag.replace('_', '-')} {name} holds other files of this call"
+                raise UserError(f"{text}; take another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            taken.add(folder)
 
 
-def _photographs(net, checkpoint, device, args, views):
+def check_pixel(net, pixel, shape):
+    """UserError unless the method's figures can be about the pixel (row, column) of an image of
+    `shape` `[3, H, W]`.
+    """
+    if pixel and not takes_pixel(net):
+        raise UserError("--pixel has no effect: this method's figures are not about one pixel")
+    try:
+        backbones.one_pixel(pixel, shape[1:])
+    except ValueError as error:
+        raise UserError(f"--pixel: {error}") from None
+
+
+def photographs(net, checkpoint, device, args, views):
     """`--images`: (the classes' shares of each photograph, exit status 2 if one is broken). Each
     gets an overlay and a palette PNG; a broken one is named, and the others follow.
     """
     classes, palette, numbers, status = checkpoint["classes"], checkpoint["palette"], {}, 0
-    folder, files = Path(args.save_predictions or "predictions"), data.photographs(args.images)
+    files = data.photographs(args.images)
+    args.save_predictions = args.save_predictions or "predictions"
+    folder = Path(args.save_predictions)
     outputs = [f"{file.stem}{end}" for file in files for end in (".png", "_overlay.png")]
     twice = next((name for name in outputs if outputs.count(name) > 1), None)
     if twice:
         text = f"--images: two photographs would share the output file {twice}"
         raise UserError(f"{text}; give them one call each")
-    args.save_predictions = str(folder)
-    _check_folders(args, {file.parent for file in files if file.is_file()})
+    make_folders(args, {file.parent for file in files if file.is_file()})
     for file in files:
         try:
             image = data.read_image(file, upright=True, huge=args.window is not None)
-            _check_pixel(net, args.pixel, image.shape)
+            check_pixel(net, args.pixel, image.shape)
         except UserError as error:
             print(f"evaluate.py: {error}", file=sys.stderr)
             status = 2
@@ -925,8 +889,8 @@ def _photographs(net, checkpoint, device, args, views):
         panels.append(data.Panel("prediction", data.overlay(image, prediction, palette)))
         data.sheet(panels, 2, [prediction.cpu()], classes, palette, width=480).save(overlay)
         if args.figures:
-            kwargs = dict(pixel=args.pixel, amp=args.amp)
-            picture = figure_sheet(net, image, prediction, palette, classes, **kwargs)
+            about = dict(pixel=args.pixel, amp=args.amp)
+            picture = figure_sheet(net, image, prediction, palette, classes, **about)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
         shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
         shares = shares / prediction.numel()
@@ -937,57 +901,23 @@ def _photographs(net, checkpoint, device, args, views):
     return numbers, status
 
 
-def _check_folders(args, inputs):
-    """Make the folders of predictions and figures. UserError where one holds what is read, or where
-    the two are one folder: a file would overwrite another.
-    """
-    made = []
-    for flag in ("save_predictions", "figures"):
-        if folder := getattr(args, flag):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            if any(Path(folder).samefile(parent) for parent in inputs):
-                flag = flag.replace("_", "-")
-                raise UserError(f"--{flag} {folder} holds what is read; take another folder")
-            if any(Path(folder).samefile(other) for other in made):
-                raise UserError(
-                    "--figures and --save-predictions need two folders: files have one name"
-                )
-            made.append(folder)
-
-
-def _check_pixel(net, pixel, shape):
-    """UserError unless the method's figures can be about the pixel (row, column) of an image of
-    `shape` `[3, H, W]`.
-    """
-    if pixel and not takes_pixel(net):
-        raise UserError("--pixel has no effect: this method's figures are not about one pixel")
-    if pixel and not all(0 <= i < side for i, side in zip(pixel, shape[1:])):
-        text = f"--pixel {pixel[0]} {pixel[1]} is outside the image of {shape[1]} rows and"
-        raise UserError(f"{text} {shape[2]} columns; give a row and a column from 0")
-
-
-def _split(net, checkpoint, device, rank, args, views):
-    """Metrics, predictions and figures of a whole split."""
+def whole_split(net, checkpoint, device, rank, args, views):
+    """Metrics, predictions, figures and the method's numbers of a whole split."""
     settings = checkpoint["settings"]
     name, own = args.dataset or settings["dataset"], settings["data_root"]
     root = args.data_root or (own if name == settings["dataset"] else data.default_root(name))
     dataset = data.dataset(name, root, args.split)
-    if dataset.classes != checkpoint["classes"]:
-        text = f"the classes of {name} are not those that {args.checkpoint} was trained on"
-        raise UserError(f"{text}; take another --dataset")
-    nets, save = {args.checkpoint: net} | _others(args, dataset, device), None
-    _check_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
-    shown = data.telling(dataset, 8) if args.figures else []
+    nets = {args.checkpoint: net} | compared_networks(args, checkpoint, dataset, device)
+    make_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
+    shown = data.pick_images(dataset, 8) if args.figures else []
     for index in shown if args.pixel else []:
-        _check_pixel(net, args.pixel, dataset[index][0].shape)
-    if args.save_predictions:
-        folder = Path(args.save_predictions)
-        raw_ids = getattr(dataset, "raw_ids", None)
+        check_pixel(net, args.pixel, dataset[index][0].shape)
 
-        def save(index, prediction):
-            file = folder / f"{dataset.name(index)}.png"
-            save_prediction(prediction, dataset.palette, file, raw_ids)
+    def save(index, prediction):
+        file = Path(args.save_predictions) / f"{dataset.name(index)}.png"
+        save_prediction(prediction, dataset.palette, file, getattr(dataset, "raw_ids", None))
 
+    save = save if args.save_predictions else None
     result = evaluate(net, dataset, device, args.amp, args.workers, save, **views)
     labelled = result.pop("labelled")
     if rank == 0:
@@ -999,34 +929,40 @@ def _split(net, checkpoint, device, rank, args, views):
         print(f"{args.checkpoint} (step {checkpoint['step']}) {images}, {mode}")
         print(table(result, dataset.classes))
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
+        if settings.get("train_split") == "trainval" and args.split in ("train", "val"):
+            print(f"warning: {args.split} was trained on (train_split trainval)", file=sys.stderr)
+        if args.analyse:
+            result["analysis"] = analyse(net, dataset, device, args)
         if args.figures:
-            result |= _figures(nets, dataset, shown, device, args, views)
+            draw_figures(nets, dataset, shown, device, args, views)
+    result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
     about = dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name)
     about |= dict(split=args.split, images=len(dataset))
     about |= dict(output_stride=args.output_stride, option=args.option)
-    result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
     return result | about | views
 
 
-def _others(args, dataset, device):
-    """The networks of `--compare`, by their paths."""
-    nets = {}
+def compared_networks(args, checkpoint, dataset, device):
+    """The networks of `--compare`, by their paths. UserError where one has other classes than the
+    dataset, also the one of `--checkpoint`.
+    """
+    nets, saved = {}, {args.checkpoint: checkpoint}
     for path in args.compare:
-        checkpoint = read_checkpoint(path)
-        if any(Path(path).resolve() == Path(other).resolve() for other in [*nets, args.checkpoint]):
-            raise UserError(
-                f"--compare {path}: a checkpoint is compared with others; name each once"
-            )
+        if any(Path(path).resolve() == Path(other).resolve() for other in saved):
+            text = "a checkpoint is compared with others"
+            raise UserError(f"--compare {path}: {text}; name each once")
+        saved[path] = read_checkpoint(path)
+        nets[path] = load(saved[path]).to(device, memory_format=torch.channels_last)
+    for path, checkpoint in saved.items():
         if checkpoint["classes"] != dataset.classes:
-            raise UserError(f"--compare {path} was trained on other classes; take another one")
-        nets[path] = load(checkpoint).to(device, memory_format=torch.channels_last)
+            text = f"'{path}' was trained on other classes than those of {args.dataset or 'these'}"
+            raise UserError(f"{text}; take another checkpoint, or another --dataset")
     return nets
 
 
-def _figures(nets, dataset, shown, device, args, views):
-    """`--figures`: the sheets of the images `shown`, pictures of the whole split; its numbers."""
-    folder, numbers, net = Path(args.figures), {}, nets[args.checkpoint]
-    names = dataset.palette, dataset.classes
+def draw_figures(nets, dataset, shown, device, args, views):
+    """`--figures`: the sheets of the images `shown`."""
+    names, net = (dataset.palette, dataset.classes), nets[args.checkpoint]
     for index in shown:
         image, truth = dataset[index]
         if args.compare:
@@ -1034,28 +970,52 @@ def _figures(nets, dataset, shown, device, args, views):
         else:
             prediction = label_map(net, image, device, args.amp, **views)
             picture = figure_sheet(net, image, prediction, *names, truth, args.pixel, args.amp)
-        picture.save(folder / f"{dataset.name(index)}.png")
-    rest = device, args.amp, args.workers
-    if hasattr(net, "classifier") and not args.compare:
-        dependency = class_dependency(net, dataset, *rest)
-        occurs = dependency.amax(1) > 0
-        others = dependency[occurs][:, occurs][~torch.eye(occurs.sum(), dtype=torch.bool)].mean()
-        title = "class dependency: how alike the mean features of two classes are, each row over "
-        title += "its largest value"
-        if occurs.sum() > 1:
-            title += f"; the mean of two different classes is {others:.3f}"
-            numbers["class_dependency"] = others.item()
-            print(f"class dependency: {others:.3f} between two classes, the mean (of 0…1)")
-        draw_matrix(dependency, dataset.classes, title).save(folder / "class_dependency.png")
-    if getattr(net, "unity", None) is not None and not args.compare:  # a pyramid of outputs
-        numbers["levels"] = levels(net, dataset, *rest, folder / "levels.png")
-    print(f"figures: {folder}")
-    return numbers
+        picture.save(Path(args.figures) / f"{dataset.name(index)}.png")
+    print(f"figures: {args.figures}")
 
 
-def main(arguments=None):
+def analyse(net, dataset, device, args):
+    """`--analyse`: what `net.analyse` measures, and class dependency; printed and returned. With
+    `--figures` the matrices are drawn.
+
+    A key is "NAME: WHAT IT SAYS", of a matrix with " | ROW, ROW, … | COLUMN, COLUMN, …" behind it;
+    rows or columns that are not named are the classes.
+    """
+    numbers, kept, K = {}, {}, dataset.num_classes
+    with autocast(device, args.amp):
+        if hasattr(net, "classifier"):
+            pairs = read_all(dataset, device, args.workers, "class dependency")
+            dependency = class_dependency(net, pairs, K).cpu()
+            others = dependency[~torch.eye(K, dtype=torch.bool) & (dependency.diag() > 0)]
+            what = "how alike the mean features of two classes are, 0…1; less is better"
+            numbers[f"class dependency: {what}"] = others.mean().item()
+            numbers[f"class dependency of pairs: {what}, each row over its largest"] = dependency
+        if hasattr(net, "analyse"):
+            numbers |= net.analyse(read_all(dataset, device, args.workers, "analysis"))
+    for key, value in numbers.items():
+        (title, *axes), classes = key.split(" | "), dataset.classes
+        name = title.partition(":")[0]
+        if isinstance(value, float):
+            kept[name] = value
+            print(f"{value:.3f}  {title}")
+            continue
+        kept[name] = value.tolist()
+        rows, columns = ([*(axis.split(", ") for axis in axes), classes, classes])[:2]
+        if len(columns) <= 6:
+            print(title, " " * 20 + "".join(f"{column:>12}" for column in columns), sep="\n")
+            for row, line in zip(rows, value.tolist()):
+                cells = ("–" if math.isnan(x) else f"{x:.3f}" for x in line)
+                print(f"{row:<20}" + "".join(f"{cell:>12}" for cell in cells))
+        if args.figures:
+            file = Path(args.figures) / f"{name.replace(' ', '_')}.png"
+            draw_matrix(value, columns, title, rows).save(file)
+            print(f"{title}: {file}")
+    return kept
+
+
+def main(argv=None):
     """Exit status 0, or 2 after an error."""
-    return guarded("evaluate.py", lambda: _run(_arguments(arguments)))
+    return guarded("evaluate.py", lambda: run(arguments(argv)))
 
 
 if __name__ == "__main__":

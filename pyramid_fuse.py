@@ -377,6 +377,24 @@ class ResNetDecoder(nn.Module):
         return self.fuse([reduce(x) for reduce, x in zip(self.reduce, maps)])
 
 
+def confusions(alone, taken, labels, num_classes):
+    """The pixels of each (level that predicts, level that is taken, true class, predicted class),
+    `[L, L, K, K]`.
+
+    alone: L label maps, taken: the level of each pixel, labels: 255 = ignored; int64 `[N, H, W]`.
+    """
+    L, K, valid = len(alone), num_classes, labels != 255
+    both = (taken * K + labels)[valid]
+    counts = [torch.bincount(both * K + y[valid], minlength=L * K * K) for y in alone]
+    return torch.stack(counts).view(L, L, K, K)
+
+
+def iou(counts):
+    """IoU of each class, of pixels by (true, predicted) class: `[…, K, K]` -> `[…, K]`."""
+    hit = counts.diagonal(dim1=-2, dim2=-1)
+    return hit / (counts.sum(-1) + counts.sum(-2) - hit)
+
+
 # ------------------------------------------------------------------------------------------ network
 
 
@@ -484,7 +502,7 @@ class SpecializeAndFuse(nn.Module):
     @torch.no_grad()
     def levels(self, images):
         """(Level that Eq. (2) takes, 0 the coarsest; what each level alone predicts, a list; the
-        prediction), int64 `[N, H, W]` each, for Table 9, Figs. 3 and C in evaluate.py.
+        prediction), int64 `[N, H, W]` each.
         """
         fitted = self.fitted(images)
         semantic, unity = self.pyramids(fitted)
@@ -494,6 +512,26 @@ class SpecializeAndFuse(nn.Module):
         fused = fuse(semantic, unity_prob, self.threshold)
         *alone, fused = [self.to_pixels(y, fitted, images).argmax(1) for y in [*alone, fused]]
         return resized_labels(taken, images.shape[2:]), alone, fused
+
+    def analyse(self, pairs):
+        """Table 9 (coarse to fine; the paper: fine to coarse) and Fig. C, of (images, labels).
+
+        NaN where a class or a level does not occur. Empty for one level.
+        """
+        if self.unity is None:
+            return {}
+        counts, fused_counts, K = 0, 0, self.classifier.out_channels
+        for images, labels in pairs:
+            taken, alone, fused = self.levels(images)
+            counts = counts + confusions(alone, taken, labels, K)
+            fused_counts = fused_counts + confusions([fused], 0 * taken, labels, K)[0, 0]
+        strides = ", ".join(f"stride {s}" for s in self.strides)
+        title = "levels: mIoU of the level of the row where the level of the column is taken; each "
+        title += f"should be the best in its own column | {strides} | {strides}"
+        alone = "levels alone: IoU of each class if one level predicts, less that of the fused "
+        alone += f"result; less than 0 says that fusing helps | {strides}"
+        difference = iou(counts.sum(1)) - iou(fused_counts)  # [L, K]
+        return {title: iou(counts).nanmean(2), alone: difference}
 
     @torch.no_grad()
     def figures(self, image):

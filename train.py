@@ -6,9 +6,10 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py …
     python train.py --output runs/caa-shapes --resume                # go on where a run stopped
 
+Read `run` first: what it calls follows in its order.
+
 Settings are the defaults below, then the method's RECIPES for the dataset, then the flags. Each is
-printed and kept in config.json with where it came from. `--batch-size` is that of all processes
-together; `--accumulate N` computes the share of each process in N parts.
+printed and kept in config.json with where it came from.
 
 A run's folder: config.json; log.jsonl, a line for each logged step (`step`, `lr`, `loss`, its
 terms, `images_per_second`) and each evaluation (`step`, `mIoU`, `pixel_accuracy`, `class_accuracy`,
@@ -23,12 +24,11 @@ to be a folder that all of them see.
 
 import argparse
 import contextlib
-import fcntl
 import importlib
+import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR, StepLR
 from torch.utils.data import DataLoader
@@ -48,62 +48,70 @@ import backbones
 import data
 import evaluate
 from data import UserError
+from evaluate import number, whole
 
-# name: (default, what it is). The defaults are those of every dataset without a recipe.
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows
+
+# How argparse reads flags that are not one number or word
+SPLITS, SWITCH = dict(choices=("train", "trainval")), dict(action=argparse.BooleanOptionalAction)
+OPTION = dict(action="append", metavar="KEY=VALUE")
+CAR = dict(nargs="?", const="default", choices=("default", "paper", "released"))
+SIDES = dict(nargs="+", type=whole(1, 100_000), metavar="N")
+RANGE = dict(nargs=2, type=number(1e-3, 1e3), metavar=("LOW", "HIGH"))
+# name: (default, how its flag is read, what it is). They hold for datasets without a recipe.
 SETTINGS = {
     # what
-    "method": ("caa", "file METHOD.py"),
-    "dataset": ("shapes", "name in data.py: shapes, shapes+company, camvid, folder, …"),
-    "data_root": (None, "folder of the dataset [datasets/NAME, or that of the same files]"),
-    "backbone": ("resnet18", "feature extractor: " + ", ".join(backbones.NAMES)),
-    "weights": (None, "weights of the backbone: none, imagenet, or the path of a state dict"),
-    "output_stride": (None, "stride of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1"),
-    "option": ({}, "option of the method's build, may be repeated"),
-    "car": (None, "add car.py's losses; paper: Eq. (4.11) as printed; released: the authors' form"),
-    "init": (None, "checkpoint whose weights the run starts from"),
+    "method": ("caa", str, "file METHOD.py"),
+    "dataset": ("shapes", str, "name in data.py: shapes, shapes+company, camvid, folder, …"),
+    "train_split": ("train", SPLITS, "what is trained on; trainval is train and val together"),
+    "data_root": (None, str, "folder of the dataset [datasets/NAME, or that of the same files]"),
+    "backbone": ("resnet18", str, "feature extractor: " + ", ".join(backbones.NAMES)),
+    "weights": (None, str, "weights of the backbone: none, imagenet, or the path of a state dict"),
+    "output_stride": (None, int, "stride of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1"),
+    "option": ({}, OPTION, "option of the method's build, may be repeated"),
+    "car": (
+        None,
+        CAR,
+        "add car.py's losses; paper: (4.11) as printed; released: the authors' form",
+    ),
+    "init": (None, str, "checkpoint whose weights the run starts from"),
     # how long, how fast
-    "iterations": (140, "optimizer steps"),
-    "batch_size": (8, "images in a step, of all processes together"),
-    "accumulate": (1, "parts in which a step is computed, for a GPU with too little memory"),
-    "optimizer": ("sgd", "sgd, adam or adamw"),
-    "lr": (0.02, "learning rate at the start"),
-    "head_lr": (1.0, "multiple of the learning rate for all but the backbone"),
-    "power": (0.9, "exponent of the polynomial decay lr · (1 - step/iterations)^power"),
-    "halve_every": (0, "steps between halvings of the rate, in place of the decay, 0: none"),
-    "momentum": (0.9, "SGD momentum"),
-    "weight_decay": (1e-4, "weight decay, L2 (decoupled with adamw)"),
-    "decay_norms": (True, "weight decay for norms and biases too"),
-    "bn_momentum": (0.1, "share of the new batch in batch norm's running statistics"),
+    "iterations": (140, whole(1), "optimizer steps"),
+    "batch_size": (8, whole(1), "images in a step, of all processes together"),
+    "accumulate": (1, whole(1), "parts in which a step is computed, for a GPU with little memory"),
+    "optimizer": ("sgd", dict(choices=("sgd", "adam", "adamw")), "rule of the step"),
+    "lr": (0.02, number(0), "learning rate at the start"),
+    "head_lr": (1.0, number(0), "multiple of the learning rate for all but the backbone"),
+    "power": (0.9, number(0), "exponent of the polynomial decay lr · (1 - step/iterations)^power"),
+    "halve_every": (0, whole(0), "steps between halvings of the rate, in place of the decay"),
+    "momentum": (0.9, number(0, 1), "SGD momentum"),
+    "weight_decay": (1e-4, number(0), "weight decay, L2 (decoupled with adamw)"),
+    "decay_norms": (True, SWITCH, "weight decay for norms and biases too"),
+    "bn_momentum": (0.1, number(0, 1), "share of the new batch in batch norm's running statistics"),
     # augmentation
-    "crop_size": (96, "training crop: its side, or height and width"),
-    "scale": ((0.75, 1.5), "range of the random scale"),
-    "scale_step": (0.0, "step between the random scales, 0: any scale"),
-    "base_size": (None, "longer side of an image at scale 1, in pixels [its own]"),
-    "color": ("none", "color jitter: none, brightness or photometric"),
+    "crop_size": (96, SIDES, "training crop: its side, or height and width"),
+    "scale": ((0.75, 1.5), RANGE, "range of the random scale"),
+    "scale_step": (0.0, number(0, 1e3), "step between the random scales, 0: any scale"),
+    "base_size": (None, whole(1), "longer side of an image at scale 1, in pixels [its own]"),
+    "color": ("none", str, "color jitter: none, brightness or photometric"),
     # the machine, and what is kept
-    "seed": (0, "seed of everything random"),
-    "deterministic": (False, "use only deterministic kernels"),
-    "workers": (2, "loader processes for each training process"),
-    "amp": ("auto", "mixed precision: auto, bf16, fp16, off; auto: on CUDA"),
-    "compile": (False, "use torch.compile"),
-    "device": (None, "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]"),
-    "eval_every": (None, "steps between evaluations [a tenth of the run, at least 100]"),
-    "save_every": (None, "steps between checkpoints [as eval_every]"),
+    "seed": (0, whole(0, 2**63 - 1), "seed of everything random"),
+    "deterministic": (False, dict(action="store_true"), "use only deterministic kernels"),
+    "workers": (2, whole(0), "loader processes for each training process"),
+    "amp": ("auto", dict(choices=evaluate.AMP), "mixed precision; auto: on CUDA"),
+    "compile": (False, dict(action="store_true"), "use torch.compile"),
+    "device": (None, str, "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]"),
+    "eval_every": (None, whole(1), "steps between evaluations [a tenth of the run, at least 100]"),
+    "save_every": (None, whole(1), "steps between checkpoints [as eval_every]"),
 }
-# Flags with a form of their own
-FORMS = {
-    "option": dict(action="append", metavar="KEY=VALUE"),
-    "scale": dict(nargs=2, type=float, metavar=("LOW", "HIGH")),
-    "crop_size": dict(nargs="+", type=int, metavar="N"),
-    "car": dict(nargs="?", const="default", choices=("default", "paper", "released")),
-    "decay_norms": dict(action=argparse.BooleanOptionalAction),
-    "optimizer": dict(choices=("sgd", "adam", "adamw")),
-    "amp": dict(choices=("auto", "bf16", "fp16", "off")),
-} | dict.fromkeys(("output_stride", "base_size", "eval_every", "save_every"), dict(type=int))
 # What may differ when a run goes on: it changes no result, or rounding alone
 FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
 AUGMENTATION = ("seed", "crop_size", "scale", "scale_step", "base_size", "color")
 LOG_EVERY = 10  # steps
+BEFORE = "last.pt, if it is there, is from before"
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -111,72 +119,54 @@ LOG_EVERY = 10  # steps
 
 def arguments(argv=None):
     """(flags that were given, output folder or None, resume)"""
-    parser = argparse.ArgumentParser(description="Train a segmentation method; see train.py's top.")
-    for name, (default, what) in SETTINGS.items():
-        kwargs = dict(type=type(default)) if default is not None else {}
-        kwargs = dict(action="store_true") if default is False else FORMS.get(name, kwargs)
-        shown = "" if default in (None, {}) or default is False else f" [{default}]"
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=what + shown, **kwargs)
+    parser = evaluate.Parser(description="Train a segmentation method; see train.py's top.")
+    for name, (default, form, what) in SETTINGS.items():
+        flag, form = "--" + name.replace("_", "-"), form if type(form) is dict else dict(type=form)
+        shown = "" if default in (None, {}, False) else f" [{default}]"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=what + shown, **form)
     what = "folder of the run [runs/METHOD-DATASET, with a number where that is taken]"
     parser.add_argument("--output", metavar="DIR", help=what)
     what = "go on with the run in --output; with --method and --dataset: or start it there"
     parser.add_argument("--resume", action="store_true", help=what)
     given = vars(parser.parse_args(argv))
     output, resume = given.pop("output"), given.pop("resume")
+    if resume and output is None:
+        raise UserError("--resume needs the run's folder: --output runs/NAME")
     if "option" in given:
         given["option"] = evaluate.parse_options(given["option"])
-    if len(given.get("crop_size", ())) == 1:
-        given["crop_size"] = given["crop_size"][0]
-    if given.get("weights") == "none":
-        given["weights"] = None
+    if "crop_size" in given:
+        height, width = evaluate.two_sides(given["crop_size"])
+        given["crop_size"] = height if height == width else [height, width]
     return given, output, resume
 
 
 def resolve(given):
     """(settings, where each came from): defaults, then the method's recipe, then the flags."""
-    settings = {name: default for name, (default, _) in SETTINGS.items()}
+    settings = {name: default for name, (default, *_) in SETTINGS.items()}
     origin = dict.fromkeys(settings, "default")
     method = evaluate.method_file(given.get("method", settings["method"]))
     dataset = given.get("dataset", settings["dataset"])
-    recipe = getattr(method, "RECIPES", {}).get(dataset, {})
-    strange = ", ".join(sorted(set(recipe) - set(SETTINGS)))
-    if strange:
-        text = f"the recipe for {dataset} in {method.__name__}.py has unknown settings: {strange}"
-        raise UserError(f"{text}; train.py lists the known ones")
+    recipes = getattr(method, "RECIPES", {})
+    if dataset not in recipes:
+        dataset = dataset.split("+")[0]  # the recipe of shapes holds with its switches too
+    recipe = recipes.get(dataset, {})
+    if unknown := ", ".join(sorted(set(recipe) - set(SETTINGS))):
+        text = "train.py's SETTINGS lists the known ones"
+        raise UserError(f"{method.__name__}.py: unknown settings in a recipe: {unknown}; {text}")
     for values, source in (recipe, f"recipe {method.__name__}/{dataset}"), (given, "command line"):
         for name, value in values.items():
             settings[name] = settings[name] | value if name == "option" else value
             origin[name] = source
     check_effect(given, settings)
-    return completed(settings), origin
-
-
-def completed(settings):
-    """The settings with defaults that depend on others filled in, if all numbers are in range."""
+    low, high = settings["scale"]
+    if low > high or 0 < settings["scale_step"] < 1e-3:
+        text = "expected two factors, the smaller one first, and a step of 0 or at least 0.001"
+        raise UserError(f"--scale {low} {high} --scale-step {settings['scale_step']}: {text}")
     if settings["data_root"] is None:
         settings["data_root"] = str(data.default_root(settings["dataset"]))
     for name in ("eval_every", "save_every"):
-        if settings[name] is None:
-            settings[name] = max(100, math.ceil(settings["iterations"] / 10))
-    for name in ("iterations", "batch_size", "accumulate", "eval_every", "save_every", "base_size"):
-        evaluate.in_range(name, settings[name], 1)
-    evaluate.in_range("seed", settings["seed"], 0, 2**63 - 1)
-    for name in ("workers", "lr", "head_lr", "power", "weight_decay", "halve_every"):
-        evaluate.in_range(name, settings[name], 0)
-    for name in ("momentum", "bn_momentum"):
-        evaluate.in_range(name, settings[name], 0, 1)
-    sides = settings["crop_size"]
-    sides = [sides] if isinstance(sides, int) else list(sides)
-    evaluate.check_sides("crop-size", sides)
-    settings["crop_size"] = sides if len(sides) == 2 else sides[0]
-    low, high = settings["scale"] = list(settings["scale"])
-    if not 1e-3 <= low <= high <= 1e3:
-        text = f"--scale {low} {high}: expected two factors from 0.001 to 1000"
-        raise UserError(f"{text}, the smaller one first")
-    if settings["scale_step"]:
-        evaluate.in_range("scale_step", settings["scale_step"], 1e-3, 1e3)
-    return settings
+        settings[name] = settings[name] or max(100, math.ceil(settings["iterations"] / 10))
+    return settings, origin
 
 
 def check_effect(given, s):
@@ -188,239 +178,141 @@ def check_effect(given, s):
         "data_root": s["dataset"].startswith("shapes") and "shapes is drawn, it has no files",
     }
     for name, reason in idle.items():
-        if reason and given.get(name) is not None:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} has no effect here: {reason}; leave it out")
+        if reason and name in given:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} has no effect here: {reason}; leave it out")
 
 
-def resumed(output, given):
-    """(settings, origin, checkpoint) of the run in `output`.
+def resumed(last, given):
+    """(settings, where each came from) of the run whose checkpoint is `last`.
 
     UserError for a flag that would change its result. A setting that a later version added has its
     default.
     """
-    if output is None:
-        raise UserError("--resume needs the run's folder: --output runs/NAME")
-    path, last = Path(output) / "config.json", Path(output) / "last.pt"
-    if not path.is_file():
-        text = (
-            "expected the --output folder of an earlier run, or --method and --dataset to start one"
-        )
-        text = f"start a new run with --init {last}" if last.is_file() else text
-        raise UserError(f"nothing to resume: '{path}' is not there; {text}")
-    try:
-        saved = json.loads(path.read_text())["settings"]
-        settings, origin = {}, {}
-        for name, (default, _) in SETTINGS.items():
-            default = json.loads(json.dumps(default))  # lists, as in config.json
-            if name in saved or name == "method":
-                settings[name], origin[name] = saved[name]["value"], saved[name]["from"]
-            else:
-                settings[name], origin[name] = default, "default"
-            kinds = {float: (int, float), int: (int, list)}.get(type(default), type(default))
-            if default is not None and not isinstance(settings[name], kinds):
-                raise TypeError
-        settings = completed(settings)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"'{path}' is damaged; start a new run with --init {last}") from None
+    if not last.exists():
+        best, advice = last.with_name("best.pt"), "give --method and --dataset to start a run there"
+        advice = f"start a new run with --init {best}" if best.exists() else advice
+        raise UserError(f"nothing to resume: '{last}' is not there; {advice}")
+    checkpoint = evaluate.read_checkpoint(last)
+    settings = {name: default for name, (default, *_) in SETTINGS.items()}
+    settings |= {k: v for k, v in checkpoint["settings"].items() if k in SETTINGS}
+    origin = dict.fromkeys(settings, "default") | checkpoint.get("origin", {})
     check_effect(given, settings)
-    if "option" in given:  # those of the recipe need not be repeated
-        given["option"] = settings["option"] | given["option"]
-    for name, value in json.loads(json.dumps(given)).items():  # lists, as in config.json
-        if name not in FREE and value != settings[name]:
+    for name, value in given.items():
+        value = settings[name] | value if name == "option" else value
+        if json.dumps(value) == json.dumps(settings[name]):  # a list equals a tuple
+            continue
+        if name not in FREE:
             text = f"--{name.replace('_', '-')} {value} differs from this run's {settings[name]}"
             raise UserError(f"{text}; leave it out, or start a new run with --init {last}")
-        if value != settings[name]:
-            settings[name], origin[name] = value, "command line"
-    checkpoint = evaluate.read_checkpoint(last) if last.exists() else None
-    parts = {"optimizer", "schedule", "scaler", "evaluated", "best"}
-    whole = not checkpoint or parts <= set(checkpoint)
-    if not whole or checkpoint and checkpoint["step"] > settings["iterations"]:
-        wrong = f"does not belong to '{path}'" if whole else "has no state of an optimizer"
-        raise UserError(f"'{last}' {wrong}; start a new run with --init {last}")
-    return completed(settings), origin, checkpoint
+        settings[name], origin[name] = value, "command line"
+    return settings, origin
 
 
-# ----------------------------------------------------------------------------------- files of a run
+# ------------------------------------------------------------------------------------ the whole run
 
 
-def claimed(output, settings, resumes, rank):
-    """(the run's folder, its lock, which is held while it is open). The first process takes the
-    folder and tells the others.
+def run(given, output, resume):
+    """One run, from its first step or its last checkpoint to its end. Returns the exit status."""
+    last, starts = Path(output or "", "last.pt"), {"method", "dataset"} <= set(given)
+    resumes = resume and (last.exists() or not starts)
+    s, origin = resumed(last, given) if resumes else resolve(given)
+    if s["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not s["deterministic"]
+    device, rank, world = evaluate.processes(s["device"])
+    if s["batch_size"] % (world * s["accumulate"]):
+        text = f"{world} processes with --accumulate {s['accumulate']}"
+        raise UserError(f"--batch-size {s['batch_size']}: make it a multiple of the {text}")
 
-    UserError where another run holds it: a checkpoint is in it (unless the run resumes it), or a
-    lock. Where the file system has no locks there is only a warning.
-    """
-    answer = [None, None]  # the folder, or what is wrong
-    lock = None
+    augmentation = {name: s[name] for name in AUGMENTATION}
+    where = s["dataset"], s["data_root"]
+    train_set = data.dataset(*where, s["train_split"], train=True, **augmentation)
+    val_set = data.dataset(*where, "val")
+    net, note = make_net(s, train_set.classes, resumes, device, world)
+    model = with_losses(net, s, train_set.num_classes, rank) if s["car"] else net
+    state = State(net, s, origin, device, rank)
+    state.folder, lock = lock_folder(output, s, resumes, rank)
+    if resumes:
+        state.load(last, train_set.classes)
+    batches = iter(make_loader(train_set, state, world))
     if rank == 0:
-        name, number = f"runs/{settings['method']}-{settings['dataset']}", 1
-        while True:
-            folder = Path(output or (name if number == 1 else f"{name}-{number}"))
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "w")
-            try:
-                # Loader processes, which outlive a killed run for a moment, do not inherit it.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                wrong = None
-                if not resumes and any(folder.glob("*.pt")):
-                    wrong = "holds a run already; add --resume to go on with it, or take another"
-            except (BlockingIOError, PermissionError):
-                wrong = "belongs to a run that is training now; wait for it, or take another"
-            except OSError as error:
-                print(f"warning: '{folder}' cannot be locked ({error.strerror})", file=sys.stderr)
-                wrong = None
-            if wrong is None or output:
-                break
-            number += 1
-        answer = [folder, wrong and f"'{folder}' {wrong} --output"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    folder, wrong = answer
-    if wrong:
-        raise UserError(wrong)
-    return folder, lock
+        write_config(state, world)
+        print_start(state, train_set, world, note, resume)
+    if world > 1:
+        # Some weights never learn, as the norms of finer maps that nothing reads.
+        kwargs = dict(device_ids=[device] if device.type == "cuda" else None)
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, **kwargs)
+    if s["compile"]:
+        model = torch.compile(model)
+    kwargs = dict(total=s["iterations"], initial=state.step, desc="training", unit="step")
+    with Stop() as stop, tqdm(**kwargs, disable=rank > 0 or None) as bar:
+        stopped = loop(model, state, batches, train_set, val_set, stop, bar)
+    if rank == 0:
+        print_end(state, val_set, stopped)
+    if lock:
+        lock.close()
+    return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
 
 
-def write_config(folder, settings, origin, device, world):
-    """config.json, and the same to read on the screen."""
-    packages = ("torch", "torchvision", "numpy", "PIL")
-    versions = {name: importlib.import_module(name).__version__ for name in packages}
-    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda}
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        kwargs = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        git = subprocess.run(command, **kwargs).stdout.strip() or None
-    except OSError:
-        git = None  # no git on this machine
-    kept = {name: {"value": value, "from": origin[name]} for name, value in settings.items()}
-    config = dict(settings=kept, versions=versions, git=git, processes=world)
-    config["device"] = evaluate.device_name(device)
-    text = json.dumps(config, indent=1) + "\n"
-    replace(folder / "config.json", lambda path: path.write_text(text))
-    chosen = [name for name in settings if origin[name] != "default"]
-    for name in sorted(chosen, key=lambda name: origin[name] != "command line"):
-        print(f"  {name:<14} {settings[name]!s:<40} {origin[name]}")
-    rest = [f"{name} {value}" for name, value in settings.items() if name not in chosen]
-    print(f"  defaults: {', '.join(rest)}")
+def print_start(state, train_set, world, note, resume):
+    """What trains, on what, in which folder, from where."""
+    parameters = sum(p.numel() for p in state.net.parameters()) / 1e6
+    images = f"{len(train_set)} training images, {world} x {state.device.type}"
+    print(f"{parameters:.2f} M parameters, {images}, {state.folder}{note}")
+    if state.settings["train_split"] == "trainval":
+        print("val is trained on too: the mIoU on it says nothing about new images")
+    if state.step:
+        rewind_log(state.folder, state.step, state.evaluated)
+        print(f"goes on after step {state.step} of {state.settings['iterations']}")
+        return
+    (state.folder / "log.jsonl").unlink(missing_ok=True)  # of a start that failed
+    if resume:
+        print("there is nothing to resume yet: the run starts")
 
 
-def replace(path, write):
-    """Write under a temporary name, then rename: a reader finds the old file or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def print_end(state, val_set, stopped):
+    """The result, and one command to look further; of a run that was stopped: to go on."""
+    folder = shlex.quote(str(state.folder))
+    if stopped:
+        again = f"python train.py --output {folder} --resume"
+        print(f"stopped after step {state.step}, checkpoint saved; go on with: {again}")
+        return
+    results = [line for line in read_log(state.folder) if "mIoU" in line]
+    print(evaluate.table(results[-1], val_set.classes) if results else "log.jsonl is gone")
+    found, file = f"best mIoU {state.best:.4f}", "best.pt"
+    if state.best < 0:
+        found, file = "no label in val, no best.pt", "last.pt"
+    print(f"{found}; {folder}/samples.png: image, truth and prediction of four images")
+    print(f"Look inside: python evaluate.py --checkpoint {folder}/{file} --figures figures")
 
 
-def read_log(folder):
-    """The lines of log.jsonl; one that was cut short by a kill is left out."""
-    path, lines = folder / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+# ----------------------------------------------------------------------- data, network, optimizer
 
 
-def rewind_log(folder, step, evaluated):
-    """Drop what a run logged after its last checkpoint: it will be logged again."""
-    last = {True: evaluated, False: step}
-    kept = [line for line in read_log(folder) if line["step"] <= last["mIoU" in line]]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    replace(folder / "log.jsonl", lambda path: path.write_text(text))
-
-
-def append_log(folder, **line):
-    """One more line of log.jsonl; what is not a number becomes null."""
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(evaluate.without_nan(line)) + "\n")
-
-
-def draw_curves(folder):
-    """curves.png: the loss and its terms, the learning rate, and the metrics, over the steps."""
-    log = read_log(folder)
-    steps, results = ([line for line in log if name in line] for name in ("loss", "mIoU"))
-    terms = [n for n in (steps[0] if steps else {}) if n not in ("step", "lr", "images_per_second")]
-    metrics = ("mIoU", "pixel_accuracy", "class_accuracy")
-    panels = (
-        ("loss", steps, terms),
-        ("learning rate", steps, ["lr"]),
-        ("validation", results, metrics),
-    )
-    picture = Image.new("RGB", (480 * len(panels), 340), "white")
-    for i, (title, lines, names) in enumerate(panels):
-        series = {n: [(x["step"], x[n]) for x in lines if x.get(n) is not None] for n in names}
-        picture.paste(_panel(title, series), (480 * i, 0))
-    replace(folder / "curves.png", lambda path: picture.save(path, format="png"))
-
-
-def _panel(title, series, width=480, height=340):
-    # drawn at twice the size, for smooth lines
-    picture = Image.new("RGB", (2 * width, 2 * height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
-    left, top, right, bottom = 120, 30 * len(series) + 40, 2 * width - 40, 2 * height - 60
-    draw.text((left, 16), title, "black", font)
-    points = [point for line in series.values() for point in line]
-    highest = [max((abs(point[i]) for point in points), default=0) for i in (0, 1)]
-    (x_step, x_end), (y_step, y_end) = map(_ticks, highest)
-    y_start = -y_end if any(y < 0 for _, y in points) else 0
-
-    def place(x, y):
-        up = (bottom - top) * (y - y_start) / (y_end - y_start)
-        return left + (right - left) * x / x_end, bottom - up
-
-    for i in range(round(y_start / y_step), round(y_end / y_step) + 1):
-        x, y = place(0, i * y_step)
-        draw.line((x, y, right, y), "#dddddd", 2)
-        draw.text((x - 12, y), f"{i * y_step:.4g}", "black", font, anchor="rm")
-    for i in range(round(x_end / x_step) + 1):
-        x, y = place(i * x_step, y_start)
-        draw.text((x, y + 14), f"{i * x_step:g}", "black", font, anchor="mt")
-    colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
-    for i, (name, line) in enumerate(series.items()):
-        color, places = colors[i % len(colors)], [place(*point) for point in line]
-        draw.line(places, color, 4, joint="curve")
-        for x, y in places if len(places) < 30 else []:
-            draw.ellipse((x - 6, y - 6, x + 6, y + 6), color)
-        last = f"  {line[-1][1]:.3g}" if line else ""
-        draw.text((right, 16 + 30 * i), f"{name.replace('_', ' ')}{last}", color, font, anchor="ra")
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _ticks(highest):
-    """(distance, end) of round ticks from 0 to at least `highest`, at most six of them."""
-    power = 10.0 ** math.floor(math.log10(highest or 1))
-    distance = next(d * power for d in (0.2, 0.5, 1, 2) if highest <= 5 * d * power)
-    return distance, distance * max(1, math.ceil(highest / distance - 1e-9))
-
-
-def draw_samples(folder, net, dataset, device, amp, indices):
-    """samples.png: image, truth and prediction of these images."""
-    panels, maps, palette = [], [], dataset.palette
-    for index in indices:
-        image, truth = dataset[index]
-        maps += [truth, evaluate.label_map(net, image, device, amp).cpu()]
-        panels += [data.Panel(f"image {dataset.name(index)}", image)]
-        names = "truth", "prediction"
-        panels += [data.labelled(name, m, palette) for name, m in zip(names, maps[-2:])]
-    picture = data.sheet(panels, 3, maps, dataset.classes, palette)
-    replace(folder / "samples.png", lambda path: picture.save(path, format="png"))
-
-
-# ---------------------------------------------------------------------------- network and optimizer
+def make_loader(train_set, state, world):
+    """The batches of the steps that are left: of each, this process's share."""
+    s = state.settings
+    counts = s["batch_size"], state.step, s["iterations"]
+    sampler = data.PositionSampler(len(train_set), *counts, s["seed"], state.rank, world)
+    return DataLoader(train_set, batch_sampler=sampler, num_workers=s["workers"],
+                      collate_fn=data.collate, pin_memory=state.device.type == "cuda",
+                      worker_init_fn=data.own_session)  # fmt: skip
 
 
 def make_net(s, classes, resumes, device, world):
-    """(the network on its device, a line about the weights it starts from or None)."""
+    """(the network on its device, words about the weights of --init)"""
     torch.manual_seed(s["seed"])
-    weights = None if resumes or s["init"] else s["weights"]
-    parts = s["method"], len(classes), s["backbone"], weights, s["output_stride"], s["option"]
-    net = evaluate.network(*parts)
-    note = initialise(net, s["init"], classes) if s["init"] and not resumes else None
+    weights = None if resumes or s["init"] or s["weights"] == "none" else s["weights"]
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        any_process(False)  # wait: the first process of each machine downloads the weights
+    parts = s["backbone"], weights, s["output_stride"], s["option"]
+    net = evaluate.network(s["method"], len(classes), *parts)
+    if first:
+        any_process(False)
+    note = initialise(net, s["init"], classes) if s["init"] and not resumes else ""
     if world > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules():
@@ -430,24 +322,19 @@ def make_net(s, classes, resumes, device, world):
     return net.to(device, memory_format=torch.channels_last), note
 
 
-def initialise(net, path, classes=None):
-    """--init: every tensor of the checkpoint that fits; a line says which do not.
-
-    classes: the names of this run's, if a line is to say that the checkpoint's are others.
+def initialise(net, path, classes):
+    """--init: every tensor of the checkpoint that fits. Returns words: how many do, and whether the
+    checkpoint is of other classes.
     """
     checkpoint, own = evaluate.read_checkpoint(path), net.state_dict()
-    saved = checkpoint["net"]
-    fitting = {k: v for k, v in saved.items() if k in own and own[k].shape == v.shape}
+    saved = checkpoint["net"].items()
+    fitting = {k: v for k, v in saved if k in own and own[k].shape == v.shape}
     if not fitting:
         expected = "expected a checkpoint of the same method and backbone"
         raise UserError(f"nothing in '{path}' fits this network; {expected}")
     net.load_state_dict(fitting, strict=False)
-    left = [name for name in own if name not in fitting]
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    as_new = f"; as new: {', '.join(left[:3])}{more}" if left else ""
-    if classes and checkpoint["classes"] != classes:
-        as_new += "; its classifier is of other classes (names, number or order)"
-    return f"{len(fitting)} of {len(own)} tensors from {path}{as_new}"
+    same = "" if checkpoint["classes"] == classes else "; its classes have other names or order"
+    return f"; {len(fitting)} of {len(own)} tensors from {path}, the others are new{same}"
 
 
 def with_losses(net, s, num_classes, rank):
@@ -468,20 +355,18 @@ def make_optimizer(net, s):
     With decay_norms=False what has one dimension (norms, biases) is not decayed. All that is not in
     net.backbone learns at head_lr · lr.
     """
-    parts = [(list(net.parameters()), s["lr"])]
+    body, head = [], list(net.parameters())
     if s["head_lr"] != 1:
         if not hasattr(net, "backbone"):
             raise UserError(f"--head-lr: {s['method']} has no part named backbone; leave it out")
-        inside = set(net.backbone.parameters())
-        head = [p for p in net.parameters() if p not in inside]
-        parts = [(list(net.backbone.parameters()), s["lr"]), (head, s["head_lr"] * s["lr"])]
+        body = list(net.backbone.parameters())
+        head = [p for p in head if not any(p is q for q in body)]
     groups = []
-    for parameters, lr in parts:
+    for parameters, lr in (body, s["lr"]), (head, s["head_lr"] * s["lr"]):
         decayed = [p for p in parameters if p.ndim > 1 or s["decay_norms"]]
-        groups.append(dict(params=decayed, lr=lr))
-        if not s["decay_norms"]:
-            rest = [p for p in parameters if p.ndim <= 1]
-            groups.append(dict(params=rest, lr=lr, weight_decay=0.0))
+        rest = [p for p in parameters if p.ndim <= 1 and not s["decay_norms"]]
+        groups += [dict(params=decayed, lr=lr), dict(params=rest, lr=lr, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
     kind = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam, adamw=torch.optim.AdamW)[s["optimizer"]]
     momentum = dict(momentum=s["momentum"]) if s["optimizer"] == "sgd" else {}
     return kind(groups, s["lr"], weight_decay=s["weight_decay"], **momentum)
@@ -492,8 +377,9 @@ class State:
     they follow from (seed, step).
     """
 
-    def __init__(self, net, s, folder, device, rank):
-        self.net, self.settings, self.folder, self.device, self.rank = net, s, folder, device, rank
+    def __init__(self, net, s, origin, device, rank, folder=None):
+        self.net, self.settings, self.origin = net, s, origin
+        self.folder, self.device, self.rank = folder, device, rank
         self.optimizer = make_optimizer(net, s)
         if s["halve_every"]:
             self.schedule = StepLR(self.optimizer, s["halve_every"], 0.5)
@@ -502,10 +388,22 @@ class State:
         fp16 = evaluate.amp_dtype(s["amp"], device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0
-        self.shown = None  # the validation images of samples.png
+        self.recent = []  # losses of steps, on the device, that no process has looked at
+        self.window = []  # losses of the steps since the last line of the log, as numbers
         self.labelled = False  # whether a pixel was, until now
 
-    def load(self, checkpoint):
+    def load(self, path, classes):
+        """The checkpoint's state. Nobody writes it now: the first process holds the lock."""
+        checkpoint = evaluate.read_checkpoint(path)
+        steps = [checkpoint["step"]]
+        if dist.is_initialized():
+            dist.broadcast_object_list(steps)
+        if steps != [checkpoint["step"]]:
+            text = f"the first process sees step {steps[0]}, this one step {checkpoint['step']}"
+            raise UserError(f"'{path}': {text}; take a folder that all machines share")
+        if checkpoint["classes"] != classes:
+            text = f"'{self.settings['data_root']}' has other classes than this run"
+            raise UserError(f"{text} (names, number or order); give the run's own --data-root")
         evaluate.restore(self.net, checkpoint)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -513,11 +411,11 @@ class State:
             if checkpoint["scaler"]:  # empty where the run had no fp16 until now
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except (AttributeError, KeyError, TypeError, ValueError):
-            text = "the optimizer's state in last.pt is not that of this run"
-            raise UserError(f"{text}; start a new run with --init last.pt") from None
+            text = f"'{path}' has no state of this run's optimizer"
+            raise UserError(f"{text}; start a new run with --init {path}") from None
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
-        self.labelled = self.step > 0
+        self.window, self.labelled = checkpoint.get("window", []), self.step > 0
 
     def save(self, name, dataset):
         """Write the checkpoint `name`, but never one whose weights are not finite. best.pt holds
@@ -527,63 +425,54 @@ class State:
         state = {part: getattr(self, part).state_dict() for part in parts}
         broken = [key for key, value in state["net"].items() if not value.isfinite().all()]
         if broken:
-            which = f"{broken[0]} and {len(broken) - 1} more"
-            text = f"weights are not finite after step {self.step} ({which})"
-            raise UserError(f"{text}; {self.kept()}; try a lower --lr, or --amp off")
-        state |= {name: getattr(self, name) for name in ("step", "evaluated", "best", "settings")}
+            text = f"weights are not finite after step {self.step}, {broken[0]} the first of them"
+            raise UserError(f"{text}; {BEFORE}; try a lower --lr, or --amp off")
+        names = ("step", "evaluated", "best", "settings", "origin", "window")
+        state |= {name: getattr(self, name) for name in names}
         state |= dict(classes=dataset.classes, palette=[list(color) for color in dataset.palette])
         state |= dict(raw_ids=getattr(dataset, "raw_ids", None))
-        replace(self.folder / name, lambda temporary: torch.save(state, temporary))
-
-    def kept(self):
-        """What is left of the run, in words."""
-        last = self.folder / "last.pt"
-        return f"{last} is from before" if last.exists() else "no checkpoint was written yet"
+        evaluate.replace(self.folder / name, lambda temporary: torch.save(state, temporary))
 
 
 # ----------------------------------------------------------------------------------------- training
 
 
-class Stop:
-    """Remembers, while it is entered, that a signal came which ends jobs; a second Ctrl-C ends the
-    process at once.
-
-    A second SIGTERM does not: launchers send it both to torchrun and, through that, to its
-    processes. SLURM can announce a job's end by SIGUSR1, which torchrun does not pass on.
+def loop(model, state, batches, train_set, val_set, stop, bar):
+    """The steps that are left, with evaluations, log and checkpoints. Returns whether a signal
+    ended them.
     """
+    s, stopped, seconds = state.settings, False, 0.0
+    while True:
+        step, last = state.step, state.step == s["iterations"]
+        evaluates = last or (step > 0 and step % s["eval_every"] == 0)
+        saves = last or (step > 0 and step % s["save_every"] == 0)
+        if evaluates and state.evaluated < step and not stopped:
+            look_at_losses(state)
+            stopped = validate(state, train_set, val_set, stop)
+        if saves or stopped:
+            look_at_losses(state)
+            if state.rank == 0:
+                state.save("last.pt", train_set)
+        if stopped or last:
+            any_process(False)  # no process leaves before the checkpoint is written
+            return stopped
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        for number, handler in self.before.items():
-            if handler is not signal.SIG_IGN:  # as nohup ignores SIGHUP
-                signal.signal(number, self)
-        return self
-
-    def __call__(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        start, lr = time.perf_counter(), state.schedule.get_last_lr()[0]
+        train_step(model, state, *next(batches))
+        bar.update()
+        stopped = any_process(stop.signal)
+        logs = state.step % LOG_EVERY == 0 or state.step == s["iterations"]
+        if logs:
+            look_at_losses(state)
+        seconds += time.perf_counter() - start
+        if logs:
+            log_losses(state, lr, seconds, bar)
+            seconds = 0.0
 
 
-def mean_over_processes(values, device):
-    """The numbers, each the mean over all processes: one exchange, one wait for the device."""
-    values = [torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values]
-    values = torch.stack(values)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values.tolist()
-
-
-def train_step(model, state, images, labels, stop):
-    """One step of the optimizer. Returns (each loss, the mean over the processes; whether any
-    process was told to stop).
+def train_step(model, state, images, labels):
+    """One step of the optimizer; its losses join state.recent. Nothing waits for the device, but
+    float16, whose scale decides on the step.
 
     --accumulate N: this process's share is computed in N parts. A part's losses are weighted by its
     labelled pixels, of all processes, over the step's. So the gradient of a cross entropy over
@@ -592,37 +481,31 @@ def train_step(model, state, images, labels, stop):
     statistics move N times.
     """
     s, device, parts = state.settings, state.device, state.settings["accumulate"]
+    state.labelled = state.labelled or bool((labels != data.IGNORE).any())
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(device, non_blocking=True).long()
-    torch.manual_seed(data.seed_of(s["seed"], state.step, state.rank))
+    torch.manual_seed(data.seed_of(data.DROPOUT, s["seed"], state.step, state.rank))
     state.optimizer.zero_grad(set_to_none=True)
     model.train()
     pairs = list(zip(images.chunk(parts), labels.chunk(parts)))
-    weights = shares([part for _, part in pairs])
-    terms = []  # of each part
+    weights, total = shares([part for _, part in pairs]), {}
     for i, ((image, label), weight) in enumerate(zip(pairs, weights)):
         # The gradients of all processes are exchanged once, after the last part.
         wait = i < parts - 1 and hasattr(model, "no_sync")
         with model.no_sync() if wait else contextlib.nullcontext():
             with evaluate.autocast(device, s["amp"]):
                 losses = model(data.normalise(image), label)
-            terms.append({name: weight * loss for name, loss in losses.items()})
-            state.scaler.scale(sum(terms[-1].values())).backward()
-    flat = [loss for part in terms for loss in part.values()]
-    told = (labels != data.IGNORE).any(), stop.signal or 0
-    *values, labelled, stopped = mean_over_processes([*flat, *told], device)
-    names = list(terms[0])
-    losses = {name: sum(values[i :: len(names)]) for i, name in enumerate(names)}
-    if not all(map(math.isfinite, values)):
-        listed = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        text = f"the loss is not finite after step {state.step} ({listed}); {state.kept()}"
-        raise UserError(f"{text}; try a lower --lr, larger crops or batches, or --amp off")
+            losses = {name: weight * loss for name, loss in losses.items()}
+            state.scaler.scale(sum(losses.values())).backward()
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0) + loss.detach()
+    scale = state.scaler.get_scale()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.schedule.step()
+    if state.scaler.get_scale() >= scale:  # else the step overflowed float16 and was skipped
+        state.schedule.step()
     state.step += 1
-    state.labelled |= labelled > 0
-    return losses, stopped > 0
+    state.recent.append(total)
 
 
 def shares(labels):
@@ -635,47 +518,55 @@ def shares(labels):
     return counts / counts.sum().clamp(min=1)
 
 
-def loop(model, state, batches, train_set, val_set, stop, bar):
-    """The steps that are left, with evaluations, log and checkpoints. Returns whether a signal
-    ended them.
-    """
-    s, stopped, sums, since = state.settings, False, {}, time.perf_counter()
-    while True:
-        last = state.step == s["iterations"]
-        due = last or (state.step > 0 and state.step % s["eval_every"] == 0)
-        if due and state.evaluated < state.step and not stopped:
-            stopped = validate(state, train_set, val_set, stop)
-            since = time.perf_counter()
-        due = stopped or last or (state.step > 0 and state.step % s["save_every"] == 0)
-        if state.rank == 0 and due:
-            state.save("last.pt", train_set)
-        if stopped or last:
-            # no process leaves before the checkpoint is written
-            mean_over_processes([0.0], state.device)
-            return stopped
+def look_at_losses(state):
+    """Wait for the device, exchange the recent losses; UserError where one is not finite.
 
-        lr = state.schedule.get_last_lr()[0]
-        losses, stopped = train_step(model, state, *next(batches), stop)
-        bar.update()
-        for name, value in losses.items():
-            sums.setdefault(name, []).append(value)
-        if state.step % LOG_EVERY == 0 or state.step == s["iterations"]:
-            if not state.labelled:
-                text = f"no pixel of the first {state.step} steps has a label"
-                raise UserError(f"{text}; `python data.py` shows the ids of the labels")
-            means = {name: sum(line) / len(line) for name, line in sums.items()}
-            steps = len(next(iter(sums.values())))
-            speed = s["batch_size"] * steps / (time.perf_counter() - since)
-            sums, since, loss = {}, time.perf_counter(), sum(means.values())
-            text = f"loss {loss:.4f} lr {lr:.2e} {speed:.1f} img/s"
-            bar.set_postfix_str(text)
-            if state.rank == 0:
-                line = dict(step=state.step, lr=lr, loss=loss) | means
-                append_log(state.folder, **line, images_per_second=round(speed, 2))
-                if bar.disable:  # no terminal: a plain line instead of the bar
-                    left = (s["iterations"] - state.step) * s["batch_size"] / speed / 60
-                    text = f"step {state.step}/{s['iterations']} {text}, {left:.1f} min left"
-                    print(text, flush=True)
+    It is called before each line of the log, evaluation and checkpoint, so no checkpoint follows a
+    step whose loss was not finite.
+    """
+    if not state.recent:
+        return
+    names = list(state.recent[0])
+    values = torch.stack([torch.stack(list(losses.values())) for losses in state.recent]).float()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    first, state.recent = state.step - len(values), []
+    for step, row in enumerate(values.tolist(), first):
+        if not all(map(math.isfinite, row)):
+            terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
+            text = f"the loss is not finite after step {step} ({terms}); {BEFORE}"
+            raise UserError(f"{text}; try a lower --lr, larger crops or batches, or --amp off")
+        state.window.append(dict(zip(names, row)))
+
+
+def log_losses(state, lr, seconds, bar):
+    """A line of log.jsonl and of the screen: the means of the losses since the last line."""
+    s, window = state.settings, state.window
+    state.labelled = any_process(state.labelled)
+    if not state.labelled:
+        text = f"no pixel of the first {state.step} steps has a label"
+        raise UserError(f"{text}; `python data.py` shows the ids of the labels")
+    means = {name: sum(losses[name] for losses in window) / len(window) for name in window[0]}
+    loss, speed = sum(means.values()), s["batch_size"] * len(window) / seconds
+    state.window = []
+    if state.rank > 0:
+        return
+    line = dict(step=state.step, lr=lr, loss=loss) | means
+    append_log(state.folder, **line, images_per_second=round(speed, 2))
+    text = f"loss {loss:.4f} lr {lr:.2e} {speed:.1f} img/s"
+    bar.set_postfix_str(text)
+    if bar.disable:  # no terminal
+        left = (s["iterations"] - state.step) * s["batch_size"] / speed / 60
+        print(f"step {state.step}/{s['iterations']} {text}, {left:.1f} min left", flush=True)
+
+
+def any_process(flag):
+    """Whether `flag` is true in any process. They wait for one another, on the CPU: for no GPU."""
+    flag = torch.tensor(float(bool(flag)))
+    if dist.is_initialized():
+        dist.all_reduce(flag)
+    return flag.item() > 0
 
 
 def validate(state, train_set, val_set, stop):
@@ -684,13 +575,12 @@ def validate(state, train_set, val_set, stop):
     """
     s, net, device, folder = state.settings, state.net, state.device, state.folder
     net.eval()
-    if dist.is_initialized():
-        # batch norm's statistics, each process's own on the CPU: all evaluate one network
-        for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
-    stopped = lambda: stop.signal is not None  # noqa: E731
-    result = evaluate.evaluate(net, val_set, device, s["amp"], s["workers"], stopped=stopped)
-    if mean_over_processes([stop.signal or 0], device)[0] > 0:
+    for buffer in net.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)  # batch norm's statistics are each process's own on the CPU
+    torch.backends.cudnn.benchmark = False  # it would tune for each size of image
+    result = evaluate.evaluate(net, val_set, device, s["amp"], s["workers"], stop=stop)
+    torch.backends.cudnn.benchmark = not s["deterministic"]
+    if any_process(stop.signal):
         return True
     labelled = result.pop("labelled")
     if state.rank == 0 and state.evaluated == 0:
@@ -702,8 +592,7 @@ def validate(state, train_set, val_set, stop):
     if state.rank == 0:
         append_log(folder, step=state.step, **result)
         draw_curves(folder)
-        state.shown = state.shown or data.telling(val_set, 4)
-        draw_samples(folder, net, val_set, device, s["amp"], state.shown)
+        draw_samples(folder, net, val_set, device, s["amp"])
         numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
         tqdm.write(f"step {state.step}: {numbers}")
         if better:
@@ -713,92 +602,146 @@ def validate(state, train_set, val_set, stop):
     return False
 
 
-# --------------------------------------------------------------------------------------------- main
+class Stop:
+    """Remembers, while it is entered, that a signal came which ends jobs; a second Ctrl-C ends the
+    process at once.
+
+    A second SIGTERM does not: launchers send it both to torchrun and, through that, to its
+    processes. SLURM can announce a job's end by SIGUSR1, which torchrun does not pass on.
+    """
+
+    def __enter__(self):
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
+        known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.signal, self.before = None, {s: signal.getsignal(s) for s in known}
+        for s, handler in self.before.items():
+            if handler is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+                signal.signal(s, self)
+        return self
+
+    def __call__(self, number, frame):
+        self.signal = number
+        if signal.getsignal(signal.SIGINT) is self:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
 
-def run(given, output, resume):
-    """One run, from its first step or its last checkpoint to its end. Returns the exit status."""
-    # Settings are read before the processes meet: none may see what another one made.
-    starts = {"method", "dataset"} <= set(given)
-    if resume and not (output and starts and not (Path(output) / "last.pt").exists()):
-        s, origin, checkpoint = resumed(output, given)
-    else:
-        (s, origin), checkpoint = resolve(given), None
-    if s["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not s["deterministic"]
-    device, rank, world = evaluate.processes(s["device"])
-    if s["batch_size"] % (world * s["accumulate"]):
-        text = f"a batch of {s['batch_size']} cannot be shared by {world} processes with"
-        raise UserError(
-            f"{text} --accumulate {s['accumulate']}; make it a multiple of their product"
-        )
+# ----------------------------------------------------------------------------------- files of a run
 
-    augmentation = {name: s[name] for name in AUGMENTATION}
-    train_set = data.dataset(s["dataset"], s["data_root"], "train", train=True, **augmentation)
-    val_set = data.dataset(s["dataset"], s["data_root"], "val")
-    if checkpoint and checkpoint["classes"] != train_set.classes:
-        text = f"'{s['data_root']}' has other classes than this run (names, number or order)"
-        raise UserError(f"{text}; give the --data-root that it was started with")
 
-    net, note = make_net(s, train_set.classes, checkpoint is not None, device, world)
-    model = with_losses(net, s, train_set.num_classes, rank) if s["car"] else net
-    folder, lock = claimed(output, s, checkpoint is not None, rank)
-    state = State(net, s, folder, device, rank)
-    if checkpoint:
-        state.load(checkpoint)
-        del checkpoint
-    counts = s["batch_size"], state.step, s["iterations"]
-    sampler = data.PositionSampler(len(train_set), *counts, s["seed"], rank, world)
-    loader = DataLoader(train_set, batch_sampler=sampler, num_workers=s["workers"],
-                        collate_fn=data.collate, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.own_session)  # fmt: skip
+def lock_folder(output, settings, resumes, rank):
+    """(the run's folder, its lock, which is held while it is open). The first process takes the
+    folder and tells the others. UserError where another run holds --output.
+    """
+    answer, lock = [None, None], None  # the folder; what is wrong with it
     if rank == 0:
-        write_config(folder, s, origin, device, world)
-        parameters = sum(p.numel() for p in net.parameters()) / 1e6
-        images = f"{len(train_set)} training images, {world} x {device.type}"
-        print(f"{parameters:.2f} M parameters, {images}, {folder}")
-        if note:
-            print(note)
-        if state.step:
-            rewind_log(folder, state.step, state.evaluated)
-            print(f"goes on after step {state.step} of {s['iterations']}")
-        else:
-            (folder / "log.jsonl").unlink(missing_ok=True)
-            if resume:
-                print("there is nothing to resume yet: the run starts")
-    if world > 1:
-        # Some weights never learn, as the norms of finer maps that nothing reads.
-        ids = [device] if device.type == "cuda" else None
-        wrapper = nn.parallel.DistributedDataParallel
-        model = wrapper(model, device_ids=ids, find_unused_parameters=True)
-    if s["compile"]:
-        model = torch.compile(model)
-    kwargs = dict(total=s["iterations"], initial=state.step, desc="training", unit="step")
-    with Stop() as stop, tqdm(**kwargs, disable=rank > 0 or None) as bar:
-        stopped = loop(model, state, iter(loader), train_set, val_set, stop, bar)
-    if rank == 0 and stopped:
-        again = f"python train.py --output {shlex.quote(str(folder))} --resume"
-        print(f"stopped after step {state.step}, checkpoint saved; go on with: {again}")
-    elif rank == 0:
-        results = [line for line in read_log(folder) if "mIoU" in line]
-        print(evaluate.table(results[-1], val_set.classes) if results else "log.jsonl is gone")
-        best = f"best mIoU {state.best:.4f}" if state.best >= 0 else "no label in val, no best.pt"
-        files = ("samples.png", "curves.png", "log.jsonl", "last.pt", "best.pt")
-        sizes = {name: folder / name for name in files if (folder / name).is_file()}
-        sizes = [f"{name} ({path.stat().st_size / 1e6:.1f} MB)" for name, path in sizes.items()]
-        print(f"{best}; in {folder}: {', '.join(sizes)}")
-        which, file = "best.pt" if state.best >= 0 else "last.pt", f"{s['method']}.py"
-        print(f"Look at {folder}/samples.png: image, truth and prediction of four images.")
-        command = f"python evaluate.py --checkpoint {shlex.quote(str(folder / which))}"
-        print(f"Look inside the network: {command} --figures figures")
-        tests = Path(__file__).with_name("tests") / f"test_{file}"
-        also = f"; the equations' tests: tests/{tests.name}" if tests.exists() else ""
-        print(f"Read {file} beside its paper{also}")
-    if lock:
-        lock.close()
-    return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
+        name = f"runs/{settings['method']}-{settings['dataset']}"
+        numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+        for folder in map(Path, [output] if output else numbered):
+            lock, wrong = take(folder, resumes)
+            if wrong is None:
+                break
+        answer = [folder, wrong and f"'{folder}' {wrong} --output"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    folder, wrong = answer
+    if wrong:
+        raise UserError(wrong)
+    return folder, lock
+
+
+def take(folder, resumes):
+    """(the lock of a run's folder, what is wrong or None)"""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        # Loader processes, which outlive a killed run for a moment, do not inherit it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return None, "belongs to a run that is training now; wait for it, or take another"
+    except (OSError, AttributeError):  # a file system without locks; a system without fcntl
+        text = f"warning: '{folder}' cannot be locked here: start no second run in it"
+        print(text, file=sys.stderr)
+    if not resumes and any(folder.glob("*.pt")):
+        return None, "holds a run already; add --resume to go on with it, or take another"
+    return lock, None
+
+
+def write_config(state, world):
+    """config.json, and the same to read on the screen."""
+    packages = ("torch", "torchvision", "numpy", "PIL")
+    versions = {name: importlib.import_module(name).__version__ for name in packages}
+    versions |= {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    git, command = None, ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # no git on this machine
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = done.stdout.strip() or None
+    settings, origin = state.settings, state.origin
+    kept = {name: {"value": value, "from": origin[name]} for name, value in settings.items()}
+    config = dict(settings=kept, versions=versions, git=git, processes=world)
+    config["device"] = evaluate.device_name(state.device)
+    text = json.dumps(config, indent=1) + "\n"
+    evaluate.replace(state.folder / "config.json", lambda path: path.write_text(text))
+    chosen = [name for name in settings if origin[name] != "default"]
+    for name in sorted(chosen, key=lambda name: origin[name] != "command line"):
+        print(f"  {name:<14} {settings[name]!s:<40} {origin[name]}")
+    rest = [f"{name} {value}" for name, value in settings.items() if name not in chosen]
+    print(f"  defaults: {', '.join(rest)}")
+
+
+def append_log(folder, **line):
+    """One more line of log.jsonl; what is not a number becomes null."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(evaluate.without_nan(line)) + "\n")
+
+
+def read_log(folder):
+    """The lines of log.jsonl; one that was cut short by a kill is left out."""
+    path, lines = folder / "log.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def rewind_log(folder, step, evaluated):
+    """Drop what a run logged after its last checkpoint: it will be logged again."""
+    text = ""
+    for line in read_log(folder):
+        last = evaluated if "mIoU" in line else step
+        text += json.dumps(line) + "\n" if line["step"] <= last else ""
+    evaluate.replace(folder / "log.jsonl", lambda path: path.write_text(text))
+
+
+def draw_curves(folder):
+    """curves.png: the loss and its terms, the learning rate, and the metrics, over the steps."""
+    log = read_log(folder)
+    steps, results = ([line for line in log if name in line] for name in ("loss", "mIoU"))
+    terms = [n for n in (steps[0] if steps else {}) if n not in ("step", "lr", "images_per_second")]
+    metrics = ("mIoU", "pixel_accuracy", "class_accuracy")
+    panels = ("loss", steps, terms), ("learning rate", steps, ["lr"]), ("val", results, metrics)
+    picture = Image.new("RGB", (480 * len(panels), 340), "white")
+    for i, (title, lines, names) in enumerate(panels):
+        series = {n: [(x["step"], x[n]) for x in lines if x.get(n) is not None] for n in names}
+        picture.paste(data.chart(title, series), (480 * i, 0))
+    evaluate.replace(folder / "curves.png", lambda path: picture.save(path, format="png"))
+
+
+def draw_samples(folder, net, dataset, device, amp):
+    """samples.png: image, truth and prediction of four images."""
+    panels, maps, palette = [], [], dataset.palette
+    for index in data.pick_images(dataset, 4):
+        image, truth = dataset[index]
+        prediction = evaluate.label_map(net, image, device, amp).cpu()
+        maps += [truth, prediction]
+        panels.append(data.Panel(f"image {dataset.name(index)}", image))
+        panels.append(data.label_panel("truth", truth, palette))
+        panels.append(data.label_panel("prediction", prediction, palette))
+    picture = data.sheet(panels, 3, maps, dataset.classes, palette)
+    evaluate.replace(folder / "samples.png", lambda path: picture.save(path, format="png"))
 
 
 def main(argv=None):

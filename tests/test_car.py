@@ -18,6 +18,7 @@ from torchvision.models import segmentation
 import backbones
 import caa
 import car
+import evaluate
 import ksac
 import pyramid_fuse
 import spgnet
@@ -471,13 +472,12 @@ def test_figures_are_no_rougher_than_the_features(dtype):
         300 * torch.rand(1, 3, 9, 9).to(dtype),
         torch.randint(2, (1, 9, 9)),
     )
-    exact = (
-        car.class_dependency(net, [(image.float(), labels)], 2),
-        car.pixel_relation(net, image.float()),
-    )
+    exact = car.pixel_relation(net, image.float())
     with torch.autocast("cpu", dtype):
-        found = car.class_dependency(net, [(image, labels)], 2), car.pixel_relation(net, image)
-    assert all(torch.equal(a, b) for a, b in zip(found, exact))
+        assert torch.equal(car.pixel_relation(net, image), exact)
+    dependency = evaluate.class_dependency(net, [(image.float(), labels)], 2)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(evaluate.class_dependency(net, [(image, labels)], 2), dependency)
 
 
 @pytest.mark.equation
@@ -711,19 +711,22 @@ def test_networks_of_this_repository_know_where_their_positions_are(name, output
     maps = net.backbone(torch.empty(1, 3, 64, side, device="meta"))
     for stride, x in zip(net.backbone.strides, maps):
         expected = [net.backbone.positions(stride, n).tolist() for n in x.shape[2:]]
-        assert [p.tolist() for p in car.pixels_of(net, (64, side), x.shape[2:])] == expected
+        assert [p.tolist() for p in backbones.pixels_of(net, (64, side), x.shape[2:])] == expected
 
 
 @pytest.mark.equation
 def test_positions_of_other_maps_are_spread_evenly():
     other = nn.Module()
-    assert [p.tolist() for p in car.pixels_of(other, (16, 9), (2, 3))] == [[4, 12], [1, 4, 7]]
+    assert [p.tolist() for p in backbones.pixels_of(other, (16, 9), (2, 3))] == [[4, 12], [1, 4, 7]]
     ours = nn.Module()  # a map of another size: resized images, as in Specialize and Fuse
     ours.backbone, ours.regularized = (
         backbones.Backbone(nn.Identity(), None, [3], [32]),
         "classifier",
     )
-    assert [p.tolist() for p in car.pixels_of(ours, (48, 33), (2, 3))] == [[12, 36], [5, 16, 27]]
+    assert [p.tolist() for p in backbones.pixels_of(ours, (48, 33), (2, 3))] == [
+        [12, 36],
+        [5, 16, 27],
+    ]
 
 
 # -------------------------------------------------------------------------------------- any network
@@ -1411,20 +1414,3 @@ def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
     assert similarity[43, 69] == pytest.approx(
         dots[5, 9].item(), rel=1e-4
     )  # next to row 40, column 72
-
-
-@pytest.mark.equation
-def test_fig_4_5_by_hand():
-    # class 0: (1 0 0), (3 0 0) -> (2 0 0); class 1: (1 2 0); class 2: (-1 0 0), over two images;
-    # class 3 does not occur
-    images, labels = (
-        [one_row([(1, 0, 0), (3, 0, 0)]), one_row([(1, 2, 0), (-1, 0, 0)])],
-        torch.tensor([[[[0, 0]]], [[[1, 2]]]]),
-    )
-    with pytest.raises(ValueError, match="net.eval"):
-        car.class_dependency(Identity().train(), zip(images, labels), 4)
-    found = car.class_dependency(Identity().double().eval(), zip(images, labels), 4)
-    # μμᵀ = (4 2 -2), (2 5 -1), (-2 -1 1), each row by its greatest
-    torch.testing.assert_close(
-        found, torch.tensor([[1, 0.5, 0, 0], [0.4, 1, 0, 0], [0, 0, 1, 0], [0] * 4]).double()
-    )

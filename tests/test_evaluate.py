@@ -16,7 +16,6 @@ from torch import nn
 import caa
 import data
 import evaluate
-import pyramid_fuse
 import train
 from data import UserError
 
@@ -34,6 +33,10 @@ class Constant(nn.Module):
 
     def forward(self, images):
         return self.classifier(images)
+
+
+def classes(net, images, **views):
+    return evaluate.highest(evaluate.predict(net, images, **views))
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -121,7 +124,7 @@ def test_predict_gives_probabilities_at_the_size_of_the_image():
 def test_predict_at_scale_one_is_the_softmax_of_the_logits():
     net, images = Constant(), torch.randn(1, 3, 9, 11)
     torch.testing.assert_close(evaluate.predict(net, images), net(images).softmax(1))
-    assert torch.equal(evaluate.classify(net, images), net(images).argmax(1))
+    assert torch.equal(classes(net, images), net(images).argmax(1))
 
 
 def test_scales_and_flip_equal_the_plain_average():
@@ -329,7 +332,7 @@ def test_figures_of_a_split(trained, tmp_path):
         == 0
     )
     sheets = [f"{i}.png" for i in range(5)]
-    assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "class_dependency.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sheets
 
 
 def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
@@ -350,7 +353,7 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     assert Image.open(pictures[0]).width == 3 * 308 + 8
     capsys.readouterr()
     assert evaluate.main([*flags, "--compare", str(strange)]) == 2
-    assert "strange.pt was trained on other classes" in capsys.readouterr().err
+    assert "strange.pt' was trained on other classes" in capsys.readouterr().err
     line = mistake(capsys, *flags[:4], "--compare", checkpoint)
     assert "a checkpoint is compared with others" in line
     line = mistake(capsys, "--checkpoint", checkpoint, "--compare", str(other))
@@ -368,13 +371,13 @@ def test_classes_are_those_of_the_mean_over_the_views(views):
     images = torch.randn(2, 3, 20, 14)
     expected = evaluate.predict(net, images, **views)
     torch.testing.assert_close(expected.sum(1), torch.ones(2, 20, 14))
-    assert torch.equal(evaluate.classify(net, images, **views), expected.argmax(1))
+    assert torch.equal(classes(net, images, **views), expected.argmax(1))
 
 
 def test_one_view_holds_one_map_of_scores(largest):
     net, images = Constant(40), torch.randn(1, 3, 30, 30)
     with largest:
-        evaluate.classify(net, images)
+        classes(net, images)
     assert largest.numbers == 40 * 30 * 30
 
 
@@ -453,7 +456,7 @@ def test_photographs_come_from_folders_and_a_broken_one_does_not_end_the_list(
 
 def test_matrix_has_a_square_for_each_entry_rows_downwards():
     values = torch.tensor([[1.0, 0.0], [0.5, 0.0]])
-    picture = evaluate.draw_matrix(values, ["a", "b"], "title", ("low", "high"), cell=20, margin=40)
+    picture = evaluate.draw_matrix(values, ["a", "b"], "title", cell=20, margin=40)
     bright, dark, middle = (255, 255, 140), (10, 10, 60), (220, 60, 60)
     left, top = 8, 8 + 17  # the sheet's gap, the title
     places = (50, 50), (70, 50), (50, 70), (70, 70)
@@ -475,21 +478,23 @@ def test_figures_have_a_scale_and_lie_over_the_image_where_they_have_its_size():
     image = torch.full((3, 4, 6), 200, dtype=torch.uint8)
     values = torch.zeros(4, 6)
     values[0, 0] = 2.5
-    panel = evaluate.drawn("attention", values, image, [], ((1, 1, 2, 2),))
+    panel = evaluate.draw_figure("attention", values, image, [], ((1, 1, 2, 2),))
     assert panel.title == "attention" and panel.scale == ("0", "2.5") and panel.boxes
     light = 100 + 0.6 * 200
     expected = [int(0.25 * c + 0.75 * light) for c in (10, 10, 60)]
     assert panel.tile[:, 1, 1].tolist() == expected
     expected = [int(0.85 * c + 0.15 * light) for c in (255, 255, 140)]
     assert panel.tile[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
-    other = evaluate.drawn("level | stride 32 | stride 4", torch.ones(2, 3), image, [], ((1,) * 4,))
+    other = evaluate.draw_figure(
+        "level | stride 32 | stride 4", torch.ones(2, 3), image, [], ((1,) * 4,)
+    )
     assert other.title == "level" and other.scale == ("stride 32", "stride 4") and not other.boxes
     assert other.tile[:, 0, 0].tolist() == [255, 255, 140]
 
 
 def test_errors_are_red_what_is_right_is_light_and_what_is_ignored_black():
     truth, prediction = torch.tensor([[0, 1, 255]]), torch.tensor([[0, 2, 2]])
-    tile = evaluate.wrong(prediction, truth, torch.full((3, 1, 3), 50, dtype=torch.uint8))
+    tile = evaluate.error_map(prediction, truth, torch.full((3, 1, 3), 50, dtype=torch.uint8))
     assert tile[:, 0].T.tolist() == [[130] * 3, [220, 20, 40], [0, 0, 0]]
 
 
@@ -514,7 +519,7 @@ def test_scores_that_are_not_finite_are_no_classes(value):
         evaluate.highest(scores)
     net = lambda images: scores  # noqa: E731
     with pytest.raises(UserError, match="logits are not finite"):
-        evaluate.classify(net, torch.zeros(2, 3, 4, 5))
+        classes(net, torch.zeros(2, 3, 4, 5))
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
@@ -538,7 +543,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     assert "camvid val not found" in mistake(
         capsys, "--checkpoint", checkpoint, "--dataset", "camvid"
     )
-    assert "the classes of shapes are not those" in mistake(
+    assert "was trained on other classes than those of shapes" in mistake(
         capsys, "--checkpoint", checkpoint, "--dataset", "shapes"
     )
     assert "no file 'no.jpg'" in mistake(capsys, "--checkpoint", checkpoint, "--images", "no.jpg")
@@ -561,7 +566,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         line = mistake(capsys, "--method", "caa", "--option", option, "--cost")
         assert "--option a=" in line or "no option a" in line
     assert "unknown method 'docs'" in mistake(capsys, "--method", "docs", "--cost")
-    assert "--window 0: expected a number from 1" in mistake(
+    assert "--window: expected a whole number from 1" in mistake(
         capsys, "--checkpoint", checkpoint, "--window", "0"
     )
     assert "is outside the image" in mistake(
@@ -573,10 +578,10 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     )
     labels = str(root / "labels" / "val")
     for flag in ("--figures", "--save-predictions"):
-        assert "holds what is read" in mistake(capsys, "--checkpoint", checkpoint, flag, labels)
+        assert "holds other files of this call" in mistake(capsys, "--checkpoint", checkpoint, flag, labels)
     both = ["--figures", str(tmp_path / "b"), "--save-predictions", str(tmp_path / "b")]
-    assert "need two folders" in mistake(capsys, "--checkpoint", checkpoint, *both)
-    assert "holds what is read" in mistake(
+    assert "holds other files of this call" in mistake(capsys, "--checkpoint", checkpoint, *both)
+    assert "holds other files of this call" in mistake(
         capsys, "--checkpoint", checkpoint, "--save-predictions", labels
     )
 
@@ -604,7 +609,8 @@ def test_a_checkpoint_is_evaluated_at_another_stride_and_with_options_that_chang
     other = evaluate.load(saved)(data.normalise(val[0][0][None]))
     assert not torch.allclose(other, net(data.normalise(val[0][0][None])))
     line = mistake(capsys, *flags[:2], "--option", "channelization=False")
-    assert "only what changes no weight can be changed" in line and "gate_col" in line
+    assert "an --option or --output-stride was given that changes weights" in line
+    assert "gate_col" in line
 
 
 def test_flags_without_effect_are_refused(trained, capsys):
@@ -795,83 +801,84 @@ def test_compared_by_hand():
     assert all(panel.boxes == (box,) for panel in panels[:4]) and not panels[4].boxes
 
 
-def test_table_9_by_hand(tmp_path):
-    class Net(torch.nn.Module):
-        strides = (8, 4)
-
-        def levels(self, images):
-            left = (torch.arange(16) < 8).expand(1, 8, 16)
-            coarse = (~left).long()  # class 0 on the left, 1 on the right
-            fine = ((torch.arange(16) // 4) == 1).long().expand(1, 8, 16)  # 0 1 0 0
-            # The left half is taken from the coarse level. What is fused is the third.
-            return coarse, [coarse, fine], torch.zeros_like(coarse)
-
-    class One(Two):
-        def __getitem__(self, index):
-            label = torch.zeros(8, 16, dtype=torch.uint8)  # all is class 0
-            label[:, 15] = 255
-            return torch.zeros(3, 8, 16, dtype=torch.uint8), label
-
-        def __len__(self):
-            return 1
-
-    found = evaluate.levels(Net(), One((8, 16)), torch.device("cpu"), "off", 0, tmp_path / "l.png")
-    # rows: the level that predicts; columns: the level that is taken. coarse: class 0 on the left,
-    # class 1 on the right. fine: half of the left half is wrong, IoU 1/2 and 0.
-    assert found["table"] == [[1, 0], [0.25, 1]]
-    # fused: all right. The coarse level is right on 64 of 120 pixels.
-    assert found["difference"][0][0] == pytest.approx(64 / 120 - 1)
-    assert math.isnan(found["difference"][0][2])  # class 2 is nowhere
-    picture = Image.open(tmp_path / "l.png")
-    worst, absent = (10, 10, 60), (200, 200, 200)  # -47 % is clipped to -15; no IoU is grey
-    top = picture.height - 35 - 2 * 28  # above the bar and the two rows
-    cells = [picture.getpixel((8 + 130 + 28 * column + 14, top)) for column in (0, 2)]
-    assert cells == [worst, absent]
+def test_a_matrix_with_losses_begins_at_its_lowest_and_has_its_own_rows():
+    values = torch.tensor([[-0.5, 1.5, math.nan]])
+    picture = evaluate.draw_matrix(values, ["a", "b", "c"], "title", ["row"], cell=20, margin=40)
+    found = [picture.getpixel((8 + x, 8 + 17 + 50)) for x in (50, 70, 90)]
+    assert found == [(10, 10, 60), (255, 255, 140), (200, 200, 200)]
 
 
-def test_levels_are_printed_and_without_nan(capsys, tmp_path):
-    torch.manual_seed(0)
-    net = evaluate.network(
-        "pyramid_fuse", 4, "resnet18", options={"strides": (8, 4), "context": None}
-    ).eval()
-    found = evaluate.levels(
-        net, Two((32, 64)), torch.device("cpu"), "off", 0, tmp_path / "levels.png"
-    )
-    table, difference = np.array(found["table"], float), np.array(found["difference"], float)
-    assert found["strides"] == [8, 4] and table.shape == (2, 2) and difference.shape == (2, 4)
-    assert (
-        evaluate.without_nan(found)["table"][0][0] is None
-    )  # untrained, no cell is a unity-cell: nothing is taken from the coarser level
-    assert np.nanmax(np.abs(difference[1])) == 0  # so the finest level is the fused result
+class Analysed(Constant):
+    """A network that measures something of its own."""
+
+    def analyse(self, pairs):
+        seen = [tuple(images.shape) for images, labels in pairs]
+        assert seen == [(1, 3, 30, 40)] * 2
+        several = torch.tensor([[0.5, math.nan], [-0.25, 1.0]])
+        return {"one: a number": 0.25, "two: a matrix | x, y | u, v": several}
+
+
+def test_analyse_prints_keeps_and_draws_what_a_network_measures(tmp_path, capsys):
+    args = evaluate.arguments(["--checkpoint", "x.pt", "--analyse", "--figures", str(tmp_path)])
+    args.workers = 0
+    found = evaluate.analyse(Analysed(4).eval(), Two(), torch.device("cpu"), args)
+    assert found["one"] == 0.25 and found["two"][1] == [-0.25, 1.0]
+    assert 0 <= found["class dependency"] <= 1
+    assert torch.tensor(found["class dependency of pairs"]).shape == (4, 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert "0.250  one: a number" in lines
+    table = lines[lines.index("two: a matrix") + 1 :]
+    assert [line.split() for line in table[:3]] == [["u", "v"], ["x", "0.500", "–"],
+                                                    ["y", "-0.250", "1.000"]]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "class_dependency_of_pairs.png",
+        "two.png",
+    ]
     json.dumps(evaluate.without_nan(found), allow_nan=False)
-    out = capsys.readouterr().out
-    assert "stride        8       4" in out and out.count("\n") == 7
-    assert "nan" not in out and "       –" in out and "+0.000" not in out
-    assert "       4   no class differs" in out
 
 
-def test_figures_of_a_pyramid_tell_of_its_levels(photos, tmp_path, capsys, monkeypatch):
-    narrow = (8, 16, 32, 64)  # else the checkpoint has 60 million weights
-    monkeypatch.setattr(pyramid_fuse.ResNetDecoder, "channels", narrow)
-    net = evaluate.network(
-        "pyramid_fuse", 3, "resnet18", options={"strides": (8, 4), "context": None}
-    )
-    settings = dict(
-        method="pyramid_fuse",
-        backbone="resnet18",
-        output_stride=None,
-        dataset="folder",
-        data_root=str(photos),
-    )
-    settings |= dict(option={"strides": (8, 4), "context": None})
-    about = dict(classes=["left", "right", "never"], palette=[(0, 0, 0)] * 3, step=1)
-    torch.save(dict(net=net.state_dict(), settings=settings, **about), tmp_path / "net.pt")
-    flags = ["--checkpoint", str(tmp_path / "net.pt"), "--device", "cpu", "--workers", "0"]
-    assert (
-        evaluate.main(
-            [*flags, "--figures", str(tmp_path / "f"), "--json", str(tmp_path / "n.json")]
-        )
-        == 0
-    )
-    assert json.loads((tmp_path / "n.json").read_text())["levels"]["strides"] == [8, 4]
-    assert "takes the level of the column" in capsys.readouterr().out
+def test_analyse_by_command(trained, tmp_path, capsys):
+    _, checkpoint, _ = trained
+    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", "0", "--analyse"]
+    assert evaluate.main([*flags, "--json", str(tmp_path / "n.json")]) == 0
+    found = json.loads((tmp_path / "n.json").read_text())["analysis"]
+    assert f"{found['class dependency']:.3f}  class dependency: " in capsys.readouterr().out
+
+
+def test_fig_4_5_class_dependency_by_hand():
+    # A 1x1 classifier on images of 1x3 pixels: what enters it are the images. Class 0 has the mean
+    # (2, 0), class 1 (1, 1), class 2 (-1, 0); class 3 does not occur.
+    net = nn.Sequential()
+    net.classifier = nn.Conv2d(2, 4, 1)
+    first = torch.tensor([[[1.0, 3.0, 1.0]], [[0.0, 0.0, 1.0]]])[None]
+    second = torch.tensor([[[-1.0, 9.0, -1.0]], [[0.0, 9.0, 0.0]]])[None]
+    pairs = [(first, torch.tensor([[[0, 0, 1]]])), (second, torch.tensor([[[2, 255, 2]]]))]
+    found = evaluate.class_dependency(net.eval(), pairs, 4)
+    products = [[4, 2, 0, 0], [2, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]  # below 0: 0
+    expected = [[v / max(max(row), 1) for v in row] for row in products]
+    assert found.tolist() == expected
+
+
+def test_json_is_written_whole_or_not_at_all(trained, tmp_path, capsys, monkeypatch):
+    _, checkpoint, _ = trained
+    file = tmp_path / "n.json"
+    flags = ["--checkpoint", checkpoint, "--workers", "0", "--json", str(file)]
+    assert "camvid val not found" in mistake(capsys, *flags, "--dataset", "camvid")
+    assert not list(tmp_path.iterdir())
+    file.write_text("of an earlier call")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main([*flags, "--device", "cpu"])
+    assert file.read_text() == "of an earlier call" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_chosen_gpu_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert evaluate.processes("cuda:1") == (torch.device("cuda:1"), 0, 1)
+    assert evaluate.processes() == (torch.device("cuda:0"), 0, 1)
+    assert current == [1, 0]
+    with pytest.raises(UserError, match="there are 2 CUDA GPUs here, and number 2 is asked for"):
+        evaluate.processes("cuda:2")

@@ -728,7 +728,7 @@ def test_class_dependency_is_of_what_car_acts_on_or_of_what_is_classified(encode
     (net.encoder.last if encoder == "ours" else net.classifier).register_forward_pre_hook(
         lambda module, inputs: features.append(inputs[0])
     )
-    found = car.class_dependency(net, pairs, 3, net.regularized)
+    found = evaluate.class_dependency(net, pairs, 3, net.regularized)
     X, stride = torch.cat(features), 32 if encoder == "ours" else 4
     mu, _ = car.class_centers(X, torch.cat([label for _, label in pairs])[:, ::stride, ::stride], 3)
     similarity = (mu @ mu.T).clamp(min=0)

@@ -840,7 +840,7 @@ def test_fig_a_greys_what_is_done_by_coarser():
     assert figures[unity[2]].shape == (8, 12)
     assert 0 <= figures[unity[2]].min() <= figures[unity[2]].max() <= 1
     assert pf.build(4, "resnet18", output="single").eval().figures(image) == {}
-    panel = evaluate.drawn(taken[3], figures[taken[3]], image, [(i, i, i) for i in range(4)])
+    panel = evaluate.draw_figure(taken[3], figures[taken[3]], image, [(i, i, i) for i in range(4)])
     done = panel.tile[:, figures[taken[3]] == 254]
     assert (done == 215).all() and done.numel() > 0  # grey, as in Fig. A
 
@@ -860,6 +860,68 @@ def test_levels_are_those_of_eq_2_and_each_level_alone():
         cells = logits.repeat_interleave(by, 2).repeat_interleave(by, 3)
         full = F.interpolate(cells, size=(64, 96), mode="bilinear")
         assert torch.equal(found, full.argmax(1))
+
+
+def written_out(alone, taken, labels, K):
+    """Table 9 by loops over the pixels: IoU of each (level, level that is taken, class)."""
+    L, found = len(alone), []
+    for y in alone:
+        for level in range(L):
+            ious = []
+            for k in range(K):
+                hit = either = 0
+                for true, pred, at in zip(labels.tolist(), y.tolist(), taken.tolist()):
+                    if true != 255 and at == level:
+                        hit += true == k and pred == k
+                        either += true == k or pred == k
+                ious.append(hit / either if either else math.nan)
+            found.append(ious)
+    return torch.tensor(found).view(L, L, K)
+
+
+@pytest.mark.equation
+def test_table_9_by_hand_and_by_loops():
+    # The left half is taken from the coarse level 0, the right half from level 1. All is class 0.
+    taken = (torch.arange(16) >= 8).long()
+    coarse = (torch.arange(16) >= 8).long()  # class 0 on the left, 1 on the right
+    fine = ((torch.arange(16) // 4) == 1).long()  # 0 1 0 0
+    labels = torch.zeros(16, dtype=torch.long)
+    labels[15] = 255
+    counts = pf.confusions([coarse, fine], taken, labels, 4)
+    assert counts.sum() == 2 * 15 and counts[1, 0, 0].tolist() == [4, 4, 0, 0]
+    # coarse: right on the left, wrong on the right. fine: half of the left half is wrong, IoU 1/2
+    # and 0, and the right half is right.
+    assert pf.iou(counts).nanmean(2).tolist() == [[1, 0], [0.25, 1]]
+    torch.manual_seed(0)
+    alone = [torch.randint(3, (40,)) for _ in range(3)]
+    taken, labels = torch.randint(3, (40,)), torch.randint(3, (40,))
+    labels[::7] = 255
+    found = pf.iou(pf.confusions(alone, taken, labels, 3))
+    expected = written_out(alone, taken, labels, 3)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.network
+def test_analyse_is_table_9_and_fig_c_of_all_images():
+    net, seen = pf.build(3, "resnet18", strides=(8, 4), context=None).eval(), []
+    pairs = [(torch.randn(1, 3, 32, 48), torch.randint(3, (1, 32, 48))) for _ in range(2)]
+    labels = torch.cat([label for _, label in pairs])
+    levels = (torch.arange(48) // 16).expand(2, 32, 48)
+    alone, fused = [levels, (levels + labels) % 3], labels.clone()
+    taken = (labels > 0).long()
+
+    def answers(images):
+        i = len(seen)
+        seen.append(images)
+        part = slice(i, i + 1)
+        return taken[part], [a[part] for a in alone], fused[part]
+
+    net.levels = answers
+    table, difference = net.analyse(pairs).values()
+    counts = pf.confusions(alone, taken, labels, 3)
+    torch.testing.assert_close(table, pf.iou(counts).nanmean(2))
+    torch.testing.assert_close(difference, pf.iou(counts.sum(1)) - 1)  # what is fused is right
+    assert pf.build(3, "resnet18", output="single").analyse(pairs) == {}
 
 
 @pytest.mark.network
