@@ -529,7 +529,7 @@ def drawn(title, figure, photo, palette, boxes=()):
     ends of a scale from 0 to 1.
     """
     if not figure.is_floating_point():
-        return data.labelled(title, figure, palette, boxes=boxes)
+        return data.label_panel(title, figure, palette, boxes=boxes)
     figure, (title, *ends) = figure.detach().float().cpu(), title.split(" | ")
     highest = torch.tensor(1.0) if ends else figure.nan_to_num(0).max()
     values = figure / highest.clamp(min=1e-12)
@@ -569,13 +569,13 @@ def comparison(predictions, image, palette, truth=None):
     """
     maps = {name: m.cpu() for name, m in predictions.items()}
     difference, box = compared(list(maps.values()))
-    panels = [data.labelled(name, m, palette, boxes=(box,)) for name, m in maps.items()]
+    panels = [data.label_panel(name, m, palette, boxes=(box,)) for name, m in maps.items()]
     title = "where they differ | same | different"
     panels.append(drawn(title, difference, image, palette, (box,)))
     top, left, bottom, right = box
     panels.append(data.Panel("image, enlarged", image[:, top:bottom, left:right]))
     for name, m in (maps | ({} if truth is None else {"truth": truth})).items():
-        panels.append(data.labelled(f"{name}, enlarged", m[top:bottom, left:right], palette))
+        panels.append(data.label_panel(f"{name}, enlarged", m[top:bottom, left:right], palette))
     return panels, box
 
 
@@ -621,8 +621,8 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
         own = [drawn(title, m, image, palette, boxes) for title, m in figures.items()]
     panels = [data.Panel("image", image, boxes=boxes)]
     if truth is not None:
-        panels.append(data.labelled("truth", truth, palette, boxes=on_prediction))
-    panels.append(data.labelled("prediction", prediction, palette, boxes=on_prediction))
+        panels.append(data.label_panel("truth", truth, palette, boxes=on_prediction))
+    panels.append(data.label_panel("prediction", prediction, palette, boxes=on_prediction))
     if truth is not None:
         panels.append(data.Panel("errors (red)", wrong(prediction, truth, image)))
     maps = [m for m in (truth, prediction, *maps.values()) if m is not None]
@@ -645,7 +645,7 @@ def comparison_sheet(nets, image, truth, palette, classes, device, amp, **kwargs
     maps = {name: label_map(net, image, device, amp, **kwargs).cpu() for name, net in nets.items()}
     panels, box = comparison(maps, image, palette, truth)
     first = data.Panel("image", image, boxes=(box,))
-    first = [first, data.labelled("truth", truth, palette, boxes=(box,))]
+    first = [first, data.label_panel("truth", truth, palette, boxes=(box,))]
     caption = "Enlarged: the window, outlined above, in which the predictions differ most."
     return sheet_of([*first, *panels], [truth, *maps.values()], classes, palette, caption)
 
@@ -977,7 +977,7 @@ def _split(net, checkpoint, device, rank, args, views):
         raise UserError(f"{text}; take another --dataset")
     nets, save = {args.checkpoint: net} | _others(args, dataset, device), None
     _check_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
-    shown = data.telling(dataset, 8) if args.figures else []
+    shown = data.pick_images(dataset, 8) if args.figures else []
     for index in shown if args.pixel else []:
         _check_pixel(net, args.pixel, dataset[index][0].shape)
     if args.save_predictions:

@@ -406,7 +406,7 @@ def draw_samples(folder, net, dataset, device, amp, indices):
         maps += [truth, evaluate.label_map(net, image, device, amp).cpu()]
         panels += [data.Panel(f"image {dataset.name(index)}", image)]
         names = "truth", "prediction"
-        panels += [data.labelled(name, m, palette) for name, m in zip(names, maps[-2:])]
+        panels += [data.label_panel(name, m, palette) for name, m in zip(names, maps[-2:])]
     picture = data.sheet(panels, 3, maps, dataset.classes, palette)
     replace(folder / "samples.png", lambda path: picture.save(path, format="png"))
 
@@ -594,7 +594,7 @@ def train_step(model, state, images, labels, stop):
     s, device, parts = state.settings, state.device, state.settings["accumulate"]
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(device, non_blocking=True).long()
-    torch.manual_seed(data.seed_of(s["seed"], state.step, state.rank))
+    torch.manual_seed(data.seed_of(data.DROPOUT, s["seed"], state.step, state.rank))
     state.optimizer.zero_grad(set_to_none=True)
     model.train()
     pairs = list(zip(images.chunk(parts), labels.chunk(parts)))
@@ -702,7 +702,7 @@ def validate(state, train_set, val_set, stop):
     if state.rank == 0:
         append_log(folder, step=state.step, **result)
         draw_curves(folder)
-        state.shown = state.shown or data.telling(val_set, 4)
+        state.shown = state.shown or data.pick_images(val_set, 4)
         draw_samples(folder, net, val_set, device, s["amp"], state.shown)
         numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
         tqdm.write(f"step {state.step}: {numbers}")
