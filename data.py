@@ -45,7 +45,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets import Cityscapes
-from torchvision.datasets.utils import download_url, extract_archive
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
@@ -65,8 +65,6 @@ class UserError(ValueError):
 
 
 # ------------------------------------------------------------ errors of the user and the machine
-
-
 # What PyTorch says at a machine's limits -> what to do; the first that fits is taken
 LIMITS = {
     r"(?i)out of memory|(can't|cannot) allocate memory|bad_alloc|MemoryError": "not enough memory; "
@@ -90,8 +88,8 @@ OTHERS = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]arrier|TCPStore"
 def guarded(script, work):
     """Exit status of `work()`, or 2 after an error of the user or the machine, in one line.
 
-    The line is printed before the process group ends, which can hang. Where several processes of
-    torchrun have the same line, the first one prints it.
+    The line is printed first, because leaving the process group can hang. Of the processes of
+    torchrun that have the same line, one prints it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the terminal's encoding does not have
@@ -160,17 +158,14 @@ warn_once = cache(warn)
 
 
 # ----------------------------------------------------------------------------------------- datasets
-
-
 def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=513,
             scale=(0.5, 2.0), scale_step=0.0, base_size=None, color="none",
             single=False):  # fmt: skip
     """The dataset `name` in the folder `root` (see default_root).
 
-    Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored). With `train` they are
-    what `augment` makes of them with the keywords, else the whole images. `normalise` makes a batch
-    of images the float32 that networks take. Has `.classes` (names), `.palette` (RGB 0…255),
-    `.num_classes`, `.name(index)`.
+    Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored), with `train` as
+    `augment` makes them with the keywords. Has `.classes` (names), `.palette` (RGB 0…255),
+    `.num_classes`, `.name(index)`. Split trainval: train, then val.
 
     Raises UserError for an unknown name, missing files (it says what it looked for, what it found,
     and how to get them), a broken image, a wrong label id. Fewer files than the official split has
@@ -292,26 +287,20 @@ class Pairs(Samples):
 
 
 def seed_of(use, seed, *numbers):
-    """One 63-bit seed for a use (AUGMENTATION, ORDER, DROPOUT), from whole numbers of at least 0.
+    """A 63-bit seed for a use (AUGMENTATION, ORDER, DROPOUT), from whole numbers of at least 0.
 
-    The use comes first, because (seed, step) and (seed, step, 0) give the same seed: numpy pads
-    with zeros.
+    numpy pads with zeros: without the use, (seed, step) and (seed, step, 0) give the same seed.
     """
     sequence = np.random.SeedSequence([use, seed, *numbers])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def normalise(images):
-    """Images uint8 `[…, 3, H, W]` -> float32 with ImageNet's mean and deviation, as networks take.
-
-    It runs on the device where the images are.
-    """
+    """Images uint8 `[…, 3, H, W]` on any device -> the normalised float32 that networks take."""
     return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
 
 
 # ------------------------------------------------------------------------------------------ reading
-
-
 @contextlib.contextmanager
 def _reading(path, kind="an image", huge=False):
     """While the file at `path` is read: no warnings, and what goes wrong becomes a UserError."""
@@ -326,8 +315,8 @@ def _reading(path, kind="an image", huge=False):
     except FileNotFoundError:
         raise UserError(f"no file '{path}'") from None
     except Image.DecompressionBombError:
-        text = f"'{path}' has more than {2 * limit // 10**6} megapixels"
-        raise UserError(f"{text}; give --window N, or make it smaller") from None
+        size = f"more than {2 * limit // 10**6} megapixels"
+        raise UserError(f"'{path}' has {size}; give --window N, or make it smaller") from None
     except Exception as error:  # Pillow and scipy raise many kinds for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         text = f"'{path}' cannot be read as {kind} ({reason})"
@@ -359,8 +348,7 @@ def read_image(path, upright=False, huge=False):
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
             image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            text = f"'{path}' has pixels of 32 bits, which have no fixed range"
-            raise UserError(f"{text}; save it with 8 or 16 bits")
+            raise UserError(f"'{path}': 32 bits have no fixed range; save it with 8 or 16 bits")
         # convert would copy what is RGB already
         return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
@@ -404,8 +392,7 @@ def read_label(path, lut):
             stored = image.tile[0][3] if image.tile else ""
             ids = np.asarray(image)  # in mode P or L the pixels are the ids themselves
         if stored in ("L;2", "L;4"):  # Pillow stretches these to 0…255
-            text = f"'{path}' holds {stored[-1]}-bit gray values, not class ids"
-            raise UserError(f"{text}; save it with 8 bits a pixel")
+            raise UserError(f"'{path}' holds {stored[-1]}-bit gray, not ids; save it with 8 bits")
         if ids.ndim != 2 or ids.dtype not in (np.uint8, np.bool_):
             text = f"'{path}' is not a label map"
             raise UserError(f"{text}: expected one 8-bit channel of class ids (PNG mode P or L)")
@@ -472,8 +459,6 @@ def _ranges(numbers):
 
 
 # ------------------------------------------------------------------------------------- augmentation
-
-
 COLORS = ("none", "brightness", "photometric")
 _DISTORT = v2.RandomPhotometricDistort()
 
@@ -545,8 +530,7 @@ def augment(image, label, *, crop_size=513, scale=(0.5, 2.0), scale_step=0.0, ba
 def collate(samples):
     """Samples of one size to a batch: uint8 `[N, 3, H, W]` and `[N, H, W]`.
 
-    The images stay in the order in which they were decoded, channels last. Convolutions are faster
-    in it, and torch's own collating would exchange the axes of every image.
+    The images stay channels last, as they were decoded; convolutions are faster with that.
     """
     images, labels = zip(*samples)
     images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
@@ -554,8 +538,7 @@ def collate(samples):
 
 
 class PositionSampler(Sampler):
-    """Batches of (index, position) for the steps `start` … `stop` - 1 of a run: a `batch_sampler`
-    for the DataLoader.
+    """The DataLoader's `batch_sampler`: (index, position) for the steps `start` … `stop` - 1.
 
     Position p of the run is sample p mod n of epoch p // n, whose order is a permutation drawn from
     (seed, epoch). A step takes batch_size positions, of which each of `world` processes gets its
@@ -582,8 +565,6 @@ class PositionSampler(Sampler):
 
 
 # ------------------------------------------------------------------------------------------- shapes
-
-
 class Shapes(Samples):
     """A small synthetic world with exact labels: "things" on textured "stuff", some occluded.
 
@@ -666,9 +647,7 @@ class Shapes(Samples):
         return np.asarray(grid.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def _stuff(self, rng):
-        """Regions between curved borders: thresholds of a tilted, waved plane. Each class has its
-        colour and texture.
-        """
+        """Regions of a colour and a texture each; their borders are a waved plane's thresholds."""
         y, x = np.mgrid[: self.size, : self.size] / self.size
         texture = {
             "sky": 18 * self._noise(rng, 4, 3) - 40 * (y - 0.5),
@@ -716,9 +695,7 @@ class Shapes(Samples):
 
 
 def _inside(kind, u, v, width=None):
-    """Which points of the plane lie in the unit-sized form; width of its strokes, or None for a
-    broad form.
-    """
+    """Which points lie in the unit-sized form; width: of its strokes, None for a broad form."""
     rho, phi = np.hypot(u, v), np.arctan2(v, u)
     if kind == "disk":
         return rho < 1
@@ -738,8 +715,6 @@ def _inside(kind, u, v, width=None):
 
 
 # ------------------------------------------------------------------------------------------ layouts
-
-
 class Layout(NamedTuple):
     """Where a dataset's files are, and how many there are."""
 
@@ -750,8 +725,9 @@ class Layout(NamedTuple):
 
 
 def _lut(known, rest=UNKNOWN, length=256):
-    """Look-up table: raw id -> train id from `known`, a dict, or a range of ids that stay as they
-    are; 255 stays 255, all others are `rest`. The entry after the last one is UNKNOWN.
+    """Look-up table: raw id -> train id, by the dict `known` or a range of ids that stay.
+
+    255 stays 255, all others are `rest`. The entry after the last one is UNKNOWN.
     """
     lut = np.full(length + 1, rest, np.uint8)
     lut[IGNORE], lut[-1] = IGNORE, UNKNOWN
@@ -786,10 +762,7 @@ def _names(text):
 
 
 def _palette(count, first=0):
-    """VOC's colours of the ids first, first + 1, …: the bits of an id spread over red, green, blue.
-
-    ADE20K and COCO-Stuff, whose own colours are no clearer, have them too.
-    """
+    """VOC's colours of the ids first, first + 1, …: an id's bits spread over red, green, blue."""
     ids = np.arange(first, first + count)[:, None]
     bits = ids >> np.arange(24) & 1  # bit 3i + c of an id is bit 7 - i of channel c
     colors = (bits.reshape(count, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1)
@@ -999,8 +972,9 @@ def _coco_stuff164k(root, split):
 
 
 def _coco_voc(root, split):
-    """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the
-    20 classes. Which these are is kept in a file.
+    """COCO's things as VOC's classes, all else background; images with over 1000 pixels of these.
+
+    The list of these images is kept in a file.
     """
     files = dataset("coco_stuff164k", root, split).files
     voc = {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}
@@ -1076,8 +1050,6 @@ SHARED = {"pascal_voc_aug": "pascal_voc", "ade20k_16k": "ade20k", "coco_voc": "c
 
 
 # -------------------------------------------------------------------------------------- downloading
-
-
 class Archive(NamedTuple):
     """A file of a dataset that needs no account."""
 
@@ -1130,19 +1102,12 @@ def download(name, root):
             print(f"{archive.makes[0]} is there already")
             continue
         file = root / archive.url.rsplit("/", 1)[1]
-        part, beside = (file.with_name(file.name + end) for end in (".part", ".unpacked"))
-        fetched = not file.exists()
+        beside, was_there = file.with_name(f"{file.name}.unpacked"), file.exists()
         try:
-            if fetched:
-                part.unlink(missing_ok=True)
-                download_url(archive.url, root, part.name, archive.md5)
-                part.rename(file)
-            print(f"unpacking {file}")
-            extract_archive(file, beside)
+            download_and_extract_archive(archive.url, root, beside, file.name, archive.md5)
         except Exception as error:  # urllib, tarfile and zipfile raise many kinds
-            part.unlink(missing_ok=True)
-            if fetched and not isinstance(error, OSError):  # it came incomplete
-                file.unlink(missing_ok=True)
+            if not was_there:
+                file.unlink(missing_ok=True)  # it can be a half
             text = f"{archive.url} cannot be downloaded and unpacked ({error})"
             raise UserError(f"{text}; remove '{file}', if it is there, and try again") from None
         for path in made:
@@ -1157,8 +1122,6 @@ def download(name, root):
 
 
 # ----------------------------------------------------------------------------------------- pictures
-
-
 def colorize(label, palette):
     """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; 255 black, 254 GREY."""
     table = torch.zeros(256, 3, dtype=torch.uint8)
@@ -1281,17 +1244,13 @@ def wrapped(text, width, font):
 
 
 # ------------------------------------------------------------------------------------------- report
-
-
 def cores():
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _examine(data, labels_only, index):
-    """(pixels of each id `[256]`, (height, width), whether its EXIF block turns it, "" or what is
-    wrong) of a pair.
-    """
+    """A pair's pixels of each id `[256]`, (height, width), whether EXIF turns it, what is wrong."""
     try:
         label = data.label(index) if labels_only else data.raw(index)[1]
     except UserError as error:
@@ -1312,13 +1271,12 @@ def _examined(data, what, workers, labels_only=False):
 
 
 def report(data, title, workers=0):
-    """Reads all of `data`; prints how many pairs there are, their sizes, ids and class frequencies.
+    """Read all of `data`, print its size, ids and class frequencies.
 
-    UserError, after all is read, where pairs are wrong: broken files, other sizes, other ids; each
-    is named on stderr.
+    UserError, after all is read, where pairs are wrong; each is named on stderr.
     """
-    counts, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    sizes, wrong, turned = set(), [], 0
+    counts, images, turned = np.zeros(256, np.int64), np.zeros(256, np.int64), 0
+    sizes, wrong = set(), []
     for ids, size, is_turned, error in _examined(data, "images and labels", workers):
         counts += ids
         images += ids > 0
