@@ -80,7 +80,7 @@ LIMITS = {
     "free some space, or take another folder",
     r"InductorError|BackendCompilerFailed|CxxCompiler": "--compile: torch.compile does not work "
     "here; leave it out",
-    r"Expected more than 1 value": "batch norm needs more than one value per channel; take a "
+    r"more than 1 value": "batch norm needs more than one value per channel; take a "
     "--batch-size of at least 2 for each process, or larger crops",
 }
 OTHERS = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]arrier|TCPStore"

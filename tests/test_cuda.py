@@ -283,7 +283,7 @@ def test_two_processes_on_one_gpu_equal_one_with_the_joint_batch(tmp_path, norm,
         kwargs = dict(env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         both.append(subprocess.Popen(full, stderr=subprocess.STDOUT, **kwargs))
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in both]
+        outputs = [process.communicate(timeout=600)[0] for process in both]
     finally:
         for process in both:
             process.kill()

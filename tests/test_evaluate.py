@@ -578,7 +578,8 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     )
     labels = str(root / "labels" / "val")
     for flag in ("--figures", "--save-predictions"):
-        assert "holds other files of this call" in mistake(capsys, "--checkpoint", checkpoint, flag, labels)
+        line = mistake(capsys, "--checkpoint", checkpoint, flag, labels)
+        assert "holds other files of this call" in line
     both = ["--figures", str(tmp_path / "b"), "--save-predictions", str(tmp_path / "b")]
     assert "holds other files of this call" in mistake(capsys, "--checkpoint", checkpoint, *both)
     assert "holds other files of this call" in mistake(
@@ -646,7 +647,7 @@ def test_wrong_label_in_a_loader_process_is_one_line_too_and_the_command_ends(tr
         str(copy),
     ]
     done = subprocess.run(
-        [*command, "--workers", "2", "--device", "cpu"], capture_output=True, text=True, timeout=120
+        [*command, "--workers", "2", "--device", "cpu"], capture_output=True, text=True, timeout=600
     )
     line = done.stderr.strip().splitlines()[-1]  # the progress bar may stand before it
     assert done.returncode == 2 and "Traceback" not in done.stderr

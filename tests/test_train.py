@@ -25,6 +25,9 @@ from data import UserError
 pytestmark = pytest.mark.system
 
 METHOD = """
+import os
+import time
+
 import torch
 from torch import nn
 import backbones
@@ -54,6 +57,8 @@ class Net(nn.Module):
         if labels is None:
             return logits
         self.calls += 1
+        if self.calls > int(os.environ.get("SLOW_FROM", 10**9)):
+            time.sleep(0.05)
         loss = backbones.pixel_cross_entropy(logits, labels)
         factor = float("nan") if self.calls == self.fail_at else 0.5
         return {"pixels": loss, "extra": loss * factor}
@@ -100,6 +105,7 @@ def start(arguments, method, processes=1, **how):
         "PYTHONPATH": str(method),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "SLOW_FROM": "30",  # so that a run lasts until a test ends it
     }
     command = [sys.executable, *launcher, train.__file__, *arguments]
     return subprocess.Popen(
@@ -343,10 +349,12 @@ def test_workers_and_evaluations_change_nothing(flags, tmp_path):
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
-    flags, tmp_path, monkeypatch, capsys, number
+    flags, tmp_path, monkeypatch, capsys, name
 ):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*flags, "--eval-every", "2"]
     assert train.main([*flags, "--output", str(whole)]) == 0
@@ -377,6 +385,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
         line for line in speedless[1] if "mIoU" in line
     ]
     assert signal.getsignal(number) is signal.SIG_DFL  # as it was before the run
+    signal.signal(number, before)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -397,7 +406,7 @@ def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, capsys, 
         os.killpg(process.pid, signal.SIGTERM)
     else:
         process.terminate()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert "checkpoint saved; go on with: " in out, err
     assert process.returncode == (143 if processes == 1 else 1)  # torchrun has a status of its own
     assert torch.load(folder / "last.pt", weights_only=True)["step"] >= train.LOG_EVERY
@@ -662,7 +671,8 @@ def test_init_carries_the_weights_over_and_names_what_is_new(flags, tmp_path, ca
 def test_it_trains_and_evaluates_from_any_folder_without_what_windows_lacks(photos, tmp_path):
     flags = f"--dataset folder --data-root {photos} --backbone resnet18 --output-stride 32"
     flags += " --iterations 3 --batch-size 2 --crop-size 32 --workers 1 --device cpu --output run"
-    how = dict(cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    how = dict(cwd=tmp_path, capture_output=True, text=True, env=environment)
     done = subprocess.run(without_posix(train.__file__, *flags.split()), **how)
     assert done.returncode == 0, done.stderr
     assert "cannot be locked here" in done.stderr and "best mIoU" in done.stdout
