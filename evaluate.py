@@ -16,7 +16,6 @@ in neither labels nor predictions has no IoU: it is left out of the mean, and na
 
 import argparse
 import ast
-import contextlib
 import importlib.util
 import inspect
 import json
@@ -26,9 +25,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,6 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 import backbones
@@ -44,13 +44,11 @@ from data import UserError, guarded, own_session
 
 AMP = ("auto", "bf16", "fp16", "off")  # mixed precision; auto: bf16, or what the GPU has; CPU: off
 
-# ------------------------------------------------------------------------------------------ metrics
+# --------------------------------------------------------------------------- metrics and prediction
 
 
 class ConfusionMatrix:
-    """Counts of (true class, predicted class) over all labelled pixels: `matrix` int64
-    `[num_classes, num_classes]`.
-    """
+    """`matrix`: int64 `[K, K]`, the pixels of each (true class, predicted class)."""
 
     def __init__(self, num_classes, device="cpu"):
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -68,10 +66,9 @@ class ConfusionMatrix:
             dist.all_reduce(self.matrix)
 
     def result(self):
-        """mIoU, pixel_accuracy, class_accuracy in 0…1, IoU per class (None: in neither labels nor
-        predictions), labelled (whether the class is labelled somewhere).
-
-        class_accuracy is the mean over the labelled classes. NaN where nothing is labelled.
+        """mIoU, pixel_accuracy, class_accuracy (the mean over the labelled classes): in 0…1, NaN if
+        nothing is labelled. IoU: per class, None if it is neither labelled nor predicted. labelled:
+        whether the class is.
         """
         matrix = self.matrix.cpu().double()
         hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
@@ -88,13 +85,12 @@ class ConfusionMatrix:
 
 def table(result, classes):
     """The result as text: IoU per class, then the means; classes without an IoU are named last."""
-    pairs = list(zip(classes, result["IoU"]))
-    lines = [f"  {name:<20} {value:6.3f}" for name, value in pairs if value is not None]
-    means = ("mIoU", "pixel_accuracy", "class_accuracy")
-    rows = {name.replace("_", " "): result[name] for name in means}
-    rows |= {f"mIoU at scale {s}": value for s, value in result.get("mIoU_at_scale", {}).items()}
-    lines += [f"{k:<22} {math.nan if value is None else value:6.3f}" for k, value in rows.items()]
-    absent = ", ".join(name for name, value in pairs if value is None)
+    rows = [(f"  {name}", iou) for name, iou in zip(classes, result["IoU"]) if iou is not None]
+    for name in ("mIoU", "pixel_accuracy", "class_accuracy"):
+        rows.append((name.replace("_", " "), math.nan if result[name] is None else result[name]))
+    rows += [(f"mIoU at scale {s}", v) for s, v in result.get("mIoU_at_scale", {}).items()]
+    lines = [f"{name:<22} {value:6.3f}" for name, value in rows]
+    absent = ", ".join(name for name, iou in zip(classes, result["IoU"]) if iou is None)
     if absent:
         lines.append(f"not in the mean (neither labelled nor predicted): {absent}")
     return "\n".join(lines)
@@ -102,15 +98,12 @@ def table(result, classes):
 
 def warn_of_absent(labelled, dataset, name):
     """A warning on stderr, where a result could be wrong unnoticed: classes without any label."""
-    absent = [name for name, there_is in zip(dataset.classes, labelled) if not there_is]
+    absent = [c for c, found in zip(dataset.classes, labelled) if not found]
     text = f"no label of {name} holds {', '.join(absent)}; `python data.py` shows the ids"
     if not any(labelled):
         text = f"no pixel of {name} is labelled: there is nothing to measure"
     if absent:
         print(f"warning: {text}", file=sys.stderr)
-
-
-# --------------------------------------------------------------------------------------- prediction
 
 
 @torch.no_grad()
@@ -121,34 +114,27 @@ def predict(net, images, scales=(1.0,), flip=False, window=None):
     antialiased where they shrink. window: cut each scaled image into overlapping squares of that
     side (steps of two thirds), and average where they overlap.
     """
-    total = 0
+    size, kwargs, total = images.shape[2:], dict(mode="bilinear", align_corners=False), 0
     for scale in scales:
-        total = at_scale(net, images, scale, flip, window).add_(total)
+        scaled = images
+        if scale != 1:
+            target = [max(1, round(side * scale)) for side in size]
+            scaled = F.interpolate(images, size=target, antialias=True, **kwargs)
+        p = _windows(net, scaled, window)
+        if flip:
+            p += _windows(net, scaled.flip(3), window).flip(3)
+            p /= 2
+        if scale != 1:
+            p = F.interpolate(p, size=size, **kwargs)
+        total = p.add_(total)
     return total.div_(len(scales))
-
-
-@torch.no_grad()
-def at_scale(net, images, scale, flip=False, window=None):
-    """`predict` of one scale: probabilities at the size of the images, which the network sees
-    resized.
-    """
-    size, scaled, kwargs = images.shape[2:], images, dict(mode="bilinear", align_corners=False)
-    if scale != 1:
-        target = [max(1, round(side * scale)) for side in size]
-        scaled = F.interpolate(images, size=target, antialias=True, **kwargs)
-    p = _windows(net, scaled, window)
-    if flip:
-        p += _windows(net, scaled.flip(3), window).flip(3)
-        p /= 2
-    return p if p.shape[2:] == size else F.interpolate(p, size=size, **kwargs)
 
 
 def highest(scores):
     """The classes `[N, H, W]` of the highest scores `[N, K, H, W]`; UserError for NaN."""
     values, classes = scores.max(1)
     if not values.isfinite().all():
-        text = "the network's logits are not finite: its weights are too large, or damaged"
-        raise UserError(f"{text}; train with a lower --lr, or with --amp off")
+        raise UserError("the logits are not finite; train with a lower --lr, or with --amp off")
     return classes
 
 
@@ -188,13 +174,12 @@ def _starts(side, window):
 
 def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, scales=(1.0,),
              **kwargs):  # fmt: skip
-    """The result of `net` (in evaluation mode) over all of `dataset`, shared among the processes of
-    the run.
+    """The result of `net` (in evaluation mode) over `dataset`: `ConfusionMatrix.result`.
 
-    Process r of w takes the images r, r + w, …: none twice, none left out; shares may be unequal,
-    because nothing is exchanged before the counts are added up. scales, kwargs: see `predict`; of
-    several scales the mIoU of each alone is in the result too, "mIoU_at_scale". save: called with
-    (index, prediction `[H, W]`). stop: where its .signal is set, the result is that of a part.
+    Process r of w takes the images r, r + w, …; nothing is exchanged before the counts are added.
+    scales, kwargs: see `predict`; with several scales, the result has the mIoU of each alone too,
+    "mIoU_at_scale". save: called with (index, prediction `[H, W]`). stop: an object whose .signal
+    ends the loop early.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
@@ -207,7 +192,7 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
         scores = 0  # of the sum over the scales, as of the mean
         for scale in scales:
             with autocast(device, amp):
-                p = at_scale(net, image, scale, **kwargs)
+                p = predict(net, image, (scale,), **kwargs)
             alone[scale].update(p.argmax(1), labels)
             scores = p.add_(scores)
         prediction = highest(scores)
@@ -216,8 +201,11 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
             save(index, prediction[0])
     for counts in (matrix, *alone.values()):
         counts.all_reduce()
-    each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
-    return matrix.result() | ({"mIoU_at_scale": each} if len(scales) > 1 else {})
+    result = matrix.result()
+    if len(scales) > 1:
+        each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
+        result["mIoU_at_scale"] = each
+    return result
 
 
 def read_all(dataset, device, workers, what, quiet=False):
@@ -231,35 +219,35 @@ def read_all(dataset, device, workers, what, quiet=False):
 
 
 def method_file(name):
-    """The module NAME.py, with its `build`."""
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None or not found.has_location:  # a folder, say
-        raise UserError(f"unknown method '{name}': expected a file {name}.py with a function build")
-    module = importlib.import_module(name)
+    """The module NAME.py; UserError if there is none with a function `build`."""
+    known = name.isidentifier() and importlib.util.find_spec(name)
+    module = importlib.import_module(name) if known else None
     if not hasattr(module, "build"):
-        raise UserError(f"'{name}' is not a method: {module.__file__} has no function build")
+        raise UserError(f"unknown method '{name}': expected a file {name}.py with a function build")
     return module
+
+
+def _one_line(error, most=None):
+    return " ".join(str(error).split())[:most]
 
 
 def network(method, num_classes, backbone, weights=None, output_stride=None, options=None):
     """`METHOD.build(…)` of METHOD.py; UserError if there is none, or if its options do not fit."""
     module, options = method_file(method), dict(options or {})
+    for name in {"num_classes", "backbone", "weights", "output_stride"} & set(options):
+        raise UserError(f"{name} is not an --option; take its own flag, or the dataset's number")
     if output_stride is not None:
         options["output_stride"] = output_stride
-    if reserved := ", ".join({"num_classes", "backbone", "weights"} & set(options)):
-        raise UserError(
-            f"{reserved} is not an --option; take its own flag, or the dataset's number"
-        )
     try:
         return module.build(num_classes, backbone, weights=weights, **options)
     except (ValueError, FileNotFoundError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(_one_line(error)) from error
     except (TypeError, RuntimeError) as error:
         if not options:
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        reason = " ".join(str(error).split())
-        raise UserError(f"{method} cannot be built with the options {given} ({reason})") from error
+        text = f"{method} cannot be built with the options {given} ({_one_line(error)})"
+        raise UserError(text) from error
 
 
 def read_checkpoint(path):
@@ -270,26 +258,24 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"no checkpoint '{path}'; {expected}") from None
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" In PyTorch")[0]
+        reason = _one_line(error, 160).partition(". ")[0]
         raise UserError(f"checkpoint '{path}' cannot be read ({reason}); {expected}") from None
     parts = {"net", "settings", "step", "classes", "palette"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
-        text = f"'{path}' is not a checkpoint of train.py"
-        raise UserError(f"{text}; a backbone's weights go to --weights")
+        raise UserError(f"'{path}' is not a checkpoint of train.py; a backbone's goes to --weights")
     return checkpoint
 
 
 def load(checkpoint, output_stride=None, options=None):
     """The trained network in a checkpoint, in evaluation mode.
 
-    output_stride, options: evaluate so and not as trained, where that changes no weight. UserError
-    where it does, or where the method's file has changed.
+    output_stride, options: instead of those it was trained with. UserError where they change
+    weights, or where the method's file has changed.
     """
     settings, classes = checkpoint["settings"], len(checkpoint["classes"])
     output_stride = settings["output_stride"] if output_stride is None else output_stride
     options = settings["option"] | (options or {})
-    parts = settings["backbone"], None, output_stride, options
-    net = network(settings["method"], classes, *parts)
+    net = network(settings["method"], classes, settings["backbone"], None, output_stride, options)
     restore(net, checkpoint)
     return net.eval()
 
@@ -299,12 +285,8 @@ def restore(net, checkpoint):
     try:
         net.load_state_dict(checkpoint["net"])
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        text = (
-            f"{checkpoint['settings']['method']}.py has changed, or an --option or --output-stride"
-        )
-        text = f"the checkpoint's weights do not fit: {text} was given that changes weights"
-        raise UserError(f"{text} ({reason})") from None
+        text = "the checkpoint's weights do not fit; --option, --output-stride or the method's file"
+        raise UserError(f"{text} changed them ({_one_line(error, 300)})") from None
 
 
 def replace(path, write):
@@ -318,35 +300,30 @@ def replace(path, write):
 
 
 def processes(device=None):
-    """(device, rank, world): under torchrun joins its process group (nccl on CUDA, gloo on the
-    CPU). A CUDA device becomes the current one.
-    """
-    device, count = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
-    local, several = int(os.environ.get("LOCAL_RANK", 0)), "WORLD_SIZE" in os.environ
-    try:
-        kind, index = torch.device(device).type, torch.device(device).index or 0
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda", "mps"):
+    """(device, rank, world). Joins torchrun's group; a CUDA device becomes the current one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (index or "0").isdecimal():
         raise UserError(f"unknown device '{device}'; expected cpu, cuda, cuda:N or mps")
+    several = "WORLD_SIZE" in os.environ
     if kind == "mps" and (several or not torch.backends.mps.is_available()):
-        text = "takes an Apple GPU, and one process, without torchrun"
-        raise UserError(f"device 'mps' {text}; take --device cpu")
+        raise UserError("device mps needs an Apple GPU, and no torchrun; take --device cpu")
+    device = torch.device(kind)
     if kind == "cuda":
-        index, count = local if several else index, torch.cuda.device_count()
+        index = int(os.environ.get("LOCAL_RANK", 0)) if several else int(index or 0)
+        count = torch.cuda.device_count()
         if index >= count:
-            text = f"there are {count} CUDA GPUs here, and number {index} is asked for"
-            raise UserError(f"{text}; start fewer processes, or take another --device")
-        device = f"cuda:{index}"
+            raise UserError(f"no GPU {index}: there are {count}; change --device or the processes")
+        device = torch.device(kind, index)
         torch.cuda.set_device(index)
     if not several:
-        return torch.device(device), 0, 1
+        return device, 0, 1
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except ValueError as error:  # not torchrun's environment
-        text = f"the processes cannot meet ({' '.join(str(error).split())[:120]})"
+        text = f"the processes cannot meet ({_one_line(error, 120)})"
         raise UserError(f"{text}; start them with torchrun, or unset WORLD_SIZE") from None
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
+    return device, dist.get_rank(), dist.get_world_size()
 
 
 def device_name(device):
@@ -358,19 +335,17 @@ def device_name(device):
 
 def amp_dtype(amp, device):
     """The type of mixed precision "auto", "bf16", "fp16", "off": None, bfloat16 or float16."""
-    if amp == "off" or (amp == "auto" and device.type != "cuda"):
-        return None
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a CUDA GPU; take bf16 or off")
-    if amp == "bf16" or (amp == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)):
-        return torch.bfloat16
-    return torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 def autocast(device, amp):
     """The context of mixed precision `amp` on `device`."""
     dtype = amp_dtype(amp, device)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -386,13 +361,12 @@ def number(least, most=1e9, kind=float):
     def read(text):
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             value = math.nan
         if not least <= value <= most:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"expected {what} from {least} to {most:.10g}, not {text}"
-            )
+            expected = f"expected {what} from {least} to {most:.10g}, not {text}"
+            raise argparse.ArgumentTypeError(expected)
         return value
 
     return read
@@ -406,29 +380,22 @@ def whole(least, most=10**9):
 def two_sides(sides):
     """(height, width) of the values of --crop-size: one side, or both."""
     if len(sides) > 2:
-        given = " ".join(map(str, sides))
-        raise UserError(f"--crop-size {given}: expected one side, or height and width")
+        raise UserError(f"--crop-size {sides}: expected one side, or height and width")
     return sides[0], sides[-1]
 
 
 def parse_options(pairs):
-    """["KEY=VALUE", …] -> dict; values are Python literals where they can be, else text."""
+    """["KEY=VALUE", …] -> dict; values are Python literals if JSON can hold them, else text."""
     options, words = {}, {"true": "True", "false": "False", "none": "None"}
     for pair in pairs:
-        key, _, value = pair.partition("=")
-        if not key or "=" not in pair:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
             raise UserError(f"--option {pair}: expected KEY=VALUE, as in --option channel_layers=3")
-        if key == "output_stride":
-            raise UserError(f"--option {pair}: it has a flag of its own, --output-stride")
         try:
             options[key] = ast.literal_eval(words.get(value.lower(), value))
+            json.dumps(options[key], allow_nan=False)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             options[key] = value
-        try:
-            json.dumps(options[key], allow_nan=False)
-        except (ValueError, TypeError):
-            expected = "expected a number, a word, a list or a dict"
-            raise UserError(f"--option {pair}: {expected}") from None
     return options
 
 
@@ -436,14 +403,9 @@ def parse_options(pairs):
 
 
 def cost(net, size):
-    """(parameters, multiply-adds, multiply-adds of each child) of one image of size (height,
-    width), in evaluation mode.
-
-    Multiply-adds are half of what torch.utils.flop_counter counts: matrix products and
-    convolutions, nothing else. Attention is counted as its two matrix products, because the counter
-    does not know the CPU's fused kernel.
-    """
+    """(parameters, multiply-adds, multiply-adds of each child) for one image of (height, width)."""
     counter = FlopCounterMode(display=False)
+    # It counts matrix products and convolutions. The CPU's fused attention it does not know.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         net.eval()(torch.zeros(1, 3, *size, device=next(net.parameters()).device))
     children, flops = {name: 0 for name, _ in net.named_children()}, counter.get_flop_counts()
@@ -457,48 +419,37 @@ def cost(net, size):
 
 
 def speed(net, num_classes, device, args):
-    """`--speed`: prints and returns the median seconds and, on CUDA, the peak bytes of a forward
-    pass and of a training step of SGD, after two of each to warm up. It trains `net` on noise.
-    """
+    """`--speed`: the median seconds and peak bytes, printed and returned. Trains `net` on noise."""
     torch.backends.cudnn.benchmark = True  # as in training
-    cuda, net = device.type == "cuda", net.to(device, memory_format=torch.channels_last)
-    count, size, dtype = args.batch_size, args.crop_size, amp_dtype(args.amp, device)
+    count, size, name = args.batch_size, args.crop_size, device_name(device)
     images = torch.randn(count, 3, *size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (count, *size), device=device)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-
-    def forward():
-        with torch.no_grad(), autocast(device, args.amp):
-            net.eval()(images)
-
-    def training():
-        with autocast(device, args.amp):
-            loss = sum(net.train()(images, labels).values())
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    name = device_name(device)
-    print(f"{count} images of {size[0]}x{size[1]}, amp {str(dtype).removeprefix('torch.')}, {name}")
+    optimizer, cuda = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9), device.type == "cuda"
     numbers = {"device": name, "batch_size": count, "size": size}
-    for what, work in ("forward", forward), ("training step", training):
+    print(f"{count} images of {size[0]}x{size[1]}, amp {amp_dtype(args.amp, device)}, {name}")
+    for what, training in ("forward", False), ("training step", True):
+        net.train(training)
         seconds = []
-        for run in range(2 + args.runs):
+        for run in range(2 + args.runs):  # two to warm up
             if cuda and run == 2:
                 torch.cuda.reset_peak_memory_stats(device)
             start = time.perf_counter()
-            work()
+            with torch.set_grad_enabled(training), autocast(device, args.amp):
+                found = net(images, labels) if training else net(images)
+            if training:
+                optimizer.zero_grad()
+                sum(found.values()).backward()
+                optimizer.step()
             if cuda:
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
-        middle = statistics.median(seconds[2:])
+            del found  # the peak is that of one run
+        median = statistics.median(seconds[2:])
         peak = torch.cuda.max_memory_allocated(device) if cuda else None
         memory = f"peak {peak / 2**20:.0f} MiB" if cuda else "memory not measured"
-        print(f"  {what:<14} {count / middle:8.2f} images/s ({middle * 1000:.0f} ms), {memory}")
-        rate = count / middle
-        numbers[what] = dict(seconds=middle, images_per_second=rate, peak_bytes=peak)
+        rate = count / median
+        print(f"  {what:<14} {rate:8.2f} images/s ({median * 1000:.0f} ms), {memory}")
+        numbers[what] = dict(seconds=median, images_per_second=rate, peak_bytes=peak)
     return numbers
 
 
@@ -511,23 +462,23 @@ def fade(photo):
 
 
 def draw_figure(title, figure, photo, palette, boxes=()):
-    """The data.Panel of a figure of the uint8 photograph `[3, H, W]`: a label map, or numbers of at
-    least 0 with a scale. A map as large as the photograph is drawn over it.
+    """The data.Panel of a figure: a label map, or numbers of at least 0 with a scale.
 
-    title: "TEXT", the scale ends at the largest number; or "TEXT | LOW | HIGH", the words at the
-    ends of a scale from 0 to 1.
+    Of the size of the uint8 photograph `[3, H, W]`, it is drawn over it. title: "TEXT", the scale
+    ends at the largest number; or "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1.
     """
     if not figure.is_floating_point():
         return data.label_panel(title, figure, palette, boxes=boxes)
-    figure, (title, *ends) = figure.detach().float().cpu(), title.split(" | ")
-    highest = torch.tensor(1.0) if ends else figure.nan_to_num(0).max()
-    values = figure / highest.clamp(min=1e-12)
-    tile, scale = data.heat(values), tuple(ends) or ("0", f"{highest:.3g}")
-    if figure.shape == photo.shape[1:]:
-        values = values.nan_to_num(0)
-        share = 0.25 + 0.6 * values
-        tile = (share * tile + (1 - share) * fade(photo)).to(torch.uint8)
-    return data.Panel(title, tile, scale, boxes if figure.shape == photo.shape[1:] else ())
+    title, *ends = title.split(" | ")
+    values = figure.detach().float().cpu()
+    largest = 1.0 if ends else values.nan_to_num(0).max().item()
+    values = values / max(largest, 1e-12)
+    tile, scale = data.heat(values), tuple(ends) or ("0", f"{largest:.3g}")
+    if values.shape != photo.shape[1:]:
+        return data.Panel(title, tile, scale)
+    share = 0.25 + 0.6 * values.nan_to_num(0)
+    tile = (share * tile + (1 - share) * fade(photo)).to(torch.uint8)
+    return data.Panel(title, tile, scale, boxes)
 
 
 def error_map(prediction, truth, photo):
@@ -538,10 +489,12 @@ def error_map(prediction, truth, photo):
     return tile.to(torch.uint8)
 
 
+ENLARGED = "Enlarged: the outlined window, where the predictions differ most."
+
+
 def compared(predictions):
-    """(difference, box) of two or more label maps `[H, W]`: the share of pairs that disagree,
-    `[H, W]` in 0…1, and the window (top, left, bottom, right), a quarter as high and wide, where
-    they differ most.
+    """(difference, box) of two or more label maps `[H, W]`: the share of pairs that disagree, 0…1,
+    and the window (top, left, bottom, right), a quarter as high and wide, where they differ most.
     """
     pairs = [a != b for i, a in enumerate(predictions) for b in predictions[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
@@ -563,15 +516,24 @@ def comparison(predictions, image, palette, truth=None):
     panels.append(draw_figure(title, difference, image, palette, (box,)))
     top, left, bottom, right = box
     panels.append(data.Panel("image, enlarged", image[:, top:bottom, left:right]))
-    for name, m in (maps | ({} if truth is None else {"truth": truth})).items():
+    if truth is not None:
+        maps["truth"] = truth
+    for name, m in maps.items():
         panels.append(data.label_panel(f"{name}, enlarged", m[top:bottom, left:right], palette))
     return panels, box
 
 
-def takes_pixel(net):
-    """Whether the method's figures are about one pixel."""
-    about = "pixel" in inspect.signature(getattr(net, "figures", len)).parameters
-    return about and getattr(net, "about_pixel", True)
+def pixel_of(net, pixel, size):
+    """The pixel that figures are about (None: about none); UserError if it cannot be `pixel`."""
+    names = inspect.signature(net.figures).parameters if hasattr(net, "figures") else ()
+    if "pixel" in names and getattr(net, "about_pixel", True):
+        try:
+            return backbones.one_pixel(pixel, size)
+        except ValueError as error:
+            raise UserError(f"--pixel: {error}") from None
+    if pixel:
+        raise UserError("--pixel has no effect: this method's figures are not about one pixel")
+    return None
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None, amp="off"):
@@ -580,65 +542,52 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`. Figures whose key is a class's
     number are named after the class; several label maps of the image's size are compared.
     """
-    figures, boxes, on_prediction, prediction = {}, (), (), prediction.cpu()
+    figures, boxes, prediction = {}, (), prediction.cpu()
+    pixel = pixel_of(net, pixel, prediction.shape)
     if hasattr(net, "figures"):
-        device = next(net.parameters()).device
+        device, about = next(net.parameters()).device, {"pixel": pixel} if pixel else {}
         with autocast(device, amp):
-            about = {"pixel": pixel} if takes_pixel(net) else {}
             figures = net.figures(data.normalise(image.to(device)), **about)
     names = {k: f"attention of {classes[k]}" if isinstance(k, int) else k for k in figures}
     figures = {names[k]: m.cpu() for k, m in figures.items()}
+    caption = getattr(net, "caption", "") if figures else ""
     maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
-    if len(maps) > 1 and all(m.shape == image.shape[1:] for m in figures.values()):
+    if len(maps) > 1 and all(m.shape == prediction.shape for m in figures.values()):
         own, box = comparison(maps, image, palette, truth)
-        own = [p for p in own if p.title not in maps or not torch.equal(maps[p.title], prediction)]
-        boxes = on_prediction = (box,)
+        repeated = [name for name, m in maps.items() if torch.equal(m, prediction)]
+        own = [panel for panel in own if panel.title not in repeated]
+        boxes, caption = (box,), f"{caption} {ENLARGED}"
     else:
-        if figures and takes_pixel(net):
-            row, column = backbones.one_pixel(pixel, image.shape[1:])
-            by = max(3, image.shape[2] // 60)
+        if figures and pixel:
+            (row, column), by = pixel, max(3, image.shape[2] // 60)
             boxes = ((row - by, column - by, row + by, column + by),)
         own = [draw_figure(title, m, image, palette, boxes) for title, m in figures.items()]
-    panels = [data.Panel("image", image, boxes=boxes)]
-    if truth is not None:
-        panels.append(data.label_panel("truth", truth, palette, boxes=on_prediction))
-    panels.append(data.label_panel("prediction", prediction, palette, boxes=on_prediction))
+    panels = [data.label_panel("prediction", prediction, palette, boxes=boxes)]
     if truth is not None:
         panels.append(data.Panel("errors (red)", error_map(prediction, truth, image)))
-    maps = [m for m in (truth, prediction, *maps.values()) if m is not None]
-    caption = getattr(net, "caption", "") if own else ""
-    if on_prediction:
-        caption = f"{caption} Enlarged: the outlined window, where the predictions differ most."
-    return sheet_of([*panels, *own], maps, classes, palette, caption)
+    maps = [prediction, *maps.values()]
+    return _sheet(image, truth, boxes, [*panels, *own], maps, classes, palette, caption)
 
 
-def sheet_of(panels, *rest):
-    """`data.sheet` with as many columns as leave the fewest gaps, and no panel alone in a row."""
+def _sheet(image, truth, boxes, panels, maps, classes, palette, caption):
+    first = [data.Panel("image", image, boxes=boxes)]
+    if truth is not None:
+        first.append(data.label_panel("truth", truth, palette, boxes=boxes))
+        maps = [truth, *maps]
+    panels = [*first, *panels]
+    # No panel alone in a row, then as few gaps as can be.
     gaps = {c: (len(panels) % c == 1, -len(panels) % c) for c in (4, 5, 3)}
-    return data.sheet(panels, min(gaps, key=gaps.get), *rest)
-
-
-def comparison_sheet(nets, image, truth, palette, classes, device, amp, **kwargs):
-    """The sheet of one image uint8 `[3, H, W]`, its truth `[H, W]`, and what several networks
-    predict, `comparison`. nets: name -> network; kwargs of `predict`.
-    """
-    maps = {name: label_map(net, image, device, amp, **kwargs).cpu() for name, net in nets.items()}
-    panels, box = comparison(maps, image, palette, truth)
-    first = data.Panel("image", image, boxes=(box,))
-    first = [first, data.label_panel("truth", truth, palette, boxes=(box,))]
-    caption = "Enlarged: the window, outlined above, in which the predictions differ most."
-    return sheet_of([*first, *panels], [truth, *maps.values()], classes, palette, caption)
+    return data.sheet(panels, min(gaps, key=gaps.get), maps, classes, palette, caption)
 
 
 @torch.no_grad()
 def class_dependency(net, pairs, num_classes, layer="classifier"):
     """Fig. 4.5 of the thesis of car.py: how alike the mean features of every two classes are,
-    `[K, K]` float64 in 0…1.
+    `[K, K]` float64 in 0…1. net is in evaluation mode.
 
     pairs: (images float `[N, 3, H, W]`, labels int64 `[N, H, W]`, 255 = ignored), any number. A
-    class's mean μ is over all of its positions in what enters the submodule `layer`. A row has the
-    dot products of one μ with all, over its largest (ours); products below 0, and classes that do
-    not occur, are 0. net is in evaluation mode.
+    mean μ is over all positions of a class in what enters the submodule `layer`. A row has the dot
+    products of one μ with all, over its largest (ours); below 0, and of absent classes, they are 0.
     """
     entered, sums, counts = [], 0, 0
     module = net.get_submodule(layer)
@@ -659,126 +608,102 @@ def class_dependency(net, pairs, num_classes, layer="classifier"):
 
 
 def without_nan(numbers):
-    """Numbers in dicts and lists, with None for what is not a number: JSON has no NaN."""
-    if isinstance(numbers, dict):
-        return {name: without_nan(value) for name, value in numbers.items()}
-    if isinstance(numbers, (list, tuple)):
-        return [without_nan(value) for value in numbers]
-    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
+    """What JSON makes of numbers in dicts and lists, with None for NaN and infinity."""
+    return json.loads(json.dumps(numbers), parse_constant=lambda _: None)
 
 
 def draw_matrix(values, columns, title, rows=None, cell=28, margin=130):
-    """A matrix of numbers as a picture, from its lowest (at most 0) in dark blue to its highest in
-    yellow, NaN grey, under its title, over a colour bar; rows and columns have names. rows: None if
-    theirs are the columns'.
-    """
-    low, high = min(values.nan_to_num(0).min().item(), 0), values.nan_to_num(0).max().item()
-    ends, values = (f"{low:.3g}", f"{high:.3g}"), (values - low) / max(high - low, 1e-12)
-    rows = columns if rows is None else rows
-    height, width = cell * len(rows), cell * len(columns)
+    """A picture of a matrix, dark blue to yellow, NaN grey. rows: their names, if not `columns`."""
+    known, rows = values.nan_to_num(0), rows or columns
+    low, high = min(known.min().item(), 0), known.max().item()
+    tiles = data.heat((known - low) / max(high - low, 1e-12))
+    tiles[:, values.isnan()] = 200
+    width, height = cell * len(columns), cell * len(rows)
+    squares = TF.to_pil_image(tiles).resize((width, height), Image.Resampling.NEAREST)
     picture = Image.new("RGB", (margin + width, margin + height), "white")
-    tiles = data.heat(values.nan_to_num(0)).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-    tiles[:, values.isnan().repeat_interleave(cell, 0).repeat_interleave(cell, 1)] = 200
-    picture.paste(Image.fromarray(tiles.permute(1, 2, 0).numpy()), (margin, margin))
-    font = ImageFont.load_default(13)
-    turns = Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90
-    sides = (columns, height + 6, "lm"), (rows, margin - 6, "rm")
-    for turn, (names, x, anchor) in zip(turns, sides):
-        # the columns' names are written on its side, where they are rows
-        picture = picture.transpose(turn)
-        for i, name in enumerate(names):
-            place = x, margin + cell * (i + 0.5)
-            ImageDraw.Draw(picture).text(place, name[:18], "black", font, anchor=anchor)
-    panel = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return data.sheet([data.Panel(title, panel, ends)], 1, width=picture.width)
+    picture.paste(squares, (margin, margin))
+    picture.paste(_names(rows, cell, margin), (0, margin))
+    above = _names(columns[::-1], cell, margin).transpose(Image.Transpose.ROTATE_270)
+    picture.paste(above, (margin, 0))
+    panel = data.Panel(title, TF.pil_to_tensor(picture), (f"{low:.3g}", f"{high:.3g}"))
+    return data.sheet([panel], 1, width=picture.width)
+
+
+def _names(names, cell, margin):
+    picture = Image.new("RGB", (margin, cell * len(names)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for i, name in enumerate(names):
+        draw.text((margin - 6, cell * (i + 0.5)), name[:18], "black", font, anchor="rm")
+    return picture
 
 
 def save_prediction(prediction, palette, file, raw_ids=None):
-    """A label map `[H, W]` as a PNG whose pixel values are the class ids, shown in the palette's
-    colours.
-
-    raw_ids: the id of each class in the label files and submissions of its benchmark, if another.
-    """
-    table, colors = torch.zeros(256, dtype=torch.uint8), [0] * 768
-    for i, (raw, color) in enumerate(zip(raw_ids or range(len(palette)), palette)):
-        table[i], colors[3 * raw : 3 * raw + 3] = raw, color
-    picture = Image.fromarray(table[prediction.cpu().long()].numpy())
-    picture.putpalette(colors)
+    """A label map `[H, W]` as a palette PNG. raw_ids: the benchmark's class ids, if others."""
+    ids, colors = torch.tensor(raw_ids or range(len(palette))), torch.zeros(256, 3).byte()
+    colors[ids] = torch.tensor(palette).byte()
+    picture = Image.fromarray(ids.byte()[prediction.cpu().long()].numpy())
+    picture.putpalette(colors.flatten().tolist())
     picture.save(file)
 
 
-# ---------------------------------------------------------------------------------------- the flags
+# ------------------------------------------------------------------------------- flags and the work
 
-FILE, DIR, ON = dict(metavar="FILE"), dict(metavar="DIR"), dict(action="store_true")
-PIXEL, SIDES = dict(type=int, nargs=2), dict(nargs="+", type=whole(1, 100_000), metavar="N")
+ON, MANY, PIXEL = dict(action="store_true"), dict(nargs="+"), dict(type=int, nargs=2)
+SIDES, SCALES = dict(nargs="+", type=whole(1, 100_000)), dict(nargs="+", type=number(1e-3, 1e3))
 OPTION = dict(action="append", metavar="KEY=VALUE")
-SCALES, PHOTOS = dict(nargs="+", type=number(1e-3, 1e3)), dict(nargs="+")
-SPLIT, NETWORK = ("a whole split",), ("checkpoint", "method")
-VIEWS = (*SPLIT, "images")
-# name: (default, what it is for, how it is read, help). A flag without effect is refused.
+SPLIT, NETWORK, FIGURES = ("a whole split",), ("--checkpoint", "--method"), ("--figures",)
+VIEWS, WORK = (*SPLIT, "--images"), ("--cost", "--speed")
+# name: (default, what it goes with, how it is read, help). A flag without effect is refused.
 FLAGS = {
-    "checkpoint": (None, (), FILE, "last.pt or best.pt of train.py"),
-    "method": (None, (), str, "file of the method, for --cost and --speed without a checkpoint"),
-    "images": (None, (), PHOTOS, "photographs without labels, or folders of them"),
+    "checkpoint": (None, (), str, "last.pt or best.pt of train.py"),
+    "method": (None, WORK, str, "file of the method, for --cost and --speed without a checkpoint"),
+    "images": (None, ("--checkpoint",), MANY, "photographs without labels, or folders of them"),
     "cost": (False, (), ON, "count parameters and multiply-adds"),
     "speed": (False, (), ON, "measure images per second and peak memory, forward and training"),
-    "json": (None, (), FILE, "file for all numbers"),
+    "json": (None, (), str, "file for all numbers"),
     "device": (None, (), str, "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]"),
     "dataset": (None, SPLIT, str, "dataset to evaluate on [the checkpoint's]"),
-    "data_root": (None, SPLIT, DIR, "folder of the dataset [the checkpoint's]"),
+    "data_root": (None, SPLIT, str, "folder of the dataset [the checkpoint's]"),
     "split": ("val", SPLIT, str, "split of the dataset [val]"),
     "workers": (2, SPLIT, whole(0), "loader processes [2]"),
     "analyse": (False, SPLIT, ON, "the numbers that the method's paper argues with"),
-    "compare": ([], SPLIT, PHOTOS, "other checkpoints: their predictions beside each other"),
+    "compare": ([], FIGURES, MANY, "other checkpoints: their predictions beside each other"),
     "scales": ([1.0], VIEWS, SCALES, "scales to average over [1]"),
     "flip": (False, VIEWS, ON, "average over the mirrored image too"),
     "window": (None, VIEWS, whole(1), "side of sliding windows in pixels [whole images]"),
-    "save_predictions": (None, VIEWS, DIR, "folder for palette PNGs with the benchmark's own ids"),
-    "figures": (None, VIEWS, DIR, "folder for sheets of eight images, each seen as a whole"),
-    "pixel": (None, VIEWS, PIXEL, "row and column that the figures are about [the centre]"),
-    "amp": ("auto", (*VIEWS, "speed"), dict(choices=AMP), "mixed precision [auto: on CUDA]"),
-    "backbone": ("resnet50", ("method",), str, f"{', '.join(backbones.NAMES)} [resnet50]"),
-    "classes": (59, ("method",), whole(1), "number of classes [59, as in Pascal Context]"),
+    "save_predictions": (None, VIEWS, str, "folder for palette PNGs with the benchmark's own ids"),
+    "figures": (None, VIEWS, str, "folder for sheets of eight images, each seen as a whole"),
+    "pixel": (None, FIGURES, PIXEL, "row and column that the figures are about [the centre]"),
+    "amp": ("auto", (*VIEWS, "--speed"), dict(choices=AMP), "mixed precision [auto: on CUDA]"),
+    "backbone": ("resnet50", ("--method",), str, f"{', '.join(backbones.NAMES)} [resnet50]"),
+    "classes": (59, ("--method",), whole(1), "number of classes [59, as in Pascal Context]"),
     "output_stride": (None, NETWORK, int, "output stride; of a checkpoint: at evaluation only"),
-    "option": (
-        [],
-        NETWORK,
-        OPTION,
-        "option of the method; of a checkpoint: if it changes no weight",
-    ),
-    "crop_size": ([513], ("cost", "speed"), SIDES, "side of the image, or height and width [513]"),
-    "batch_size": (2, ("speed",), whole(1), "images at a time [2]"),
-    "runs": (5, ("speed",), whole(1), "timed repetitions, the median is printed [5]"),
+    "option": ([], NETWORK, OPTION, "option of the method; of a checkpoint: if no weight changes"),
+    "crop_size": ([513], WORK, SIDES, "side of the image, or height and width [513]"),
+    "batch_size": (2, ("--speed",), whole(1), "images at a time [2]"),
+    "runs": (5, ("--speed",), whole(1), "timed repetitions, the median is printed [5]"),
 }
 
 
 def arguments(argv=None):
     """The flags over their defaults. UserError for one that has no effect."""
-    text = "Metrics, predictions, figures, cost and speed of a network."
-    parser = Parser(argument_default=argparse.SUPPRESS, description=text)
+    parser = Parser(argument_default=argparse.SUPPRESS, description="See the top of evaluate.py.")
     for name, (_, _, form, what) in FLAGS.items():
         form = form if type(form) is dict else dict(type=form)
         parser.add_argument("--" + name.replace("_", "-"), help=what, **form)
     given = vars(parser.parse_args(argv))
-    done = {name for name in ("checkpoint", "method", "images", "cost", "speed") if name in given}
-    if not done & {"images", "cost", "speed"}:
-        done.add("a whole split")
+    done = {f"--{name}" for name in given}
+    if not done & {"--images", "--cost", "--speed"}:
+        done |= set(SPLIT)
     for name in given:
         uses = FLAGS[name][1]
         if uses and not done & set(uses):
-            fits = ", ".join(f"--{use}" if use in FLAGS else use for use in uses)
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} has no effect here: it is for {fits}; leave it out")
-    for name in sorted({"pixel", "compare"} & set(given)):
-        if "figures" not in given:
-            raise UserError(f"--{name} has no effect without --figures DIR")
-    if {"pixel", "compare"} <= set(given):
-        raise UserError("--pixel has no effect with --compare; leave one of them out")
+            raise UserError(f"{flag} has no effect here: it goes with {' or '.join(uses)}")
     if ("checkpoint" in given) == ("method" in given):
         raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
-    if "method" in given and ("images" in given or not {"cost", "speed"} & set(given)):
-        text = "--method alone has no trained weights: it goes with --cost or --speed"
-        raise UserError(f"{text}; else give --checkpoint")
+    for other in {"--pixel", "--images"} & done if "compare" in given else ():
+        raise UserError(f"--compare has no effect with {other}; leave one of them out")
     if not given.get("json", ".json").endswith(".json"):
         raise UserError(f"--json {given['json']}: expected a file that ends in .json")
     args = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
@@ -786,28 +711,23 @@ def arguments(argv=None):
     return args
 
 
-# ----------------------------------------------------------------------------------------- the work
-
-
 def run(args):
     """Do what the flags ask for. Returns the exit status: 2 where a photograph was broken."""
     device, rank, world = processes(args.device)
     amp_dtype(args.amp, device)  # whether the device has it
-    if args.json and rank == 0:  # it can be written: better known now than at the end
+    if args.json and rank == 0:  # better known now than at the end whether it can be written
         folder = Path(args.json).parent
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     if world > 1 and (args.cost or args.speed or args.images):
-        text = "--cost, --speed and --images are for one process"
-        raise UserError(f"{text}: start them without torchrun")
-    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
-    options = parse_options(args.option)
-    if checkpoint:
-        net, classes = load(checkpoint, args.output_stride, options), len(checkpoint["classes"])
+        raise UserError("--cost, --speed and --images are for one process, without torchrun")
+    changes = args.output_stride, parse_options(args.option)
+    if args.checkpoint:
+        checkpoint = read_checkpoint(args.checkpoint)
+        net, classes = load(checkpoint, *changes), len(checkpoint["classes"])
     else:
-        classes = args.classes
-        net = network(args.method, classes, args.backbone, None, args.output_stride, options)
+        checkpoint, classes = None, args.classes
+        net = network(args.method, classes, args.backbone, None, *changes)
     net.to(device, memory_format=torch.channels_last)
     views, numbers, status = dict(scales=args.scales, flip=args.flip, window=args.window), {}, 0
     if args.images:
@@ -825,7 +745,7 @@ def run(args):
 
 
 def print_cost(net, size):
-    """`--cost`"""
+    """`--cost`: what `cost` counts, printed and returned."""
     parameters, operations, children = cost(net, size)
     shown = f"{parameters / 1e6:.2f} M parameters, {operations / 1e9:.4f} G multiply-adds"
     print(f"{shown} for {size[0]}x{size[1]}, of which")
@@ -834,50 +754,29 @@ def print_cost(net, size):
 
 
 def make_folders(args, read):
-    """Make the folders of predictions and figures. UserError where a file in them could overwrite
-    one of the folders `read`, or the other's.
-    """
-    taken = {folder.resolve() for folder in read}
-    for flag in ("save_predictions", "figures"):
-        if name := getattr(args, flag):
-            folder = Path(name).resolve()
-            if folder in taken:
-                text = f"--{flag.replace('_', '-')} {name} holds other files of this call"
-                raise UserError(f"{text}; take another folder")
-            folder.mkdir(parents=True, exist_ok=True)
-            taken.add(folder)
-
-
-def check_pixel(net, pixel, shape):
-    """UserError unless the method's figures can be about the pixel (row, column) of an image of
-    `shape` `[3, H, W]`.
-    """
-    if pixel and not takes_pixel(net):
-        raise UserError("--pixel has no effect: this method's figures are not about one pixel")
-    try:
-        backbones.one_pixel(pixel, shape[1:])
-    except ValueError as error:
-        raise UserError(f"--pixel: {error}") from None
+    """Make the folders of results. UserError where a file of this call could be overwritten."""
+    folders = [Path(name).resolve() for name in (args.save_predictions, args.figures) if name]
+    if len(set(folders)) < len(folders) or set(folders) & {path.resolve() for path in read}:
+        raise UserError("--save-predictions and --figures need folders without this call's files")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def photographs(net, checkpoint, device, args, views):
-    """`--images`: (the classes' shares of each photograph, exit status 2 if one is broken). Each
-    gets an overlay and a palette PNG; a broken one is named, and the others follow.
-    """
+    """`--images`: (shares of the classes in each photograph, exit status 2 if one is broken)."""
     classes, palette, numbers, status = checkpoint["classes"], checkpoint["palette"], {}, 0
     files = data.photographs(args.images)
     args.save_predictions = args.save_predictions or "predictions"
     folder = Path(args.save_predictions)
     outputs = [f"{file.stem}{end}" for file in files for end in (".png", "_overlay.png")]
-    twice = next((name for name in outputs if outputs.count(name) > 1), None)
-    if twice:
-        text = f"--images: two photographs would share the output file {twice}"
-        raise UserError(f"{text}; give them one call each")
+    name, count = Counter(outputs).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--images: {count} photographs share the output file {name}; split them")
     make_folders(args, {file.parent for file in files if file.is_file()})
     for file in files:
         try:
             image = data.read_image(file, upright=True, huge=args.window is not None)
-            check_pixel(net, args.pixel, image.shape)
+            pixel_of(net, args.pixel, image.shape[1:])
         except UserError as error:
             print(f"evaluate.py: {error}", file=sys.stderr)
             status = 2
@@ -885,19 +784,18 @@ def photographs(net, checkpoint, device, args, views):
         prediction = label_map(net, image, device, args.amp, **views)
         save_prediction(prediction, palette, folder / f"{file.stem}.png", checkpoint.get("raw_ids"))
         overlay = folder / f"{file.stem}_overlay.png"
-        panels = [data.Panel("image", image)]
-        panels.append(data.Panel("prediction", data.overlay(image, prediction, palette)))
-        data.sheet(panels, 2, [prediction.cpu()], classes, palette, width=480).save(overlay)
+        drawn = data.Panel("prediction", data.overlay(image, prediction, palette))
+        panels, maps = [data.Panel("image", image), drawn], [prediction.cpu()]
+        data.sheet(panels, 2, maps, classes, palette, width=480).save(overlay)
         if args.figures:
-            about = dict(pixel=args.pixel, amp=args.amp)
-            picture = figure_sheet(net, image, prediction, palette, classes, **about)
+            kwargs = dict(pixel=args.pixel, amp=args.amp)
+            picture = figure_sheet(net, image, prediction, palette, classes, **kwargs)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
-        shares = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
-        shares = shares / prediction.numel()
-        numbers[str(file)] = dict(zip(classes, shares.tolist()))
-        order = [i for i in shares.argsort(descending=True).tolist() if shares[i] >= 0.005]
-        found = ", ".join(f"{classes[i]} {shares[i]:.0%}" for i in order)
-        print(f"{file}: {found} -> {overlay}")
+        counts = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
+        shares = dict(zip(classes, (counts / prediction.numel()).tolist()))
+        common = [c for c in sorted(classes, key=shares.get, reverse=True) if shares[c] >= 0.005]
+        print(f"{file}: {', '.join(f'{c} {shares[c]:.0%}' for c in common)} -> {overlay}")
+        numbers[str(file)] = shares
     return numbers, status
 
 
@@ -909,76 +807,65 @@ def whole_split(net, checkpoint, device, rank, args, views):
     dataset = data.dataset(name, root, args.split)
     nets = {args.checkpoint: net} | compared_networks(args, checkpoint, dataset, device)
     make_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
-    shown = data.pick_images(dataset, 8) if args.figures else []
-    for index in shown if args.pixel else []:
-        check_pixel(net, args.pixel, dataset[index][0].shape)
+    if args.figures and rank == 0:  # first: a wrong --pixel is better known now than at the end
+        draw_figures(nets, dataset, device, args, views)
 
     def save(index, prediction):
-        file = Path(args.save_predictions) / f"{dataset.name(index)}.png"
-        save_prediction(prediction, dataset.palette, file, getattr(dataset, "raw_ids", None))
+        if args.save_predictions:
+            file = Path(args.save_predictions) / f"{dataset.name(index)}.png"
+            save_prediction(prediction, dataset.palette, file, getattr(dataset, "raw_ids", None))
 
-    save = save if args.save_predictions else None
     result = evaluate(net, dataset, device, args.amp, args.workers, save, **views)
     labelled = result.pop("labelled")
+    about = dict(checkpoint=args.checkpoint, step=checkpoint["step"], dataset=name)
+    about |= dict(split=args.split, images=len(dataset), **views)
+    about |= dict(output_stride=args.output_stride, option=args.option)
     if rank == 0:
-        mode = f"scales {' '.join(f'{s:g}' for s in args.scales)}{', flip' if args.flip else ''}"
-        mode += f", windows of {args.window}" if args.window else ""
-        mode += f", output stride {args.output_stride}" if args.output_stride else ""
-        mode += "".join(f", {pair}" for pair in args.option)
-        images = f"on {name} {args.split}, {len(dataset)} images"
-        print(f"{args.checkpoint} (step {checkpoint['step']}) {images}, {mode}")
+        print(", ".join(f"{key} {value}" for key, value in about.items() if value))
         print(table(result, dataset.classes))
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
         if settings.get("train_split") == "trainval" and args.split in ("train", "val"):
             print(f"warning: {args.split} was trained on (train_split trainval)", file=sys.stderr)
         if args.analyse:
             result["analysis"] = analyse(net, dataset, device, args)
-        if args.figures:
-            draw_figures(nets, dataset, shown, device, args, views)
     result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
-    about = dict(checkpoint=str(args.checkpoint), step=checkpoint["step"], dataset=name)
-    about |= dict(split=args.split, images=len(dataset))
-    about |= dict(output_stride=args.output_stride, option=args.option)
-    return result | about | views
+    return result | about
 
 
 def compared_networks(args, checkpoint, dataset, device):
-    """The networks of `--compare`, by their paths. UserError where one has other classes than the
-    dataset, also the one of `--checkpoint`.
-    """
-    nets, saved = {}, {args.checkpoint: checkpoint}
-    for path in args.compare:
-        if any(Path(path).resolve() == Path(other).resolve() for other in saved):
-            text = "a checkpoint is compared with others"
-            raise UserError(f"--compare {path}: {text}; name each once")
-        saved[path] = read_checkpoint(path)
-        nets[path] = load(saved[path]).to(device, memory_format=torch.channels_last)
-    for path, checkpoint in saved.items():
-        if checkpoint["classes"] != dataset.classes:
+    """The networks of `--compare` by path. UserError where classes are not the dataset's."""
+    saved = {args.checkpoint: checkpoint} | {path: read_checkpoint(path) for path in args.compare}
+    if len({Path(path).resolve() for path in saved}) <= len(args.compare):
+        raise UserError("--compare: a checkpoint is compared with others; name each once")
+    for path, other in saved.items():
+        if other["classes"] != dataset.classes:
             text = f"'{path}' was trained on other classes than those of {args.dataset or 'these'}"
             raise UserError(f"{text}; take another checkpoint, or another --dataset")
-    return nets
+    nets = {path: load(saved[path]) for path in args.compare}
+    return {path: n.to(device, memory_format=torch.channels_last) for path, n in nets.items()}
 
 
-def draw_figures(nets, dataset, shown, device, args, views):
-    """`--figures`: the sheets of the images `shown`."""
-    names, net = (dataset.palette, dataset.classes), nets[args.checkpoint]
-    for index in shown:
+def draw_figures(nets, dataset, device, args, views):
+    """`--figures`: the sheets of eight images. nets: path -> network."""
+    palette, classes, net = dataset.palette, dataset.classes, nets[args.checkpoint]
+    for index in data.pick_images(dataset, 8):
         image, truth = dataset[index]
+        maps = {k: label_map(n, image, device, args.amp, **views).cpu() for k, n in nets.items()}
         if args.compare:
-            picture = comparison_sheet(nets, image, truth, *names, device, args.amp, **views)
+            panels, box = comparison(maps, image, palette, truth)
+            maps = maps.values()
+            picture = _sheet(image, truth, (box,), panels, maps, classes, palette, ENLARGED)
         else:
-            prediction = label_map(net, image, device, args.amp, **views)
-            picture = figure_sheet(net, image, prediction, *names, truth, args.pixel, args.amp)
+            about = truth, args.pixel, args.amp
+            picture = figure_sheet(net, image, maps[args.checkpoint], palette, classes, *about)
         picture.save(Path(args.figures) / f"{dataset.name(index)}.png")
     print(f"figures: {args.figures}")
 
 
 def analyse(net, dataset, device, args):
-    """`--analyse`: what `net.analyse` measures, and class dependency; printed and returned. With
-    `--figures` the matrices are drawn.
+    """`--analyse`: class dependency and `net.analyse`, printed, returned, drawn with `--figures`.
 
-    A key is "NAME: WHAT IT SAYS", of a matrix with " | ROW, ROW, … | COLUMN, COLUMN, …" behind it;
+    A key is "NAME: WHAT IT SAYS", for a matrix with " | ROW, ROW, … | COLUMN, COLUMN, …" after it;
     rows or columns that are not named are the classes.
     """
     numbers, kept, K = {}, {}, dataset.num_classes
@@ -993,18 +880,19 @@ def analyse(net, dataset, device, args):
         if hasattr(net, "analyse"):
             numbers |= net.analyse(read_all(dataset, device, args.workers, "analysis"))
     for key, value in numbers.items():
-        (title, *axes), classes = key.split(" | "), dataset.classes
+        title, *axes = key.split(" | ")
         name = title.partition(":")[0]
         if isinstance(value, float):
             kept[name] = value
             print(f"{value:.3f}  {title}")
             continue
         kept[name] = value.tolist()
-        rows, columns = ([*(axis.split(", ") for axis in axes), classes, classes])[:2]
+        names = [axis.split(", ") for axis in axes]
+        rows, columns = [*names, dataset.classes, dataset.classes][:2]
         if len(columns) <= 6:
             print(title, " " * 20 + "".join(f"{column:>12}" for column in columns), sep="\n")
-            for row, line in zip(rows, value.tolist()):
-                cells = ("–" if math.isnan(x) else f"{x:.3f}" for x in line)
+            for row, line in zip(rows, kept[name]):
+                cells = (f"{x:.3f}".replace("nan", "–") for x in line)
                 print(f"{row:<20}" + "".join(f"{cell:>12}" for cell in cells))
         if args.figures:
             file = Path(args.figures) / f"{name.replace(' ', '_')}.png"

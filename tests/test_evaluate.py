@@ -357,9 +357,11 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     line = mistake(capsys, *flags[:4], "--compare", checkpoint)
     assert "a checkpoint is compared with others" in line
     line = mistake(capsys, "--checkpoint", checkpoint, "--compare", str(other))
-    assert "--compare has no effect without --figures" in line
+    assert "--compare has no effect here: it goes with --figures" in line
+    line = mistake(capsys, *flags[:4], "--compare", str(other), "--images", "a.jpg")
+    assert "--compare has no effect with --images" in line
     line = mistake(capsys, *flags[:4], "--compare", str(other), "--pixel", "1", "1")
-    assert "--pixel has no effect with --compare" in line
+    assert "--compare has no effect with --pixel" in line
 
 
 @pytest.mark.parametrize(
@@ -451,7 +453,9 @@ def test_photographs_come_from_folders_and_a_broken_one_does_not_end_the_list(
     assert "holds no photograph" in mistake(capsys, *flags[:3], str(empty))
     for name in ("a.png", "a_overlay.png"):
         shutil.copy(photos / "2.png", empty / name)
-    assert "share the output file a_overlay.png" in mistake(capsys, *flags[:3], str(empty))
+    assert "2 photographs share the output file a_overlay.png" in mistake(
+        capsys, *flags[:3], str(empty)
+    )
 
 
 def test_matrix_has_a_square_for_each_entry_rows_downwards():
@@ -533,7 +537,9 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     torch.save({"a": torch.zeros(1)}, other)
     assert "is not a checkpoint of train.py" in mistake(capsys, "--checkpoint", str(other))
     assert "unknown method 'cca'" in mistake(capsys, "--method", "cca", "--cost")
-    assert "has no function build" in mistake(capsys, "--method", "json", "--cost")
+    assert "expected a file json.py with a function build" in mistake(
+        capsys, "--method", "json", "--cost"
+    )
     line = mistake(capsys, "--method", "caa", "--option", "layers=3", "--cost")
     assert "no option layers" in line and "channel_layers=5" in line
     assert "expected KEY=VALUE" in mistake(
@@ -561,7 +567,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
                    "--compare", same)  # fmt: skip
     assert "is compared with others" in line
     line = mistake(capsys, "--method", "caa", "--option", "output_stride=8", "--cost")
-    assert "a flag of its own, --output-stride" in line
+    assert "output_stride is not an --option; take its own flag" in line
     for option in ("a={1,2}", "a=1e999", "a={[]:1}"):
         line = mistake(capsys, "--method", "caa", "--option", option, "--cost")
         assert "--option a=" in line or "no option a" in line
@@ -573,16 +579,19 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         capsys, "--checkpoint", checkpoint, "--figures", str(tmp_path), "--pixel", "99", "0"
     )
     photos = [str(root / "images" / split / "0.png") for split in ("train", "val")]
-    assert "two photographs would share the output file 0.png" in mistake(
+    assert "2 photographs share the output file 0.png" in mistake(
         capsys, "--checkpoint", checkpoint, "--images", *photos
     )
     labels = str(root / "labels" / "val")
     for flag in ("--figures", "--save-predictions"):
-        line = mistake(capsys, "--checkpoint", checkpoint, flag, labels)
-        assert "holds other files of this call" in line
+        assert "need folders without this call's files" in mistake(
+            capsys, "--checkpoint", checkpoint, flag, labels
+        )
     both = ["--figures", str(tmp_path / "b"), "--save-predictions", str(tmp_path / "b")]
-    assert "holds other files of this call" in mistake(capsys, "--checkpoint", checkpoint, *both)
-    assert "holds other files of this call" in mistake(
+    assert "need folders without this call's files" in mistake(
+        capsys, "--checkpoint", checkpoint, *both
+    )
+    assert "need folders without this call's files" in mistake(
         capsys, "--checkpoint", checkpoint, "--save-predictions", labels
     )
 
@@ -595,7 +604,7 @@ def test_a_checkpoint_is_evaluated_at_another_stride_and_with_options_that_chang
     changes = ["--output-stride", "16", "--option", "activation=relu"]
     found = tmp_path / "n.json"
     assert evaluate.main([*flags, *changes, "--json", str(found)]) == 0
-    assert "scales 1, output stride 16, activation=relu" in capsys.readouterr().out
+    assert "scales [1.0], output_stride 16, option ['activation=relu']" in capsys.readouterr().out
     numbers = json.loads(found.read_text())
     assert (numbers["output_stride"], numbers["option"]) == (16, ["activation=relu"])
     saved = evaluate.read_checkpoint(checkpoint)
@@ -610,7 +619,7 @@ def test_a_checkpoint_is_evaluated_at_another_stride_and_with_options_that_chang
     other = evaluate.load(saved)(data.normalise(val[0][0][None]))
     assert not torch.allclose(other, net(data.normalise(val[0][0][None])))
     line = mistake(capsys, *flags[:2], "--option", "channelization=False")
-    assert "an --option or --output-stride was given that changes weights" in line
+    assert "--option, --output-stride or the method's file changed them" in line
     assert "gate_col" in line
 
 
@@ -618,14 +627,20 @@ def test_flags_without_effect_are_refused(trained, capsys):
     _, checkpoint, _ = trained
     net, cost = ["--checkpoint", checkpoint], ["--method", "caa", "--cost"]
     for flags, words in (
-        ([*net, "--backbone", "resnet50"], "--backbone has no effect here: it is for --method"),
-        ([*net, "--classes", "7"], "--classes has no effect here: it is for --method"),
-        ([*net, "--crop-size", "65"], "--crop-size has no effect here: it is for --cost, --speed"),
-        ([*net, "--images", "a.jpg", "--dataset", "camvid"], "it is for a whole split"),
+        ([*net, "--backbone", "resnet50"], "--backbone has no effect here: it goes with --method"),
+        ([*net, "--classes", "7"], "--classes has no effect here: it goes with --method"),
+        (
+            [*net, "--crop-size", "65"],
+            "--crop-size has no effect here: it goes with --cost or --speed",
+        ),
+        ([*net, "--images", "a.jpg", "--dataset", "camvid"], "it goes with a whole split"),
         ([*net, "--cost", "--scales", "1"], "--scales has no effect here"),
-        ([*cost, "--batch-size", "4"], "--batch-size has no effect here: it is for --speed"),
+        ([*cost, "--batch-size", "4"], "--batch-size has no effect here: it goes with --speed"),
         ([*cost, "--split", "train"], "--split has no effect here"),
-        ([*net, "--pixel", "1", "2"], "--pixel has no effect without --figures DIR"),
+        ([*cost, "--images", "a.jpg"], "--images has no effect here: it goes with --checkpoint"),
+        (["--method", "caa", "--images", "a.jpg"], "--method has no effect here"),
+        ([*net, *cost], "give --checkpoint FILE, or --method NAME with --cost or --speed"),
+        ([*net, "--pixel", "1", "2"], "--pixel has no effect here: it goes with --figures"),
     ):
         assert words in mistake(capsys, *flags)
 
@@ -661,7 +676,7 @@ def test_unknown_device_is_a_mistake():
 
 def test_parse_options_reads_literals_and_keeps_text():
     assert evaluate.parse_options(
-        ["a=3", "b=None", "c=axial", "d=(1, 2)", "e=false", "f=none"]
+        ["a=3", "b=None", "c=axial", "d=(1, 2)", "e=false", "f=none", "g=1e999", "h={1}"]
     ) == {
         "a": 3,
         "b": None,
@@ -669,6 +684,8 @@ def test_parse_options_reads_literals_and_keeps_text():
         "d": (1, 2),
         "e": False,
         "f": None,
+        "g": "1e999",
+        "h": "{1}",
     }
 
 
@@ -860,6 +877,11 @@ def test_fig_4_5_class_dependency_by_hand():
     assert found.tolist() == expected
 
 
+def test_what_is_no_number_is_none_in_json():
+    numbers = {"a": math.nan, "b": [1, math.inf], "c": (0.1, {"d": -math.inf})}
+    assert evaluate.without_nan(numbers) == {"a": None, "b": [1, None], "c": [0.1, {"d": None}]}
+
+
 def test_json_is_written_whole_or_not_at_all(trained, tmp_path, capsys, monkeypatch):
     _, checkpoint, _ = trained
     file = tmp_path / "n.json"
@@ -881,5 +903,5 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch):
     assert evaluate.processes("cuda:1") == (torch.device("cuda:1"), 0, 1)
     assert evaluate.processes() == (torch.device("cuda:0"), 0, 1)
     assert current == [1, 0]
-    with pytest.raises(UserError, match="there are 2 CUDA GPUs here, and number 2 is asked for"):
+    with pytest.raises(UserError, match="no GPU 2: there are 2; change --device"):
         evaluate.processes("cuda:2")
