@@ -90,7 +90,7 @@ def guarded(script, work):
     """Exit status of `work()`, or 2 after an error of the user or the machine, in one line.
 
     The line is printed first, because leaving the process group can hang. Of the processes of
-    torchrun that have the same line, one prints it.
+    torchrun that have the same line, one prints it. A fault of the program keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the terminal's encoding does not have
@@ -397,7 +397,11 @@ def read_label(path, lut):
         if ids.ndim != 2 or ids.dtype not in (np.uint8, np.bool_):
             text = f"'{path}' is not a label map"
             raise UserError(f"{text}: expected one 8-bit channel of class ids (PNG mode P or L)")
-    label = lut.take(ids, mode="clip")  # beyond the table: its last entry, which is UNKNOWN
+    if ids.dtype == np.uint8:  # the same as take, faster
+        label = bytearray(ids).translate(lut[:256].tobytes())
+        label = np.frombuffer(label, np.uint8).reshape(ids.shape)
+    else:
+        label = lut.take(ids, mode="clip")  # beyond the table: its last entry, which is UNKNOWN
     if (label == UNKNOWN).any():
         wrong = np.unique(ids[label == UNKNOWN]).tolist()
         known = _ranges(np.flatnonzero(lut != UNKNOWN).tolist())
@@ -510,7 +514,7 @@ def augment(image, label, *, crop_size=513, scale=(0.5, 2.0), scale_step=0.0, ba
         ((np.arange(new) + 0.5) * (old / new)).astype(int)
         for old, new in zip(label.shape, (height, width))
     )
-    label = torch.from_numpy(label[rows][:, columns])
+    label = torch.from_numpy(label[rows].take(columns, axis=1))
     image = image[None].contiguous(memory_format=torch.channels_last)  # 2 to 3 times faster so
     image = TF.resize(image, [height, width], antialias=True)[0]
     if color == "brightness" and torch.rand(()) < 0.5:
@@ -520,12 +524,15 @@ def augment(image, label, *, crop_size=513, scale=(0.5, 2.0), scale_step=0.0, ba
         image = _DISTORT(image)
     if torch.rand(()) < 0.5:
         image, label = image.flip(2), label.flip(1)
-    # TF.pad gives the same and takes twice as long: it leaves the channels-last order.
+    if (height, width) == crop_size:
+        return image, label
+    # TF.pad gives the same values in another order in memory, which is slower here and in collate.
     mean = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
     padded = torch.empty(*crop_size, 3, dtype=torch.uint8).permute(2, 0, 1)
     padded[:, :height, :width], padded[:, height:], padded[:, :, width:] = image, mean, mean
-    padding = [0, 0, crop_size[1] - width, crop_size[0] - height]
-    return padded, TF.pad(label[None], padding, fill=IGNORE)[0]
+    padded_label = torch.full(crop_size, IGNORE, dtype=torch.uint8)
+    padded_label[:height, :width] = label
+    return padded, padded_label
 
 
 def collate(samples):

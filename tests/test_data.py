@@ -334,6 +334,7 @@ def test_every_crop_is_full_and_padded_right_and_below_with_the_mean_and_255(siz
         image, label = data.augment(*sample, crop_size=crop)
         assert image.shape == (3, crop, crop) and image.dtype == torch.uint8
         assert label.shape == (crop, crop) and label.dtype == torch.uint8
+        assert label.is_contiguous() and image.permute(1, 2, 0).is_contiguous()
         height, width = (label[:, 0] != 255).sum(), (label[0] != 255).sum()
         assert height > 0 and width > 0
         assert (label[:height, :width] == 1).all()
