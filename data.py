@@ -30,8 +30,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -74,8 +76,8 @@ LIMITS = {
     "full; make it larger, or take --workers 0",
     r"Too many open files|ancdata": "too many open files; raise the limit, as by "
     "`ulimit -n 4096`, or take fewer --workers",
-    r"DataLoader worker \(pid": "a loader process was killed, by the machine if memory is full; "
-    "try again with fewer --workers",
+    r"DataLoader worker \(pid|EOFError|ConnectionResetError": "a loader process was killed, by the "
+    "machine if memory is full; try again with fewer --workers",
     r"No space left|Disk quota|File too large|write failed|unexpected pos": "the disk is full; "
     "free some space, or take another folder",
     r"InductorError|BackendCompilerFailed|CxxCompiler": "--compile: torch.compile does not work "
@@ -83,6 +85,7 @@ LIMITS = {
     r"more than 1 value": "batch norm needs more than one value per channel; take a "
     "--batch-size of at least 2 for each process, or larger crops",
 }
+ERRORS = (OSError, RuntimeError, ValueError, MemoryError, EOFError)
 OTHERS = r"gloo|NCCL|Connection (closed|reset|refused)|[Bb]arrier|TCPStore"
 
 
@@ -90,44 +93,83 @@ def guarded(script, work):
     """Exit status of `work()`, or 2 after an error of the user or the machine, in one line.
 
     The line is printed first, because leaving the process group can hang. Of the processes of
-    torchrun that have the same line, one prints it. A fault of the program keeps its traceback.
+    torchrun that have the same line, one prints it. Output that nobody reads does not end the work.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names that the terminal's encoding does not have
-            stream.reconfigure(errors="replace")
-    try:
-        status = work() or 0
-    except BrokenPipeError:  # as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        status = 130
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # a closed standard stream; the next file would get its number, and what is printed
+    os.close(descriptor)
+    told = []
+
+    def tell(error):
         text = _explained(error)
         if not text:
-            raise
-        if _is_first(text):
+            raise error
+        if not told and _is_first(text):
             print(f"{script}: {text}", file=sys.stderr, flush=True)
-        status = 2
+        told.append(text)
+        return 2
+
+    with (
+        contextlib.redirect_stdout(Stream(script, sys.stdout)),
+        contextlib.redirect_stderr(Stream(script, sys.stderr)),
+    ):
+        try:
+            try:
+                status = work() or 0
+            except ERRORS as error:
+                status = tell(error)
+        except RuntimeError as error:
+            # PyTorch says that a loader process was killed at any moment, also in `tell`.
+            if "DataLoader worker" not in str(error):
+                raise
+            status = tell(error)
+        except KeyboardInterrupt:
+            print(f"{script}: interrupted", file=sys.stderr)
+            status = 130
+        sys.stdout.flush()
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
 
 
+class Stream:
+    """Standard output or error, which may be closed, or lose its reader, as by `| head`."""
+
+    def __init__(self, script, stream):
+        self.script, self.stream = script, stream or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):  # names that the terminal's encoding does not have
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._go_on(self.stream.write, text)
+
+    def flush(self):
+        self._go_on(self.stream.flush)
+
+    def _go_on(self, work, *text):
+        try:
+            return work(*text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            text = "nobody reads the output any more; the work goes on without it"
+            print(f"{self.script}: {text}", file=sys.stderr)
+
+
 def _explained(error):
     """The line for an error of the user or the machine; None for a fault of the program."""
-    # What a DataLoader's worker raised arrives inside its traceback, whose last line tells.
-    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if isinstance(error, UserError):
-        return last.removeprefix("data.UserError: ")
+        # What a DataLoader's worker raised arrives at the end of its traceback.
+        return str(error).rpartition("data.UserError: ")[2].strip().replace("\n", "\\n")
     full = " ".join(f"{type(error).__name__} {error}".split())
     if "WORLD_SIZE" in os.environ and re.search(OTHERS, full):
         return f"another process of this run has stopped; its own line says why ({full[:160]})"
     for pattern, advice in LIMITS.items():
         if re.search(pattern, full):
             return f"{advice} ({full[:160]})"
-    return last if isinstance(error, OSError) else None
+    return str(error).strip().splitlines()[-1] if isinstance(error, OSError) else None
 
 
 def _is_first(text):
@@ -135,17 +177,27 @@ def _is_first(text):
     with contextlib.suppress(Exception):
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(text, 1) == 1
+        return store.add(text + os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), 1) == 1
     return True
 
 
 def own_session(worker):
-    """For a DataLoader's workers: only the main process answers signals to the whole group.
-
-    Workers must not ignore SIGTERM instead: the main process ends them by it, and waits.
+    """For a DataLoader's workers: signals are for the main process to answer. A scheduler sends
+    them to all processes. SIGTERM from the main process, which is how it ends its workers, counts.
     """
-    if hasattr(os, "setsid"):  # not on Windows
+    if hasattr(os, "setsid"):
         os.setsid()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent):
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def warn(text):

@@ -184,16 +184,18 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in scales}
+    several = scales if len(scales) > 1 else ()
+    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in several}
     pairs = read_all(Subset(dataset, indices), device, workers, "evaluating", rank > 0)
     for index, (image, labels) in zip(indices, pairs):
         if stop and stop.signal:
             break
-        scores = 0  # of the sum over the scales, as of the mean
+        scores = 0  # their sum over the scales: its maximum is where that of the mean is
         for scale in scales:
             with autocast(device, amp):
                 p = predict(net, image, (scale,), **kwargs)
-            alone[scale].update(p.argmax(1), labels)
+            if several:
+                alone[scale].update(p.argmax(1), labels)
             scores = p.add_(scores)
         prediction = highest(scores)
         matrix.update(prediction, labels)
@@ -202,7 +204,7 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
     for counts in (matrix, *alone.values()):
         counts.all_reduce()
     result = matrix.result()
-    if len(scales) > 1:
+    if several:
         each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
         result["mIoU_at_scale"] = each
     return result
@@ -220,7 +222,7 @@ def read_all(dataset, device, workers, what, quiet=False):
 
 def method_file(name):
     """The module NAME.py; UserError if there is none with a function `build`."""
-    known = name.isidentifier() and importlib.util.find_spec(name)
+    known = not name.startswith("__") and name.isidentifier() and importlib.util.find_spec(name)
     module = importlib.import_module(name) if known else None
     if not hasattr(module, "build"):
         raise UserError(f"unknown method '{name}': expected a file {name}.py with a function build")
@@ -294,6 +296,8 @@ def replace(path, write):
     temporary = path.with_name(path.name + ".part")
     try:
         write(temporary)
+        with open(temporary) as file:
+            os.fsync(file.fileno())  # on the disk before it has the name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -589,19 +593,18 @@ def class_dependency(net, pairs, num_classes, layer="classifier"):
     mean μ is over all positions of a class in what enters the submodule `layer`. A row has the dot
     products of one μ with all, over its largest (ours); below 0, and of absent classes, they are 0.
     """
-    entered, sums, counts = [], 0, 0
+    entered, sums, counts = {}, 0, 0
     module = net.get_submodule(layer)
-    handle = module.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     for images, labels in pairs:
-        net(images)
-        X = entered.pop().double()  # [N, C, h, w]
+        with module.register_forward_pre_hook(lambda _, inputs: entered.update(X=inputs[0])):
+            net(images)
+        X = entered["X"].double()  # [N, C, h, w]
         pixels = backbones.pixels_of(net, labels.shape[1:], X.shape[2:])
         rows, columns = (p.clamp(max=n - 1) for p, n in zip(pixels, labels.shape[1:]))
         small = labels[:, rows[:, None], columns]  # [N, h, w]
         Y = (small.unsqueeze(3) == torch.arange(num_classes, device=small.device)).double()
         sums = sums + torch.einsum("nhwk,nchw->kc", Y, X)
         counts = counts + Y.sum((0, 1, 2))
-    handle.remove()
     mu = sums / counts.clamp(min=1).unsqueeze(1)  # [K, C]
     similarity = (mu @ mu.T).clamp(min=0)
     return similarity / similarity.amax(1, keepdim=True).clamp(min=1e-12)
@@ -665,14 +668,19 @@ FLAGS = {
     "dataset": (None, SPLIT, str, "dataset to evaluate on [the checkpoint's]"),
     "data_root": (None, SPLIT, str, "folder of the dataset [the checkpoint's]"),
     "split": ("val", SPLIT, str, "split of the dataset [val]"),
-    "workers": (2, SPLIT, whole(0), "loader processes [2]"),
+    "workers": (2, SPLIT, whole(0, 512), "loader processes [2]"),
     "analyse": (False, SPLIT, ON, "the numbers that the method's paper argues with"),
     "compare": ([], FIGURES, MANY, "other checkpoints: their predictions beside each other"),
     "scales": ([1.0], VIEWS, SCALES, "scales to average over [1]"),
     "flip": (False, VIEWS, ON, "average over the mirrored image too"),
     "window": (None, VIEWS, whole(1), "side of sliding windows in pixels [whole images]"),
     "save_predictions": (None, VIEWS, str, "folder for palette PNGs with the benchmark's own ids"),
-    "figures": (None, VIEWS, str, "folder for sheets of eight images, each seen as a whole"),
+    "figures": (
+        None,
+        VIEWS,
+        str,
+        "folder for sheets of pictures; the method's own are of whole images",
+    ),
     "pixel": (None, FIGURES, PIXEL, "row and column that the figures are about [the centre]"),
     "amp": ("auto", (*VIEWS, "--speed"), dict(choices=AMP), "mixed precision [auto: on CUDA]"),
     "backbone": ("resnet50", ("--method",), str, f"{', '.join(backbones.NAMES)} [resnet50]"),
@@ -680,7 +688,7 @@ FLAGS = {
     "output_stride": (None, NETWORK, int, "output stride; of a checkpoint: at evaluation only"),
     "option": ([], NETWORK, OPTION, "option of the method; of a checkpoint: if no weight changes"),
     "crop_size": ([513], WORK, SIDES, "side of the image, or height and width [513]"),
-    "batch_size": (2, ("--speed",), whole(1), "images at a time [2]"),
+    "batch_size": (2, ("--speed",), whole(1, 65_536), "images at a time [2]"),
     "runs": (5, ("--speed",), whole(1), "timed repetitions, the median is printed [5]"),
 }
 
@@ -717,6 +725,8 @@ def run(args):
     amp_dtype(args.amp, device)  # whether the device has it
     if args.json and rank == 0:  # better known now than at the end whether it can be written
         folder = Path(args.json).parent
+        if Path(args.json).is_dir():
+            raise UserError(f"--json {args.json} is a folder; expected a file")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     if world > 1 and (args.cost or args.speed or args.images):
@@ -757,7 +767,8 @@ def make_folders(args, read):
     """Make the folders of results. UserError where a file of this call could be overwritten."""
     folders = [Path(name).resolve() for name in (args.save_predictions, args.figures) if name]
     if len(set(folders)) < len(folders) or set(folders) & {path.resolve() for path in read}:
-        raise UserError("--save-predictions and --figures need folders without this call's files")
+        text = "need folders of their own: a file of this call could be overwritten"
+        raise UserError(f"--save-predictions and --figures {text}; take other folders")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -805,7 +816,7 @@ def whole_split(net, checkpoint, device, rank, args, views):
     name, own = args.dataset or settings["dataset"], settings["data_root"]
     root = args.data_root or (own if name == settings["dataset"] else data.default_root(name))
     dataset = data.dataset(name, root, args.split)
-    nets = {args.checkpoint: net} | compared_networks(args, checkpoint, dataset, device)
+    nets = {args.checkpoint: net} | compared_networks(args, checkpoint, name, dataset, device)
     make_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
     if args.figures and rank == 0:  # first: a wrong --pixel is better known now than at the end
         draw_figures(nets, dataset, device, args, views)
@@ -824,22 +835,23 @@ def whole_split(net, checkpoint, device, rank, args, views):
         print(", ".join(f"{key} {value}" for key, value in about.items() if value))
         print(table(result, dataset.classes))
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
-        if settings.get("train_split") == "trainval" and args.split in ("train", "val"):
-            print(f"warning: {args.split} was trained on (train_split trainval)", file=sys.stderr)
+        seen = settings.get("train_split") == "trainval" and name == settings["dataset"]
+        if seen and args.split in ("train", "val", "trainval"):
+            print(f"warning: {args.split} was trained on (--train-split trainval)", file=sys.stderr)
         if args.analyse:
             result["analysis"] = analyse(net, dataset, device, args)
     result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
     return result | about
 
 
-def compared_networks(args, checkpoint, dataset, device):
+def compared_networks(args, checkpoint, name, dataset, device):
     """The networks of `--compare` by path. UserError where classes are not the dataset's."""
     saved = {args.checkpoint: checkpoint} | {path: read_checkpoint(path) for path in args.compare}
     if len({Path(path).resolve() for path in saved}) <= len(args.compare):
         raise UserError("--compare: a checkpoint is compared with others; name each once")
     for path, other in saved.items():
         if other["classes"] != dataset.classes:
-            text = f"'{path}' was trained on other classes than those of {args.dataset or 'these'}"
+            text = f"'{path}' was trained on other classes than those of {name}"
             raise UserError(f"{text}; take another checkpoint, or another --dataset")
     nets = {path: load(saved[path]) for path in args.compare}
     return {path: n.to(device, memory_format=torch.channels_last) for path, n in nets.items()}
@@ -873,9 +885,10 @@ def analyse(net, dataset, device, args):
         if hasattr(net, "classifier"):
             pairs = read_all(dataset, device, args.workers, "class dependency")
             dependency = class_dependency(net, pairs, K).cpu()
-            others = dependency[~torch.eye(K, dtype=torch.bool) & (dependency.diag() > 0)]
+            occur = dependency.diag() > 0
+            pairs = occur & occur.unsqueeze(1) & ~torch.eye(K, dtype=torch.bool)
             what = "how alike the mean features of two classes are, 0…1; less is better"
-            numbers[f"class dependency: {what}"] = others.mean().item()
+            numbers[f"class dependency: {what}"] = dependency[pairs].mean().item()
             numbers[f"class dependency of pairs: {what}, each row over its largest"] = dependency
         if hasattr(net, "analyse"):
             numbers |= net.analyse(read_all(dataset, device, args.workers, "analysis"))

@@ -6,7 +6,7 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py …
     python train.py --output runs/caa-shapes --resume                # go on where a run stopped
 
-Read `run` first: what it calls follows in its order.
+Read `run` first, then `loop` and `train_step`.
 
 Settings are the defaults below, then the method's RECIPES for the dataset, then the flags. Each is
 printed and kept in config.json with where it came from.
@@ -80,17 +80,25 @@ SETTINGS = {
     "init": (None, str, "checkpoint whose weights the run starts from"),
     # how long, how fast
     "iterations": (140, whole(1), "optimizer steps"),
-    "batch_size": (8, whole(1), "images in a step, of all processes together"),
+    "batch_size": (8, whole(1, 65_536), "images in a step, of all processes together"),
     "accumulate": (1, whole(1), "parts in which a step is computed, for a GPU with little memory"),
     "optimizer": ("sgd", dict(choices=("sgd", "adam", "adamw")), "rule of the step"),
     "lr": (0.02, number(0), "learning rate at the start"),
     "head_lr": (1.0, number(0), "multiple of the learning rate for all but the backbone"),
-    "power": (0.9, number(0), "exponent of the polynomial decay lr · (1 - step/iterations)^power"),
+    "power": (
+        0.9,
+        number(0),
+        "exponent of the polynomial decay lr · (1 - step/iterations)^power",
+    ),
     "halve_every": (0, whole(0), "steps between halvings of the rate, in place of the decay"),
     "momentum": (0.9, number(0, 1), "SGD momentum"),
     "weight_decay": (1e-4, number(0), "weight decay, L2 (decoupled with adamw)"),
     "decay_norms": (True, SWITCH, "weight decay for norms and biases too"),
-    "bn_momentum": (0.1, number(0, 1), "share of the new batch in batch norm's running statistics"),
+    "bn_momentum": (
+        0.1,
+        number(0, 1),
+        "share of the new batch in batch norm's running statistics",
+    ),
     # augmentation
     "crop_size": (96, SIDES, "training crop: its side, or height and width"),
     "scale": ((0.75, 1.5), RANGE, "range of the random scale"),
@@ -100,7 +108,7 @@ SETTINGS = {
     # the machine, and what is kept
     "seed": (0, whole(0, 2**63 - 1), "seed of everything random"),
     "deterministic": (False, dict(action="store_true"), "use only deterministic kernels"),
-    "workers": (2, whole(0), "loader processes for each training process"),
+    "workers": (2, whole(0, 512), "loader processes for each training process"),
     "amp": ("auto", dict(choices=evaluate.AMP), "mixed precision; auto: on CUDA"),
     "compile": (False, dict(action="store_true"), "use torch.compile"),
     "device": (None, str, "cpu, cuda, cuda:1, mps [a CUDA GPU if there is one, else cpu]"),
@@ -110,8 +118,10 @@ SETTINGS = {
 # What may differ when a run goes on: it changes no result, or rounding alone
 FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
 AUGMENTATION = ("seed", "crop_size", "scale", "scale_step", "base_size", "color")
+FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "samples.png")
+OTHERS = ("step", "lr", "images_per_second", "skipped_steps")  # in a line of the log: no losses
 LOG_EVERY = 10  # steps
-BEFORE = "last.pt, if it is there, is from before"
+BEFORE = "if there is a last.pt, it holds an earlier step"
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -137,6 +147,8 @@ def arguments(argv=None):
     if "crop_size" in given:
         height, width = evaluate.two_sides(given["crop_size"])
         given["crop_size"] = height if height == width else [height, width]
+    if given.get("weights") == "none":
+        given["weights"] = None
     return given, output, resume
 
 
@@ -178,7 +190,7 @@ def check_effect(given, s):
         "data_root": s["dataset"].startswith("shapes") and "shapes is drawn, it has no files",
     }
     for name, reason in idle.items():
-        if reason and name in given:
+        if reason and given.get(name) is not None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} has no effect here: {reason}; leave it out")
 
@@ -196,10 +208,13 @@ def resumed(last, given):
     checkpoint = evaluate.read_checkpoint(last)
     settings = {name: default for name, (default, *_) in SETTINGS.items()}
     settings |= {k: v for k, v in checkpoint["settings"].items() if k in SETTINGS}
-    origin = dict.fromkeys(settings, "default") | checkpoint.get("origin", {})
+    unknown = dict.fromkeys(checkpoint["settings"], "checkpoint")  # of an earlier version
+    origin = dict.fromkeys(settings, "default") | checkpoint.get("origin", unknown)
+    check_record(last.with_name("config.json"), settings)
     check_effect(given, settings)
     for name, value in given.items():
-        value = settings[name] | value if name == "option" else value
+        if name == "option":  # those of the recipe need not be repeated
+            value = settings[name] | value
         if json.dumps(value) == json.dumps(settings[name]):  # a list equals a tuple
             continue
         if name not in FREE:
@@ -207,6 +222,19 @@ def resumed(last, given):
             raise UserError(f"{text}; leave it out, or start a new run with --init {last}")
         settings[name], origin[name] = value, "command line"
     return settings, origin
+
+
+def check_record(path, settings):
+    """UserError where config.json, which is for people, says something else than the checkpoint."""
+    try:
+        values = json.loads(path.read_text())["settings"] if path.exists() else {}
+        values = {name: entry["value"] for name, entry in values.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"'{path}' is damaged; remove it: the run has its settings") from None
+    for name in settings.keys() & values.keys() - FREE:
+        if json.dumps(values[name]) != json.dumps(settings[name]):
+            text = f"'{path}' says {name} {values[name]}, but the run has {settings[name]}"
+            raise UserError(f"{text}; put it back: only --init starts a run with other settings")
 
 
 # ------------------------------------------------------------------------------------ the whole run
@@ -222,6 +250,8 @@ def run(given, output, resume):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not s["deterministic"]
     device, rank, world = evaluate.processes(s["device"])
+    if of_first(resumes) != resumes:
+        raise UserError(f"not all processes see '{last}'; take a folder that all machines share")
     if s["batch_size"] % (world * s["accumulate"]):
         text = f"{world} processes with --accumulate {s['accumulate']}"
         raise UserError(f"--batch-size {s['batch_size']}: make it a multiple of the {text}")
@@ -233,12 +263,12 @@ def run(given, output, resume):
     net, note = make_net(s, train_set.classes, resumes, device, world)
     model = with_losses(net, s, train_set.num_classes, rank) if s["car"] else net
     state = State(net, s, origin, device, rank)
-    state.folder, lock = lock_folder(output, s, resumes, rank)
+    state.folder, lock = lock_folder(output, s, resume, resumes, rank)
     if resumes:
         state.load(last, train_set.classes)
     batches = iter(make_loader(train_set, state, world))
     if rank == 0:
-        write_config(state, world)
+        print_settings(s, origin)
         print_start(state, train_set, world, note, resume)
     if world > 1:
         # Some weights never learn, as the norms of finer maps that nothing reads.
@@ -266,9 +296,7 @@ def print_start(state, train_set, world, note, resume):
     if state.step:
         rewind_log(state.folder, state.step, state.evaluated)
         print(f"goes on after step {state.step} of {state.settings['iterations']}")
-        return
-    (state.folder / "log.jsonl").unlink(missing_ok=True)  # of a start that failed
-    if resume:
+    elif resume:
         print("there is nothing to resume yet: the run starts")
 
 
@@ -304,7 +332,7 @@ def make_loader(train_set, state, world):
 def make_net(s, classes, resumes, device, world):
     """(the network on its device, words about the weights of --init)"""
     torch.manual_seed(s["seed"])
-    weights = None if resumes or s["init"] or s["weights"] == "none" else s["weights"]
+    weights = None if resumes or s["init"] else s["weights"]
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         any_process(False)  # wait: the first process of each machine downloads the weights
@@ -333,8 +361,9 @@ def initialise(net, path, classes):
         expected = "expected a checkpoint of the same method and backbone"
         raise UserError(f"nothing in '{path}' fits this network; {expected}")
     net.load_state_dict(fitting, strict=False)
+    new = "" if len(fitting) == len(own) else ", the others are new"
     same = "" if checkpoint["classes"] == classes else "; its classes have other names or order"
-    return f"; {len(fitting)} of {len(own)} tensors from {path}, the others are new{same}"
+    return f"; {len(fitting)} of {len(own)} tensors from {path}{new}{same}"
 
 
 def with_losses(net, s, num_classes, rank):
@@ -360,7 +389,8 @@ def make_optimizer(net, s):
         if not hasattr(net, "backbone"):
             raise UserError(f"--head-lr: {s['method']} has no part named backbone; leave it out")
         body = list(net.backbone.parameters())
-        head = [p for p in head if not any(p is q for q in body)]
+        inside = set(body)
+        head = [p for p in head if p not in inside]
     groups = []
     for parameters, lr in (body, s["lr"]), (head, s["head_lr"] * s["lr"]):
         decayed = [p for p in parameters if p.ndim > 1 or s["decay_norms"]]
@@ -377,9 +407,9 @@ class State:
     they follow from (seed, step).
     """
 
-    def __init__(self, net, s, origin, device, rank, folder=None):
+    def __init__(self, net, s, origin, device, rank):
         self.net, self.settings, self.origin = net, s, origin
-        self.folder, self.device, self.rank = folder, device, rank
+        self.folder, self.device, self.rank = None, device, rank
         self.optimizer = make_optimizer(net, s)
         if s["halve_every"]:
             self.schedule = StepLR(self.optimizer, s["halve_every"], 0.5)
@@ -389,18 +419,16 @@ class State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0
         self.recent = []  # losses of steps, on the device, that no process has looked at
-        self.window = []  # losses of the steps since the last line of the log, as numbers
+        self.window, self.seconds = [], 0.0  # of the steps since the last line of the log
+        self.skipped, self.in_a_row = 0, 0  # steps that overflowed float16: since then; up to now
         self.labelled = False  # whether a pixel was, until now
+        self.recorded = False  # whether config.json is written
 
     def load(self, path, classes):
         """The checkpoint's state. Nobody writes it now: the first process holds the lock."""
         checkpoint = evaluate.read_checkpoint(path)
-        steps = [checkpoint["step"]]
-        if dist.is_initialized():
-            dist.broadcast_object_list(steps)
-        if steps != [checkpoint["step"]]:
-            text = f"the first process sees step {steps[0]}, this one step {checkpoint['step']}"
-            raise UserError(f"'{path}': {text}; take a folder that all machines share")
+        if of_first(checkpoint["step"]) != checkpoint["step"]:
+            raise UserError(f"'{path}' is older here; take a folder that all machines share")
         if checkpoint["classes"] != classes:
             text = f"'{self.settings['data_root']}' has other classes than this run"
             raise UserError(f"{text} (names, number or order); give the run's own --data-root")
@@ -415,7 +443,9 @@ class State:
             raise UserError(f"{text}; start a new run with --init {path}") from None
         for name in ("step", "evaluated", "best"):
             setattr(self, name, checkpoint[name])
-        self.window, self.labelled = checkpoint.get("window", []), self.step > 0
+        for name in ("window", "seconds", "skipped", "in_a_row"):
+            setattr(self, name, checkpoint.get(name, getattr(self, name)))
+        self.labelled = self.step > 0
 
     def save(self, name, dataset):
         """Write the checkpoint `name`, but never one whose weights are not finite. best.pt holds
@@ -427,11 +457,15 @@ class State:
         if broken:
             text = f"weights are not finite after step {self.step}, {broken[0]} the first of them"
             raise UserError(f"{text}; {BEFORE}; try a lower --lr, or --amp off")
-        names = ("step", "evaluated", "best", "settings", "origin", "window")
+        names = ("step", "evaluated", "best", "settings", "origin")
+        names += ("window", "seconds", "skipped", "in_a_row")
         state |= {name: getattr(self, name) for name in names}
         state |= dict(classes=dataset.classes, palette=[list(color) for color in dataset.palette])
         state |= dict(raw_ids=getattr(dataset, "raw_ids", None))
         evaluate.replace(self.folder / name, lambda temporary: torch.save(state, temporary))
+        if not self.recorded:
+            write_config(self)
+            self.recorded = True
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -441,18 +475,16 @@ def loop(model, state, batches, train_set, val_set, stop, bar):
     """The steps that are left, with evaluations, log and checkpoints. Returns whether a signal
     ended them.
     """
-    s, stopped, seconds = state.settings, False, 0.0
+    s, stopped = state.settings, False
+    every = LOG_EVERY, s["eval_every"], s["save_every"]
     while True:
         step, last = state.step, state.step == s["iterations"]
         evaluates = last or (step > 0 and step % s["eval_every"] == 0)
-        saves = last or (step > 0 and step % s["save_every"] == 0)
+        saves = last or step == 1 or (step > 0 and step % s["save_every"] == 0)
         if evaluates and state.evaluated < step and not stopped:
-            look_at_losses(state)
             stopped = validate(state, train_set, val_set, stop)
-        if saves or stopped:
-            look_at_losses(state)
-            if state.rank == 0:
-                state.save("last.pt", train_set)
+        if (saves or stopped) and state.rank == 0:
+            state.save("last.pt", train_set)
         if stopped or last:
             any_process(False)  # no process leaves before the checkpoint is written
             return stopped
@@ -460,14 +492,12 @@ def loop(model, state, batches, train_set, val_set, stop, bar):
         start, lr = time.perf_counter(), state.schedule.get_last_lr()[0]
         train_step(model, state, *next(batches))
         bar.update()
-        stopped = any_process(stop.signal)
-        logs = state.step % LOG_EVERY == 0 or state.step == s["iterations"]
-        if logs:
+        stopped, last = any_process(stop.signal), state.step == s["iterations"]
+        if stopped or last or state.step == 1 or any(state.step % n == 0 for n in every):
             look_at_losses(state)
-        seconds += time.perf_counter() - start
-        if logs:
-            log_losses(state, lr, seconds, bar)
-            seconds = 0.0
+        state.seconds += time.perf_counter() - start
+        if last or state.step % LOG_EVERY == 0:
+            log_losses(state, lr, bar)
 
 
 def train_step(model, state, images, labels):
@@ -502,8 +532,14 @@ def train_step(model, state, images, labels):
     scale = state.scaler.get_scale()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    if state.scaler.get_scale() >= scale:  # else the step overflowed float16 and was skipped
+    if state.scaler.get_scale() >= scale:
+        state.in_a_row = 0
         state.schedule.step()
+    else:  # the step overflowed float16 and was skipped, as the first ones often are
+        state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
+    if state.in_a_row == 50 or scale < 1e-30:
+        text = f"float16 overflowed: {state.in_a_row} steps in a row were skipped; {BEFORE}"
+        raise UserError(f"{text}; try --amp bf16, --amp off, or a lower --lr")
     state.step += 1
     state.recent.append(total)
 
@@ -521,13 +557,15 @@ def shares(labels):
 def look_at_losses(state):
     """Wait for the device, exchange the recent losses; UserError where one is not finite.
 
-    It is called before each line of the log, evaluation and checkpoint, so no checkpoint follows a
+    It is called before each line of the log, evaluation and checkpoint. So no checkpoint holds a
     step whose loss was not finite.
     """
     if not state.recent:
         return
-    names = list(state.recent[0])
-    values = torch.stack([torch.stack(list(losses.values())) for losses in state.recent]).float()
+    names = list(dict.fromkeys(name for losses in state.recent for name in losses))
+    zero = torch.zeros((), device=state.device)  # for a loss that a step does not have
+    rows = [[losses.get(name, zero) for name in names] for losses in state.recent]
+    values = torch.stack([torch.stack(row) for row in rows]).float()
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -540,7 +578,7 @@ def look_at_losses(state):
         state.window.append(dict(zip(names, row)))
 
 
-def log_losses(state, lr, seconds, bar):
+def log_losses(state, lr, bar):
     """A line of log.jsonl and of the screen: the means of the losses since the last line."""
     s, window = state.settings, state.window
     state.labelled = any_process(state.labelled)
@@ -548,11 +586,13 @@ def log_losses(state, lr, seconds, bar):
         text = f"no pixel of the first {state.step} steps has a label"
         raise UserError(f"{text}; `python data.py` shows the ids of the labels")
     means = {name: sum(losses[name] for losses in window) / len(window) for name in window[0]}
-    loss, speed = sum(means.values()), s["batch_size"] * len(window) / seconds
-    state.window = []
+    loss, speed = sum(means.values()), s["batch_size"] * len(window) / state.seconds
+    state.window, state.seconds = [], 0.0
+    line = dict(step=state.step, lr=lr, loss=loss) | means
+    if state.scaler.is_enabled():
+        line["skipped_steps"], state.skipped = state.skipped, 0
     if state.rank > 0:
         return
-    line = dict(step=state.step, lr=lr, loss=loss) | means
     append_log(state.folder, **line, images_per_second=round(speed, 2))
     text = f"loss {loss:.4f} lr {lr:.2e} {speed:.1f} img/s"
     bar.set_postfix_str(text)
@@ -569,6 +609,14 @@ def any_process(flag):
     return flag.item() > 0
 
 
+def of_first(value):
+    """The value that the first process has."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def validate(state, train_set, val_set, stop):
     """Evaluate, log, draw, keep the best. Returns whether any process was told to stop: then
     nothing is recorded.
@@ -579,7 +627,6 @@ def validate(state, train_set, val_set, stop):
         dist.broadcast(buffer, 0)  # batch norm's statistics are each process's own on the CPU
     torch.backends.cudnn.benchmark = False  # it would tune for each size of image
     result = evaluate.evaluate(net, val_set, device, s["amp"], s["workers"], stop=stop)
-    torch.backends.cudnn.benchmark = not s["deterministic"]
     if any_process(stop.signal):
         return True
     labelled = result.pop("labelled")
@@ -596,9 +643,8 @@ def validate(state, train_set, val_set, stop):
         numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
         tqdm.write(f"step {state.step}: {numbers}")
         if better:
-            if not (folder / "last.pt").exists():  # a best.pt alone could not be resumed
-                state.save("last.pt", train_set)
             state.save("best.pt", train_set)
+    torch.backends.cudnn.benchmark = not s["deterministic"]
     return False
 
 
@@ -613,65 +659,74 @@ class Stop:
     def __enter__(self):
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
         known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.signal, self.before = None, {s: signal.getsignal(s) for s in known}
-        for s, handler in self.before.items():
+        self.signal, self.before = None, {which: signal.getsignal(which) for which in known}
+        for which, handler in self.before.items():
             if handler is not signal.SIG_IGN:  # as nohup ignores SIGHUP
-                signal.signal(s, self)
+                signal.signal(which, self)
         return self
 
-    def __call__(self, number, frame):
-        self.signal = number
+    def __call__(self, which, frame):
+        self.signal = which
         if signal.getsignal(signal.SIGINT) is self:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
 
 
 # ----------------------------------------------------------------------------------- files of a run
 
 
-def lock_folder(output, settings, resumes, rank):
+def lock_folder(output, settings, resume, resumes, rank):
     """(the run's folder, its lock, which is held while it is open). The first process takes the
-    folder and tells the others. UserError where another run holds --output.
+    folder and tells the others. UserError where that is not possible.
     """
-    answer, lock = [None, None], None  # the folder; what is wrong with it
+    answer, lock = None, None
     if rank == 0:
         name = f"runs/{settings['method']}-{settings['dataset']}"
         numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
         for folder in map(Path, [output] if output else numbered):
-            lock, wrong = take(folder, resumes)
-            if wrong is None:
+            lock, wrong = take(folder, resume, resumes)
+            if wrong is None or lock is False:
                 break
-        answer = [folder, wrong and f"'{folder}' {wrong} --output"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    folder, wrong = answer
+        answer = folder, wrong and f"'{folder}' {wrong}"
+    folder, wrong = of_first(answer)
     if wrong:
         raise UserError(wrong)
     return folder, lock
 
 
-def take(folder, resumes):
-    """(the lock of a run's folder, what is wrong or None)"""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
+def take(folder, resume, resumes):
+    """(the lock of a run's folder, what is wrong or None); (False, …) if no other folder helps."""
+
+    def taken():
+        there = [name for name in FILES if (folder / name).exists() and not resumes]
+        advice = "add --resume to go on with a run that is there"
+        if resume:
+            advice = "there is no last.pt to resume: move it away"
+        return f"holds {there[0]} already; {advice}, or take another --output" if there else None
+
+    if taken() and not (folder / ".lock").exists():  # a folder that is no run's stays as it is
+        return None, taken()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        return False, f"cannot be the folder of a run ({error.strerror}); take another --output"
     try:
         # Loader processes, which outlive a killed run for a moment, do not inherit it.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        return None, "belongs to a run that is training now; wait for it, or take another"
+        return None, "belongs to a run that is training now; wait for it, or take another --output"
     except (OSError, AttributeError):  # a file system without locks; a system without fcntl
         text = f"warning: '{folder}' cannot be locked here: start no second run in it"
         print(text, file=sys.stderr)
-    if not resumes and any(folder.glob("*.pt")):
-        return None, "holds a run already; add --resume to go on with it, or take another"
-    return lock, None
+    return lock, taken()
 
 
-def write_config(state, world):
-    """config.json, and the same to read on the screen."""
+def write_config(state):
+    """config.json: the settings, where each came from, and the versions of what ran."""
     packages = ("torch", "torchvision", "numpy", "PIL")
     versions = {name: importlib.import_module(name).__version__ for name in packages}
     versions |= {"python": sys.version.split()[0], "cuda": torch.version.cuda}
@@ -679,12 +734,17 @@ def write_config(state, world):
     with contextlib.suppress(OSError):  # no git on this machine
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         git = done.stdout.strip() or None
-    settings, origin = state.settings, state.origin
-    kept = {name: {"value": value, "from": origin[name]} for name, value in settings.items()}
-    config = dict(settings=kept, versions=versions, git=git, processes=world)
+    entries = state.settings.items()
+    kept = {name: {"value": value, "from": state.origin[name]} for name, value in entries}
+    config = dict(settings=kept, versions=versions, git=git)
+    config["processes"] = dist.get_world_size() if dist.is_initialized() else 1
     config["device"] = evaluate.device_name(state.device)
     text = json.dumps(config, indent=1) + "\n"
     evaluate.replace(state.folder / "config.json", lambda path: path.write_text(text))
+
+
+def print_settings(settings, origin):
+    """What is not a default first, and where it came from."""
     chosen = [name for name in settings if origin[name] != "default"]
     for name in sorted(chosen, key=lambda name: origin[name] != "command line"):
         print(f"  {name:<14} {settings[name]!s:<40} {origin[name]}")
@@ -720,7 +780,7 @@ def draw_curves(folder):
     """curves.png: the loss and its terms, the learning rate, and the metrics, over the steps."""
     log = read_log(folder)
     steps, results = ([line for line in log if name in line] for name in ("loss", "mIoU"))
-    terms = [n for n in (steps[0] if steps else {}) if n not in ("step", "lr", "images_per_second")]
+    terms = [n for n in (steps[0] if steps else {}) if n not in OTHERS]
     metrics = ("mIoU", "pixel_accuracy", "class_accuracy")
     panels = ("loss", steps, terms), ("learning rate", steps, ["lr"]), ("val", results, metrics)
     picture = Image.new("RGB", (480 * len(panels), 340), "white")

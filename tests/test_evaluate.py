@@ -559,7 +559,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         assert "expected a number from 0.001 to 1000" in line
     (tmp_path / "a.json").mkdir()  # cannot be written: said before anything is computed
     folder = str(tmp_path / "a.json")
-    assert "Is a directory" in mistake(capsys, "--checkpoint", checkpoint, "--json", folder)
+    assert "is a folder; expected" in mistake(capsys, "--checkpoint", checkpoint, "--json", folder)
     line = mistake(capsys, "--checkpoint", checkpoint, "--json", checkpoint)
     assert "expected a file that ends in .json" in line
     same = str(Path(checkpoint).parent / ".." / Path(checkpoint).parent.name / "last.pt")
@@ -584,14 +584,12 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
     )
     labels = str(root / "labels" / "val")
     for flag in ("--figures", "--save-predictions"):
-        assert "need folders without this call's files" in mistake(
+        assert "need folders of their own" in mistake(
             capsys, "--checkpoint", checkpoint, flag, labels
         )
     both = ["--figures", str(tmp_path / "b"), "--save-predictions", str(tmp_path / "b")]
-    assert "need folders without this call's files" in mistake(
-        capsys, "--checkpoint", checkpoint, *both
-    )
-    assert "need folders without this call's files" in mistake(
+    assert "need folders of their own" in mistake(capsys, "--checkpoint", checkpoint, *both)
+    assert "need folders of their own" in mistake(
         capsys, "--checkpoint", checkpoint, "--save-predictions", labels
     )
 
@@ -880,6 +878,24 @@ def test_fig_4_5_class_dependency_by_hand():
 def test_what_is_no_number_is_none_in_json():
     numbers = {"a": math.nan, "b": [1, math.inf], "c": (0.1, {"d": -math.inf})}
     assert evaluate.without_nan(numbers) == {"a": None, "b": [1, None], "c": [0.1, {"d": None}]}
+
+
+def test_absent_classes_do_not_count_in_the_mean_dependency(monkeypatch, tmp_path):
+    # Of four classes two occur; they are half alike in both rows.
+    matrix = torch.zeros(4, 4, dtype=torch.float64)
+    matrix[0, 0] = matrix[2, 2] = 1
+    matrix[0, 2], matrix[2, 0] = 0.5, 0.25
+    monkeypatch.setattr(evaluate, "class_dependency", lambda *arguments: matrix)
+    args = evaluate.arguments(["--checkpoint", "x.pt", "--analyse"])
+    found = evaluate.analyse(Constant(4), Two(), torch.device("cpu"), args)
+    assert found["class dependency"] == 0.375
+
+
+def test_class_dependency_leaves_no_hook_behind():
+    net = Constant(4)
+    with pytest.raises(RuntimeError):
+        evaluate.class_dependency(net, [(torch.zeros(1, 7, 2, 2), torch.zeros(1, 2, 2))], 4)
+    assert not net.classifier._forward_pre_hooks
 
 
 def test_json_is_written_whole_or_not_at_all(trained, tmp_path, capsys, monkeypatch):

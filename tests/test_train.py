@@ -3,12 +3,14 @@ import gc
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,7 +255,17 @@ def test_images_per_second_is_of_training_alone(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validate", taking(train.validate, 1000))
     monkeypatch.setattr(train.State, "save", taking(train.State.save, 1000))
     given = [*flags, "--iterations", "40", "--eval-every", "24", "--save-every", "24"]
-    assert train.main([*given, "--output", str(tmp_path / "a")]) == 0
+    step = train.train_step
+
+    def terminated(model, state, *rest):
+        if state.step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(model, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", terminated)
+        assert train.main([*given, "--output", str(tmp_path / "a")]) == 128 + signal.SIGTERM
+    assert train.main(["--output", str(tmp_path / "a"), "--resume"]) == 0
     log = [line for line in train.read_log(tmp_path / "a") if "loss" in line]
     assert [line["images_per_second"] for line in log] == [4 / 0.5] * 4
 
@@ -269,7 +281,7 @@ def test_losses_are_looked_at_where_they_are_logged_or_a_file_follows(flags, tmp
     monkeypatch.setattr(train, "look_at_losses", counted)
     given = [*flags, "--iterations", "25", "--eval-every", "25", "--save-every", "12"]
     assert train.main([*given, "--output", str(tmp_path / "a")]) == 0
-    assert [pair for pair in looks if pair[1]] == [(10, 10), (12, 2), (20, 8), (24, 4), (25, 1)]
+    assert looks == [(1, 1), (10, 9), (12, 2), (20, 8), (24, 4), (25, 1)]
 
 
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(flags, tmp_path, monkeypatch):
@@ -410,6 +422,71 @@ def test_a_signal_to_the_whole_group_saves_too(flags, method, tmp_path, capsys, 
     assert "checkpoint saved; go on with: " in out, err
     assert process.returncode == (143 if processes == 1 else 1)  # torchrun has a status of its own
     assert torch.load(folder / "last.pt", weights_only=True)["step"] >= train.LOG_EVERY
+
+
+def children(process):
+    """The ids of the processes that it started, its loaders."""
+    folder = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(child) for child in folder.read_text().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_every_process_saves_too(flags, method, tmp_path, name):
+    # as the end of a container, SLURM's --signal and Ctrl-C send it
+    folder, number = tmp_path / "run", getattr(signal, name)
+    flags = [*flags, "--iterations", "100000", "--workers", "2", "--output", str(folder)]
+    process = start(flags, method)
+    while not (folder / "log.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    loaders = children(process)
+    assert len(loaders) == 2
+    for each in (*loaders, process.pid, *loaders):
+        os.kill(each, number)
+    out, err = process.communicate(timeout=600)
+    assert "checkpoint saved; go on with: " in out, err
+    assert process.returncode == 128 + number
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] >= train.LOG_EVERY
+    for loader in loaders:  # they end with it
+        with pytest.raises(ProcessLookupError):
+            os.kill(loader, 0)
+
+
+def test_output_that_nobody_reads_and_closed_streams_end_nothing(flags, method, tmp_path):
+    # evaluate.py and data.py go through the same `guarded`
+    environment = os.environ | {"PYTHONPATH": str(method), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, train.__file__, *flags, "--output"]
+    how = dict(cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*command, "a"], stdout=writing, text=True, **how)
+    os.close(writing)
+    assert done.returncode == 0 and "nobody reads the output any more" in done.stderr
+    done = subprocess.run(shlex.join([*command, "b"]) + " 2>&-", shell=True, **how)
+    assert done.returncode == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_loader_process_that_was_killed_is_told_at_any_moment(capsys, monkeypatch):
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    explained, calls = data._explained, []
+
+    def interrupted(error):
+        calls.append(error)
+        if len(calls) == 1:  # PyTorch's handler of SIGCHLD raises
+            raise killed
+        return explained(error)
+
+    def lost():
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    assert data.guarded("x.py", lost) == 2
+    assert "x.py: a loader process was killed" in capsys.readouterr().err
+    monkeypatch.setattr(data, "_explained", interrupted)
+    assert data.guarded("x.py", lost) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "a loader process was killed" in lines[0]
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(flags, method, tmp_path):
@@ -575,20 +652,130 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(train.fcntl, "lockf", no_locks)
     monkeypatch.chdir(tmp_path)
-    folder, _ = train.lock_folder(None, {"method": "caa", "dataset": "shapes"}, False, 0)
+    folder, _ = train.lock_folder(None, {"method": "caa", "dataset": "shapes"}, False, False, 0)
     assert str(folder) == os.path.join("runs", "caa-shapes")
     assert "cannot be locked here" in capsys.readouterr().err
     monkeypatch.setattr(train, "fcntl", None)  # as on Windows
-    train.lock_folder("other", {"method": "caa", "dataset": "shapes"}, False, 0)
+    train.lock_folder("other", {"method": "caa", "dataset": "shapes"}, False, False, 0)
     assert "'other' cannot be locked here" in capsys.readouterr().err
 
 
-def test_a_folder_with_best_pt_alone_is_not_taken(flags, tmp_path, capsys):
+def test_a_lost_last_pt_is_told_and_nothing_is_overwritten(flags, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train.main([*flags, "--output", str(folder)]) == 0
     (folder / "last.pt").unlink()
+    line = mistake(capsys, "--resume", "--output", str(folder))
+    assert "last.pt' is not there; start a new run with --init" in line and "best.pt" in line
     line = mistake(capsys, *flags, "--resume", "--output", str(folder))
-    assert "holds a run already" in line and (folder / "best.pt").exists()
+    assert "holds config.json already; there is no last.pt to resume: move it away" in line
+    assert (folder / "best.pt").exists()
+
+
+@pytest.mark.parametrize("name", train.FILES)
+def test_a_folder_with_any_file_of_a_run_is_taken_and_stays_as_it_is(
+    flags, tmp_path, capsys, name, monkeypatch
+):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / name).write_text("of somebody else")
+    line = mistake(capsys, *flags, "--output", str(project))
+    assert f"holds {name} already" in line and os.listdir(project) == [name]
+    assert (project / name).read_text() == "of somebody else"
+    monkeypatch.chdir(project)
+    assert f"holds {name} already" in mistake(capsys, *flags, "--output", ".")
+
+
+def test_what_cannot_be_a_folder_is_told(flags, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for output in ("file", "file/inside"):
+        line = mistake(capsys, *flags, "--output", output)
+        assert "cannot be the folder of a run" in line and "take another --output" in line
+    (tmp_path / "runs").touch()
+    assert "cannot be the folder of a run" in mistake(capsys, *flags)
+
+
+def test_a_run_can_be_resumed_from_its_first_step_on(flags, tmp_path, monkeypatch):
+    step, folder = train.train_step, tmp_path / "run"
+
+    def killed(model, state, *rest):
+        if state.step == 2:
+            raise SystemExit
+        step(model, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", killed)
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--output", str(folder)])
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 1
+    assert train.main([*flags, "--output", str(folder), "--resume"]) == 0
+
+
+def test_settings_are_the_checkpoints_and_an_edited_record_is_refused(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    resume = "--output", str(folder), "--resume"
+    assert train.main([*flags, "--output", str(folder)]) == 0
+    record = (folder / "config.json").read_text()
+    edited = json.loads(record)
+    edited["settings"]["lr"]["value"] = 9
+    (folder / "config.json").write_text(json.dumps(edited))
+    line = mistake(capsys, *resume)
+    assert "config.json' says lr 9, but the run has 0.3" in line
+    for damaged in ("{", "[]", '{"settings": [1]}', '{"settings": {"lr": 1}}'):
+        (folder / "config.json").write_text(damaged)
+        assert "config.json' is damaged; remove it" in mistake(capsys, *resume)
+    (folder / "config.json").write_text(record)
+    assert train.main(resume) == 0
+
+
+def test_float16_that_never_steps_ends_the_run(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "amp_dtype", lambda amp, device: torch.float16)
+    monkeypatch.setattr(evaluate, "autocast", lambda device, amp: contextlib.nullcontext())
+    step = train.train_step
+
+    def overflowing(model, state, *rest):
+        hook = model.conv.weight.register_hook(lambda g: g * math.inf)
+        step(model, state, *rest)
+        hook.remove()
+
+    monkeypatch.setattr(train, "train_step", overflowing)
+    given = [*flags, "--iterations", "100", "--output", str(tmp_path / "a")]
+    assert "float16 overflowed: 50 steps in a row were skipped" in mistake(capsys, *given)
+    log = train.read_log(tmp_path / "a")
+    assert [line["skipped_steps"] for line in log] == [10] * 4
+    assert not (tmp_path / "a" / "best.pt").exists()
+
+
+def test_a_loss_that_some_steps_do_not_have_is_0_there(flags, tmp_path, monkeypatch):
+    forward = []
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, images, labels):
+            forward.append(1)
+            return {"a": self.weight} | ({"b": 2 * self.weight} if len(forward) > 1 else {})
+
+    settings = train.resolve(train.arguments(flags)[0])[0]
+    net = Sometimes()
+    state = train.State(net, settings, {}, torch.device("cpu"), 0)
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    for _ in range(2):
+        train.train_step(net, state, images, torch.zeros(4, 8, 8, dtype=torch.uint8))
+    train.look_at_losses(state)
+    assert [list(losses) for losses in state.window] == [["a", "b"]] * 2
+    assert state.window[0]["b"] == 0 and state.window[1]["b"] > 1
+
+
+def test_checkpoints_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("synced"))
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("renamed") or rename(*names))
+    evaluate.replace(tmp_path / "last.pt", lambda path: path.write_text("all"))
+    assert done == ["synced", "renamed"]
 
 
 def test_best_pt_never_comes_without_last_pt(flags, tmp_path, monkeypatch):
@@ -732,7 +919,7 @@ def test_a_loss_that_is_not_finite_prints_every_term_and_keeps_the_last_checkpoi
         capsys, *flags, "--option", "fail_at=5", "--save-every", "3", "--output", str(folder)
     )
     assert "not finite after step 4 (pixels " in line and "extra nan" in line
-    assert "last.pt, if it is there, is from before" in line
+    assert "if there is a last.pt, it holds an earlier step" in line
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     assert checkpoint["step"] == 3 and all(
         value.isfinite().all() for value in checkpoint["net"].values()
@@ -858,7 +1045,7 @@ def test_a_damaged_run_is_not_resumed(flags, tmp_path, capsys):
 def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert train.main([*flags, "--output", folder]) == 0
-    assert "holds a run already; add --resume" in mistake(capsys, *flags, "--output", folder)
+    assert "config.json already; add --resume" in mistake(capsys, *flags, "--output", folder)
     line = mistake(capsys, "--lr", "0.1", "--output", folder, "--resume")
     assert "--lr 0.1 differs from this run's 0.3" in line
     assert train.main(["--output", folder, "--resume", "--workers", "1"]) == 0  # nothing left to do
@@ -885,7 +1072,7 @@ def test_crops_have_one_side_or_two(flags, tmp_path, capsys):
     for text, expected in sides.items():
         settings, _ = train.resolve(train.arguments([*flags, "--crop-size", *text.split()])[0])
         assert settings["crop_size"] == expected
-    assert "--crop-size 1 2 3: expected one side, or height and width" in mistake(
+    assert "--crop-size [1, 2, 3]: expected one side, or height and width" in mistake(
         capsys, *flags, *"--crop-size 1 2 3".split()
     )
     assert "--crop-size: expected a whole number from 1 to 100000, not 0" in mistake(
@@ -902,12 +1089,12 @@ def test_crops_have_one_side_or_two(flags, tmp_path, capsys):
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"method": "caa", "dataset": "shapes"}
-    first, _ = train.lock_folder(None, settings, False, 0)
+    first, _ = train.lock_folder(None, settings, False, False, 0)
     assert str(first) == os.path.join("runs", "caa-shapes")
     # A folder without a checkpoint is taken again: the run that made it did not start.
-    assert str(train.lock_folder(None, settings, False, 0)[0]) == str(first)
-    (first / "last.pt").touch()
-    assert str(train.lock_folder(None, settings, False, 0)[0]) == str(first) + "-2"
+    assert str(train.lock_folder(None, settings, False, False, 0)[0]) == str(first)
+    (first / "log.jsonl").touch()  # any file that a run writes
+    assert str(train.lock_folder(None, settings, False, False, 0)[0]) == str(first) + "-2"
 
 
 def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsys, monkeypatch):
@@ -940,14 +1127,15 @@ def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path):
         {},
         torch.device("cpu"),
         0,
-        tmp_path,
     )
+    state.folder, state.recorded = tmp_path, True
     dataset = data.dataset("shapes")
     state.save("last.pt", dataset)
     with torch.no_grad():
         state.net.conv.bias[0] = float("nan")
     with pytest.raises(
-        UserError, match="conv.bias the first of them; last.pt, if it is there, is from before"
+        UserError,
+        match="conv.bias the first of them; if there is a last.pt, it holds an earlier step",
     ):
         state.save("last.pt", dataset)
     assert weights(tmp_path)["conv.bias"].isfinite().all()
