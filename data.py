@@ -9,11 +9,7 @@
     python data.py pascal_voc --download                              # what needs no account
 
 `shapes`, the default, is drawn by index and needs no files. Its name takes switches, as in
-shapes+form or shapes+scale+thin (class Shapes says what each does). Every dataset with the splits
-train and val has trainval, which is both.
-
-Samples stay bytes until they are on the network's device: four times fewer are copied of an image,
-eight times fewer of a label.
+shapes+form or shapes+scale+thin (class Shapes says what each does).
 
 A sample is augmented by (seed, its position in the run) alone, `dataset[index, position]`. So a run
 does not depend on the number of workers or processes, nor on having been interrupted.
@@ -33,6 +29,7 @@ import re
 import shutil
 import socket
 import sys
+import textwrap
 import unicodedata
 import warnings
 from collections import Counter
@@ -48,8 +45,9 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torchvision.datasets import Cityscapes
+from torchvision.datasets import Cityscapes, SBDataset
 from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.transforms import v2
@@ -328,14 +326,14 @@ def _file_names(paths):
 
     images/day1/a.png and images/day2/a.png: day1_a, day2_a. UserError where these are the same too.
     """
-    if len({path.stem for path in paths}) == len(set(paths)):
-        return [path.stem for path in paths]
-    root, seen, names = os.path.commonpath(paths), {}, []
-    for path in paths:
-        names.append("_".join(path.relative_to(root).with_suffix("").parts))
-        other = seen.setdefault(names[-1], path)
-        if other != path:
-            raise UserError(f"'{path}' and '{other}' share the name {names[-1]}; rename one")
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(set(paths)):
+        root = os.path.commonpath(paths)
+        names = ["_".join(path.relative_to(root).with_suffix("").parts) for path in paths]
+    seen = {}
+    for name, path in zip(names, paths):
+        if (other := seen.setdefault(name, path)) != path:
+            raise UserError(f"'{path}' and '{other}' share the name {name}; rename one")
     return names
 
 
@@ -908,7 +906,7 @@ def _folder(root, split):
         raise not_found("folder", split, root, names)
     classes = read_lines(names)
     if "" in classes:
-        text = f"line {classes.index('') + 1} of '{names}' is blank, and a line's number is its id"
+        text = f"line {classes.index('') + 1} of '{names}' is blank, and each line takes an id"
         raise UserError(f"{text}; remove the line, or name its class")
     if not 1 < len(classes) < IGNORE:
         text = f"classes in '{names}': {len(classes)}; expected 2 to 254, one a line"
@@ -921,11 +919,7 @@ def _folder(root, split):
     paired = {label for _, label in files}
     alone = [label for label in images_in(labels, {".png"}) if label not in paired]
     files += [(images / f"{_key(label, labels)}.jpg", label) for label in alone]
-    palette = []
-    for i in range(len(classes)):
-        hue = colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
-        palette.append(tuple(int(255 * c) for c in hue))
-    return files, classes, palette, _lut(range(len(classes)))
+    return files, classes, _palette(len(classes), first=1), _lut(range(len(classes)))
 
 
 _VOC = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
@@ -1173,15 +1167,13 @@ class Archive(NamedTuple):
     md5: str | None = None
 
 
-_VOC2012 = Archive(f"{_VOC_SOURCE}/voc2012/VOCtrainval_11-May-2012.tar", ("VOCdevkit/VOC2012",),
-                   md5="6cd6e144f989b92b3379bac3b3de84fd")  # fmt: skip
-_VOC2010 = Archive(f"{_VOC_SOURCE}/voc2010/VOCtrainval_03-May-2010.tar", ("VOCdevkit/VOC2010",),
-                   md5="da459979d0c395079b5c75ee67908abb")  # fmt: skip
+_VOC2010, _VOC2012 = (
+    Archive(DATASET_YEAR_DICT[y]["url"], (f"VOCdevkit/VOC{y}",), md5=DATASET_YEAR_DICT[y]["md5"])
+    for y in ("2010", "2012")
+)
 _CONTEXT_LABELS = Archive(
     "https://cs.stanford.edu/~roozbeh/pascal-context/trainval.tar.gz", ("trainval",))  # fmt: skip
-_SBD = Archive(
-    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
-    "benchmark.tgz", ("benchmark_RELEASE",), md5="82b4d87ceb2ed10f6038a1cba92111cb")  # fmt: skip
+_SBD = Archive(SBDataset.url, ("benchmark_RELEASE",), md5=SBDataset.md5)
 _ADE = Archive("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
                ("ADEChallengeData2016",))  # fmt: skip
 _COCO = [
@@ -1297,33 +1289,24 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
     Under them a legend of the classes that occur in the label maps `maps`, and the caption.
     """
     font, line, gap = ImageFont.load_default(13), 17, 8
-    occur = sorted(set().union(*(m.unique().tolist() for m in maps)))
-    names = dict(enumerate(zip(classes, palette)))
-    names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("another level", GREY)}
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    total, down = min(columns, len(panels)) * (width + gap) + gap, []
-    words = wrapped(caption, total - 2 * gap, font) if caption else []
-    across = max(1, (total - gap) // 130)
-    for row in rows:
-        above = max(len(wrapped(panel.title, width, font)) for panel in row) * line
-        shapes = [panel.tile.shape[1:] for panel in row]
-        tall = max(min(2 * width, round(h * width / w)) for h, w in shapes)
-        down.append((above, max(1, tall), line + 8 if any(panel.scale for panel in row) else 0))
-    height = sum(map(sum, down)) + gap * (len(rows) + 1)
-    under = line * (-(-len(occur) // across) + len(words)) + gap
-    canvas = Image.new("RGB", (total, height + under), "white")
+    total = min(columns, len(panels)) * (width + gap) + gap
+    canvas = Image.new("RGB", (total, 3 * width * len(rows) + 4000), "white")  # cut at the end
     draw, y = ImageDraw.Draw(canvas), gap
-    for row, (above, tall, below) in zip(rows, down):
-        for column, panel in enumerate(row):
-            x, top = gap + column * (width + gap), y + above
-            for i, text in enumerate(wrapped(panel.title, width, font)):
+    for row in rows:
+        titles = [textwrap.wrap(panel.title, width // 7) for panel in row]
+        top = bottom = y + line * max(1, *map(len, titles))
+        for column, (panel, title) in enumerate(zip(row, titles)):
+            x = gap + column * (width + gap)
+            for i, text in enumerate(title):
                 draw.text((x, y + i * line), text, "black", font)
             tile = Image.fromarray(panel.tile.permute(1, 2, 0).numpy())
             factor = min(width / tile.width, 2 * width / tile.height)
             size = max(1, round(tile.width * factor)), max(1, round(tile.height * factor))
             tile = tile.resize(size, 0)
             canvas.paste(tile, (x, top))
-            draw.rectangle((x - 1, top - 1, x + tile.width, top + tile.height), outline="#888888")
+            below = top + tile.height
+            draw.rectangle((x - 1, top - 1, x + tile.width, below), outline="#888888")
             for box in panel.boxes:
                 upper, left, lower, right = (round(side * factor) for side in box)
                 for color, by in ("black", 0), ("white", 1):
@@ -1331,18 +1314,24 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
                     draw.rectangle(corners, outline=color)
             if panel.scale:
                 bar = heat(torch.linspace(0, 1, width)[None].expand(8, -1)).permute(1, 2, 0)
-                canvas.paste(Image.fromarray(bar.numpy()), (x, top + tile.height + 3))
-                at = top + tile.height + 11
-                draw.text((x, at), panel.scale[0], "black", font)
-                draw.text((x + width, at), panel.scale[1], "black", font, anchor="ra")
-        y += above + tall + below + gap
+                canvas.paste(Image.fromarray(bar.numpy()), (x, below + 3))
+                draw.text((x, below + 11), panel.scale[0], "black", font)
+                draw.text((x + width, below + 11), panel.scale[1], "black", font, anchor="ra")
+                below += line + 8
+            bottom = max(bottom, below)
+        y = bottom + gap
+    names = dict(enumerate(zip(classes, palette)))
+    names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("another level", GREY)}
+    occur, across = sorted(set().union(*(m.unique().tolist() for m in maps))), max(1, total // 130)
     for i, number in enumerate(occur):
-        (name, color), x, top = names[number], gap + i % across * 130, height + i // across * line
+        (name, color), x, top = names[number], gap + i % across * 130, y + i // across * line
         draw.rectangle((x, top + 2, x + 12, top + 14), tuple(color), "black")
         draw.text((x + 18, top), name[:15], "black", font)
-    for i, text in enumerate(words):
-        draw.text((gap, height + under - gap - line * (len(words) - i)), text, "black", font)
-    return canvas
+    y += line * -(-len(occur) // across)
+    for text in textwrap.wrap(caption, total // 7):
+        draw.text((gap, y), text, "black", font)
+        y += line
+    return canvas.crop((0, 0, total, y + gap))
 
 
 def chart(title, series, width=480, height=340):
@@ -1373,18 +1362,6 @@ def chart(title, series, width=480, height=340):
         text = f"{name.replace('_', ' ')}  {line[-1][1]:.3g}" if line else name
         draw.text((right, 16 + 30 * i), text, color, font, anchor="ra")
     return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def wrapped(text, width, font):
-    """The text in lines of at most `width` pixels; it breaks after spaces and slashes."""
-    lines = [""]
-    for word in re.findall(r"[^\s/]*[/\s]*", text):
-        longer = lines[-1] + word
-        if lines[-1] and font.getlength(longer.rstrip()) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 # ------------------------------------------------------------------------------------------- report
