@@ -1187,8 +1187,10 @@ def download(name, root):
     UserError where it needs an account, or where a file arrives incomplete. What is there is not
     fetched again, and never overwritten. Archives are removed after they are unpacked.
     """
+    if name not in LAYOUTS:
+        raise UserError(f"{name} is not downloaded: expected one of {', '.join(ARCHIVES)}")
     if name not in ARCHIVES:
-        source = LAYOUTS[name].source if name in LAYOUTS else "nowhere: it has no files"
+        source = LAYOUTS[name].source
         raise UserError(f"{name} is not downloaded by this command; get it from {source}")
     root.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(60)
