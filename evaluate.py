@@ -776,8 +776,8 @@ def make_folders(args, read):
 def photographs(net, checkpoint, device, args, views):
     """`--images`: (shares of the classes in each photograph, exit status 2 if one is broken)."""
     classes, palette, numbers, status = checkpoint["classes"], checkpoint["palette"], {}, 0
-    files = data.photographs(args.images)
     args.save_predictions = args.save_predictions or "predictions"
+    files = data.photographs(args.images, (args.save_predictions, args.figures))
     folder = Path(args.save_predictions)
     outputs = [f"{file.stem}{end}" for file in files for end in (".png", "_overlay.png")]
     name, count = Counter(outputs).most_common(1)[0]
@@ -815,7 +815,7 @@ def whole_split(net, checkpoint, device, rank, args, views):
     settings = checkpoint["settings"]
     name, own = args.dataset or settings["dataset"], settings["data_root"]
     root = args.data_root or (own if name == settings["dataset"] else data.default_root(name))
-    dataset = data.dataset(name, root, args.split)
+    dataset = data.dataset(name, root, args.split, huge=args.window is not None)
     nets = {args.checkpoint: net} | compared_networks(args, checkpoint, name, dataset, device)
     make_folders(args, {file.parent for pair in getattr(dataset, "files", ()) for file in pair})
     if args.figures and rank == 0:  # first: a wrong --pixel is better known now than at the end

@@ -128,7 +128,7 @@ WITHOUT_POSIX = """
 import os, signal, sys
 for module, names in (
     (os, "setsid killpg getpgid sched_getaffinity"),
-    (signal, "SIGHUP SIGUSR1 SIGALRM setitimer ITIMER_REAL sigwaitinfo pthread_sigmask"),
+    (signal, "SIGHUP SIGUSR1 SIGALRM setitimer ITIMER_REAL sigwaitinfo"),
 ):
     for name in names.split():
         vars(module).pop(name, None)

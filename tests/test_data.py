@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+import unicodedata
 import warnings
 import zlib
 from functools import partial
@@ -268,11 +269,11 @@ def test_no_root_is_a_mistake(name):
 
 def test_missing_or_empty_or_overfull_classes_txt_is_a_mistake(tmp_path):
     mistake(lambda: data.dataset("folder", tmp_path), tmp_path / "classes.txt")
-    mistake(lambda: folder(tmp_path, [[0]], classes="\n \n"), tmp_path / "classes.txt", "0 classes")
+    mistake(lambda: folder(tmp_path, [[0]], classes="\n \n"), tmp_path / "classes.txt", "': 0;")
     mistake(
         lambda: folder(tmp_path, [[0]], classes="".join(f"c{i}\n" for i in range(255))),
         tmp_path / "classes.txt",
-        "255 classes",
+        "': 255; expected 2 to 254",
     )
     assert (
         folder(tmp_path, [[0]], classes="".join(f"c{i}\n" for i in range(254))).num_classes == 254
@@ -1674,7 +1675,8 @@ def test_photographs_with_labels_that_a_camera_turned_are_counted_in_a_warning(t
     assert capsys.readouterr().err.count("carry an EXIF orientation") == 1
     assert data.read_image(file, upright=True).shape == (3, 2, 3)
     data.report(dataset, "mine")
-    assert "warning: 1 of 1 photographs carry an EXIF orientation" in capsys.readouterr().err
+    counted = f"warning: 1 of 1 photographs in '{file.parent}' carry an EXIF orientation"
+    assert counted in capsys.readouterr().err
     Image.open(file).rotate(90, expand=True).save(file, exif=exif)
     mistake(lambda: dataset[0], "is 2x3 and", "3x2;", "as it is stored, without", "its EXIF block")
 
@@ -1716,9 +1718,271 @@ def test_dot_files_are_no_pictures_and_labels_may_end_in_capitals(tmp_path):
 def test_huge_photographs_are_read_where_windows_are_given(tmp_path, monkeypatch):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
-    mistake(lambda: data.read_image(tmp_path / "a.png"), "a.png", "megapixels", "--window N")
+    advice = "megapixels; make it smaller; evaluate.py --window N reads it"  # only it has the flag
+    mistake(lambda: data.read_image(tmp_path / "a.png"), "a.png", advice)
     assert data.read_image(tmp_path / "a.png", huge=True).shape == (3, 30, 30)
+    label = np.zeros((30, 30), np.uint8)
+    mistake(lambda: folder(tmp_path, label)[0], "images/train/a.png", advice)
+    image, label = data.dataset("folder", tmp_path, huge=True)[0]  # as evaluate.py --window has it
+    assert image.shape == (3, 30, 30) and label.shape == (30, 30)
     assert Image.MAX_IMAGE_PIXELS == 400
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "JPEG2000", "AVIF", "TIFF"])
+def test_labels_of_a_lossy_format_are_refused_whatever_the_name_says(kind, tmp_path):
+    dataset = folder(tmp_path, np.arange(400).reshape(20, 20) % 3)
+    path, label = tmp_path / "labels/train/a.png", dataset[0][1]
+    kwargs = dict(compression="jpeg") if kind == "TIFF" else {}
+    try:
+        Image.fromarray(label.numpy()).save(path, format=kind, **kwargs)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    name = "jpeg" if kind == "TIFF" else kind
+    mistake(lambda: dataset[0], path, f"holds {name} data", "from its source: PNG, 8 bit, mode L")
+    assert data.main(["folder", "--data-root", str(tmp_path), "--workers", "0"]) == 2
+    path.rename(path.with_suffix(".jpg"))  # the image has no other label
+    mistake(lambda: data.dataset("folder", tmp_path)[0], "labels/train")
+    Image.fromarray(label.numpy()).save(path, format="BMP")  # nothing is lost
+    path.with_suffix(".jpg").unlink()
+    assert torch.equal(data.dataset("folder", tmp_path)[0][1], label)
+
+
+@pytest.mark.parametrize("name", ["folder", "camvid", "ade20k", "coco_stuff164k", "cityscapes"])
+def test_images_in_subfolders_are_read_and_no_two_have_one_name(name, tmp_path):
+    base, end, label_end = "", ".png", ".png"
+    if name == "ade20k":
+        base = "ADEChallengeData2016"
+    if name == "cityscapes":
+        end, label_end = "_leftImg8bit.png", "_gtFine_labelIds.png"
+    images, labels = {
+        "folder": ("images/train", "labels/train"),
+        "camvid": ("train", "trainannot"),
+        "ade20k": ("images/training", "annotations/training"),
+        "coco_stuff164k": ("images/train2017", "annotations/train2017"),
+        "cityscapes": ("leftImg8bit/train", "gtFine/train"),
+    }[name]
+    places = ["a", "day1/a", "day1/noon/b", "day2/a"]
+    for i, place in enumerate(places):
+        save(tmp_path / base / images / f"{place}{end}", np.full((2, 2, 3), i, np.uint8))
+        save(tmp_path / base / labels / f"{place}{label_end}", np.full((2, 2), 7 + i, np.uint8))
+    (tmp_path / "classes.txt").write_text("".join(f"c{i}\n" for i in range(11)))
+    dataset = data.dataset(name, tmp_path)
+    names = [dataset.name(i) for i in range(len(dataset))]
+    expected = [place.replace("/", "_") + end.removesuffix(".png") for place in places]
+    assert sorted(names) == expected
+    for i, (image, label) in enumerate(dataset):
+        number = expected.index(names[i])
+        assert (image == number).all() and label[0, 0] == dataset.lut[7 + number]
+        assert torch.equal(label, dataset.raw(i)[1])
+        if i + 1 == len(dataset):
+            break
+
+
+def test_names_without_folders_where_these_are_enough_and_a_clash_is_a_mistake(tmp_path):
+    folder(tmp_path, [[0]])
+    folder(tmp_path, [[1]], split="val")
+    both = data.dataset("folder", tmp_path, "trainval")  # two files a.png
+    assert [both.name(i) for i in range(2)] == ["train_a", "val_a"]
+    assert data.dataset("folder", tmp_path, "val").name(0) == "a"
+    for place in ("day/a", "day_a"):
+        for kind in ("images", "labels"):
+            save(tmp_path / kind / f"val/{place}.png", np.zeros((1, 1), np.uint8))
+    mistake(lambda: data.dataset("folder", tmp_path, "val"), "share the name day_a; rename one")
+
+
+def test_linked_folders_are_read_and_a_link_that_leads_back_ends(tmp_path):
+    folder(tmp_path, [[0]])
+    for kind in ("images", "labels"):
+        save(tmp_path / "elsewhere" / kind / "b.png", np.zeros((1, 1), np.uint8))
+        (tmp_path / kind / "train/day").symlink_to(tmp_path / "elsewhere" / kind)
+        (tmp_path / kind / "train/back").symlink_to(tmp_path / kind)
+    dataset = data.dataset("folder", tmp_path)
+    assert sorted(dataset.name(i) for i in range(len(dataset))) == ["a", "b"]
+
+
+def test_one_class_and_blank_lines_among_the_classes_are_mistakes(tmp_path):
+    names = tmp_path / "classes.txt"
+    mistake(lambda: folder(tmp_path, [[0]], classes="car\n"), names, "name the background too")
+    for line, text in ((1, "\none\ntwo\n"), (2, "one\n \ntwo\n"), (3, "one\ntwo\n\n\nthree")):
+        call = partial(folder, tmp_path, [[0]], classes=text)
+        mistake(call, f"line {line} of '{names}' is blank")
+    assert folder(tmp_path, [[0]], classes="one\ntwo\n\n \n").classes == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", ["gray.png", "gray.tiff", "gray.pgm", "rgb.png"])
+def test_photographs_of_12_bits_in_16_are_counted_in_a_warning(kind, tmp_path, capsys):
+    dataset = folder(tmp_path, np.zeros((5, 7)))
+    gray = np.arange(35, dtype=np.uint16).reshape(5, 7) * 117  # up to 3978
+    name, end = kind.split(".")
+    content = rgb16(5, 7, 38)  # up to 3952
+    if name == "gray":
+        Image.fromarray(gray).save(tmp_path / f"dark.{end}")
+        content = (tmp_path / f"dark.{end}").read_bytes()
+    dataset.files[0][0].write_bytes(content)
+    data.warn_once.cache_clear()
+    assert dataset[0][0].max() == 15
+    dataset[0]
+    text = f"photographs in '{tmp_path / 'images/train'}' have 16 bits and no value above 4095"
+    assert capsys.readouterr().err.count(text) == 1
+    data.report(dataset, "mine", workers=1)
+    assert f"warning: 1 of 1 {text}" in capsys.readouterr().err
+    bright = rgb16(5, 7, 600)
+    if name == "gray":
+        Image.fromarray(gray * 16).save(tmp_path / f"dark.{end}")
+        bright = (tmp_path / f"dark.{end}").read_bytes()
+    dataset.files[0][0].write_bytes(bright)
+    data.report(dataset, "mine")
+    assert "16 bits" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "P.png", "P.gif", "RGB.png", "L.png"])
+def test_what_transparency_hides_becomes_white_and_the_rest_stays(kind, tmp_path, recwarn):
+    mode, end = kind.split(".")
+    kwargs = {}
+    if "A" in mode:
+        image = Image.new("RGBA", (3, 1))
+        image.putdata([(200, 10, 90, 0), (200, 10, 90, 255), (200, 10, 90, 51)])
+        image = image.convert(mode)
+    else:
+        image = Image.new("RGB", (3, 1))
+        image.putdata([(0, 0, 0), (200, 10, 90), (200, 10, 90)])
+        image = image.convert(mode)
+        kwargs = dict(transparency=image.getpixel((0, 0)))
+    seen = np.asarray(image.convert("RGB"))[0, 1].tolist()
+    image.save(tmp_path / f"a.{end}", **kwargs)
+    found = data.read_image(tmp_path / f"a.{end}")[:, 0].T.tolist()
+    assert found[:2] == [[255, 255, 255], seen]
+    if "A" in mode:  # a fifth of the colour
+        assert found[2] == pytest.approx([0.2 * value + 0.8 * 255 for value in seen], abs=1)
+    assert not recwarn.list
+
+
+def test_photographs_of_every_ending_that_pillow_reads_are_taken(tmp_path, capsys):
+    data.warn_once.cache_clear()
+    written = []
+    for end in ("jfif", "gif", "jp2", "avif", "webp", "jpe", "JPG", "tga", "bmp", "pgm"):
+        try:
+            save(tmp_path / f"images/train/{end}.{end}", photo())
+        except (KeyError, OSError, ValueError):  # this Pillow cannot
+            (tmp_path / f"images/train/{end}.{end}").unlink(missing_ok=True)
+            continue
+        save(tmp_path / f"labels/train/{end}.png", np.zeros((4, 6), np.uint8))
+        written.append(end)
+    assert {"jfif", "gif", "webp", "JPG"} <= set(written)
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    dataset = data.dataset("folder", tmp_path)
+    assert sorted(dataset.name(i) for i in range(len(dataset))) == sorted(written)
+    assert all(dataset[i][0].shape == (3, 4, 6) for i in range(len(dataset)))
+    files = data.photographs([tmp_path / "images"])
+    assert len(files) == len(written) and not capsys.readouterr().err
+    for name in ("a.heic", "b.pdf", "c.eps", "d.h5"):
+        (tmp_path / "images/train" / name).write_bytes(b"of another program")
+    assert data.photographs([tmp_path / "images"]) == files
+    text = (
+        f"warning: 4 files in '{tmp_path / 'images'}' are left out: Pillow does not read 'a.heic'"
+    )
+    assert text in capsys.readouterr().err
+
+
+def test_results_in_a_folder_of_photographs_are_no_photographs(tmp_path):
+    photograph = save(tmp_path / "a.png", photo())
+    result = save(tmp_path / "predictions/a.png", photo())
+    assert data.photographs([tmp_path], [tmp_path / "predictions", None]) == [photograph]
+    assert data.photographs([tmp_path]) == [photograph, result]
+    assert data.photographs([result.parent], [result.parent]) == [result]
+
+
+def test_images_of_lists_may_have_another_ending(tmp_path):
+    base = voc_tree(tmp_path, {"train": ["a", "b"]})
+    for name, new in (("JPEGImages/a.jpg", "a.jfif"), ("SegmentationClass/b.png", "b.PNG")):
+        (base / name).rename((base / name).with_name(new))
+    dataset = data.dataset("pascal_voc", tmp_path)
+    assert [path.name for path in dataset.files[0]] == ["a.jfif", "a.png"]
+    assert [path.name for path in dataset.files[1]] == ["b.jpg", "b.PNG"]
+    assert dataset[0][1].tolist() == dataset[1][1].tolist() == [[0, 20, 255]]
+
+
+def test_photographs_in_two_splits_are_counted_in_a_warning(tmp_path, capsys):
+    for split, count in (("train", 4), ("val", 3), ("trainval", 6)):
+        for i in range(count):
+            save(tmp_path / f"images/{split}/{split}{i}.png", photo(seed=i if i < 2 else count + i))
+            save(tmp_path / f"labels/{split}/{split}{i}.png", np.zeros((4, 6), np.uint8))
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    flags = ["folder", "--data-root", str(tmp_path), "--output", str(tmp_path / "s.png")]
+    assert data.main([*flags, "--workers", "0"]) == 0
+    images = tmp_path / "images"
+    text = f"2 photographs are in more than one split, as '{images / 'train/train0.png'}' and "
+    assert f"warning: {text}'{images / 'val/val0.png'}'" in capsys.readouterr().err
+    for i in range(2):
+        save(images / f"val/val{i}.png", photo(seed=90 + i))
+    assert data.main([*flags, "--workers", "0"]) == 0
+    assert "more than one split" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["/{}/{}.jpg /{}/{}.png", "VOC2012/{}/{}.jpg ../x/{}/{}.png"])
+def test_lists_may_hold_the_paths_of_both_files(line, tmp_path):
+    base = voc_tree(tmp_path, {"train": ["a", "b.c"], "val": ["d"]})
+    path = base / "ImageSets/Segmentation/train.txt"
+    ids, kind = ("a", "b.c", "a"), "SegmentationClass"
+    listed(path, *(line.format("JPEGImages", i, kind, i) for i in ids))
+    dataset = data.dataset("pascal_voc", tmp_path)
+    assert [dataset.name(i) for i in range(3)] == [*ids]
+    assert [dataset.files[1][0].name, dataset.files[1][1].name] == ["b.c.jpg", "b.c.png"]
+    # a list of other labels
+    save(base / "SegmentationClassAug/a.png", np.array([[5, 6, 7]], np.uint8))
+    listed(path, line.format("JPEGImages", "a", "SegmentationClassAug", "a"))
+    for name in ("pascal_voc", "pascal_voc_aug"):
+        assert labels_of(name, tmp_path) == {"a": [5, 6, 7]}
+
+
+def test_every_layout_with_lists_reads_paths(tmp_path):
+    voc_tree(tmp_path, {"train": ["a"], "val": ["b"]}, "VOC2010", "SegmentationContext",
+             "SegmentationClassContext", (0, 1, 59))  # fmt: skip
+    base = tmp_path / "VOCdevkit/VOC2010/ImageSets/SegmentationContext/train.txt"
+    listed(base, "/JPEGImages/a.jpg /SegmentationClassContext/a.png")
+    assert labels_of("pascal_context", tmp_path) == {"a": [255, 0, 58]}
+    pair(tmp_path / "JPEGImages/a.jpg", tmp_path / "SegmentationPart/a.png", (0, 6, 255))
+    listed(tmp_path / "list/train_id.txt", "/JPEGImages/a.jpg /SegmentationPart/a.png")
+    assert labels_of("pascal_person_part", tmp_path) == {"a": [0, 6, 255]}
+    pair(tmp_path / "images/a.jpg", tmp_path / "annotations/a_labelTrainIds.png", (0, 170, 255))
+    listed(tmp_path / "imageLists/train.txt", "images/a.jpg annotations/a_labelTrainIds.png")
+    assert labels_of("coco_stuff10k", tmp_path) == {"a": [0, 170, 255]}
+
+
+def test_names_match_in_every_form_of_unicode(tmp_path):
+    one, other = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    assert one != other
+    for split, (image, label) in dict(train=(one, other), val=(other, one)).items():
+        save(tmp_path / f"images/{split}/{image}/{image}.png", photo(1, 3))
+        save(tmp_path / f"labels/{split}/{label}/{label}.png", np.array([[0, 1, 1]], np.uint8))
+        (tmp_path / "classes.txt").write_text("one\ntwo\n")
+        assert labels_of("folder", tmp_path, split) == {image: [0, 1, 1]}
+    base = voc_tree(tmp_path, {"train": [one], "val": [other]})
+    for kind, end in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (base / kind / f"{one}.{end}").rename(base / kind / "x")
+        (base / kind / f"{other}.{end}").rename(base / kind / f"{one}.{end}")
+        (base / kind / "x").rename(base / kind / f"{other}.{end}")
+        (base / kind / f"{one}.{end}").unlink()
+    assert labels_of("pascal_voc", tmp_path) == {other: [0, 20, 255]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_name_with_a_line_break_leaves_the_message_whole(workers, tmp_path, capsys):
+    folder(tmp_path, [[0, 1]])
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train/a.png").rename(tmp_path / kind / "train/a\nb\x1b.png")
+    (tmp_path / "images/train/a\nb\x1b.png").write_bytes(b"broken")
+    flags = ["folder", "--data-root", str(tmp_path), "--workers", str(workers)]
+    assert data.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.py: '{tmp_path}/images/train/a\\nb\\x1b.png' cannot be read as an image" in line
+
+    def work():  # as in train.py
+        next(iter(DataLoader(data.dataset("folder", tmp_path), num_workers=workers)))
+
+    assert data.guarded("train.py", work) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"train.py: '{tmp_path}/images/train/a\\nb\\x1b.png' cannot be read as an image" in line
 
 
 def test_names_that_the_terminal_does_not_have_are_printed_with_replaced_characters(
@@ -1836,10 +2100,11 @@ def test_an_archive_that_is_cut_short_or_changed_is_not_used(server, tmp_path, m
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Short) as httpd:
-        threading.Thread(target=httpd.handle_request, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{httpd.server_address[1]}/b.zip"
         monkeypatch.setitem(data.ARCHIVES, "ade20k", (data.Archive(url, ("b",)),))
         mistake(lambda: data.download("ade20k", root), "b.zip")
+        httpd.shutdown()
     assert not list(root.glob("*b.zip"))
 
 
@@ -1905,9 +2170,9 @@ def chunk(kind, content):
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
 
-def rgb16(height, width):
-    """A PNG of three channels of 16 bits, which Pillow does not write."""
-    values = np.arange(height * width * 3, dtype=">u2").reshape(height, -1) * 600
+def rgb16(height, width, step=600):
+    """A PNG of three channels of 16 bits, which Pillow does not write; values are step apart."""
+    values = (np.arange(height * width * 3).reshape(height, -1) * step).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
