@@ -279,6 +279,8 @@ class SPGNet(nn.Module):
     def forward(self, images, labels=None):
         size, losses = images.shape[2:], {}
         loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
+        if labels is not None:
+            backbones.check_labels(labels, images, self.classifier.out_channels)
         x, maps = backbones.extended(images, 32), None
         for i, stage in enumerate(self.stages):
             maps = stage(x, maps)
