@@ -9,8 +9,7 @@ its maps at four levels and is dilated on request:
 
 Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride of a stage is
 removed, the convolutions after it are dilated by the same factor. Each kernel then still sees the
-samples that it was trained on. (An EfficientNet's squeeze-and-excitation averages over more of
-them, and `multi_grid` departs from this rule.)
+samples that it was trained on (but for `multi_grid`, and EfficientNets' squeeze-and-excitation).
 
 Alignment: the section "alignment" says where the positions of a map are on the image, and a
 Backbone's `forward`, `upsample`, `resize` and `positions` take care of it. No method file has to.
@@ -19,8 +18,10 @@ To copy: this file stands alone.
 """
 
 import inspect
+import itertools
 import re
 import sys
+import zipfile
 from collections import OrderedDict
 from functools import partial
 
@@ -39,29 +40,22 @@ _EFFICIENT = ("2", "3", "5", "8")
 # It ends at 320 channels, before the 1x1 convolution to 1280, as in DeepLab, on which KSAC builds
 # (Sandler et al., "MobileNetV2", CVPR 2018, Sect. 6.3). KSAC's Table 2.1 could not decide.
 _MOBILE = ("3", "6", "13", "17")
-# name -> (these layers, or None: the model itself returns the maps; channels; output strides)
-_LEVELS = {
-    "resnet18": (_RESNET, (64, 128, 256, 512), [32, 16, 8]),
-    "resnet34": (_RESNET, (64, 128, 256, 512), [32, 16, 8]),
-    "resnet50": (_RESNET, (256, 512, 1024, 2048), [32, 16, 8]),
-    "resnet101": (_RESNET, (256, 512, 1024, 2048), [32, 16, 8]),
-    "resnet152": (_RESNET, (256, 512, 1024, 2048), [32, 16, 8]),
-    "mobilenet_v2": (_MOBILE, (24, 32, 96, 320), [32, 16, 8]),
-    "xception65": (None, (256, 728, 728, 2048), [32, 16, 8]),
-    "hrnet_w18": (None, (18, 36, 72, 144), [32]),
-    "hrnet_w32": (None, (32, 64, 128, 256), [32]),
-    "hrnet_w48": (None, (48, 96, 192, 384), [32]),
-    "efficientnet_b5": (_EFFICIENT, (40, 64, 176, 2048), [32, 16, 8]),
-    "efficientnet_b7": (_EFFICIENT, (48, 80, 224, 2560), [32, 16, 8]),
-    "convnext_tiny": (_PATCHES, (96, 192, 384, 768), [32, 8]),
-    "convnext_small": (_PATCHES, (96, 192, 384, 768), [32, 8]),
-    "convnext_base": (_PATCHES, (128, 256, 512, 1024), [32, 8]),
-    "convnext_large": (_PATCHES, (192, 384, 768, 1536), [32, 8]),
-    "swin_t": (_PATCHES, (96, 192, 384, 768), [32, 8]),
-    "swin_s": (_PATCHES, (96, 192, 384, 768), [32, 8]),
-    "swin_b": (_PATCHES, (128, 256, 512, 1024), [32, 8]),
-    "swin_l": (_PATCHES, (192, 384, 768, 1536), [32, 8]),
-}
+# Names; these layers, or None: the model itself returns the maps; channels; output strides.
+_FAMILIES = (
+    ("resnet18 resnet34", _RESNET, (64, 128, 256, 512), [32, 16, 8]),
+    ("resnet50 resnet101 resnet152", _RESNET, (256, 512, 1024, 2048), [32, 16, 8]),
+    ("mobilenet_v2", _MOBILE, (24, 32, 96, 320), [32, 16, 8]),
+    ("xception65", None, (256, 728, 728, 2048), [32, 16, 8]),
+    ("hrnet_w18", None, (18, 36, 72, 144), [32]),
+    ("hrnet_w32", None, (32, 64, 128, 256), [32]),
+    ("hrnet_w48", None, (48, 96, 192, 384), [32]),
+    ("efficientnet_b5", _EFFICIENT, (40, 64, 176, 2048), [32, 16, 8]),
+    ("efficientnet_b7", _EFFICIENT, (48, 80, 224, 2560), [32, 16, 8]),
+    ("convnext_tiny convnext_small swin_t swin_s", _PATCHES, (96, 192, 384, 768), [32, 8]),
+    ("convnext_base swin_b", _PATCHES, (128, 256, 512, 1024), [32, 8]),
+    ("convnext_large swin_l", _PATCHES, (192, 384, 768, 1536), [32, 8]),
+)
+_LEVELS = {name: levels for names, *levels in _FAMILIES for name in names.split()}
 NAMES = tuple(_LEVELS)
 
 
@@ -77,24 +71,25 @@ class Backbone(nn.Module):
         super().__init__()
         self.patches, self.coarsest = ends is _PATCHES, strides[-1]
         self.channels_last = isinstance(model, models.SwinTransformer)
-        if ends is None:
-            self.body = model
-        elif hasattr(model, "features"):
-            self.body = nn.Sequential(OrderedDict(features=_Levels(model.features, ends)))
-        else:
-            self.body = _Levels(model, ends)
+        self.body = _Levels(getattr(model, "features", model), ends) if ends else model
+        if hasattr(model, "features"):
+            self.body = nn.Sequential(OrderedDict(features=self.body))
         eps = 1e-5 if self.channels_last else 1e-6
         normed = channels if self.patches else ()
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=eps) for c in normed)
         self.jpu = JointPyramidUpsampling(channels[1:]) if jpu else None
         self.channels = (*channels[:3], self.jpu.channels) if jpu else channels
         self.strides = (*strides[:3], strides[1]) if jpu else strides
+        # The functions of these names below, for this kind of backbone.
+        self.upsample = partial(upsample, patches=self.patches)
+        self.resize = partial(resize, patches=self.patches)
+        self.positions = partial(positions, patches=self.patches)
+        self.stride_of = partial(stride_of, coarsest=self.coarsest, patches=self.patches)
 
     def forward(self, images, extend=True):
         """Images float `[N, 3, H, W]` -> the list of four maps.
 
-        extend: enlarge the images to a size at which maps and pixels are aligned. Without it the
-        sides have to be such a size already, or the caller aligns the maps in its own way.
+        extend: enlarge the images so that maps and pixels are aligned; else the caller aligns them.
         """
         maps = self.body(extended(images, self.coarsest, self.patches) if extend else images)
         if self.patches:
@@ -102,25 +97,18 @@ class Backbone(nn.Module):
             maps = [norm(m).permute(0, 3, 1, 2) for norm, m in zip(self.norms, maps)]
         return maps if self.jpu is None else [*maps[:3], self.jpu(maps[1:])]
 
-    # These call the functions of the same names below, for this kind of backbone.
-    def upsample(self, x, stride, size):
-        return upsample(x, stride, size, self.patches)
-
-    def resize(self, x, like):
-        return resize(x, like, self.patches)
-
-    def positions(self, stride, length):
-        return positions(stride, length, self.patches)
-
-    def stride_of(self, side, length):
-        return stride_of(side, length, self.coarsest, self.patches)
+    def reads(self, *levels):
+        """Freeze what learns nothing where a network reads these levels alone; 0 is the finest."""
+        own = self.body.stage4[-1].fuse_layers if isinstance(self.body, HRNet) else self.norms
+        needed = (*levels, 1, 2, 3) if self.jpu else levels
+        for level, layers in enumerate(own):
+            layers.requires_grad_(level in needed)
 
 
 class _Levels(nn.Sequential):
     """A model's layers up to its last level: images -> the outputs of the layers named in `ends`.
 
-    torchvision's create_feature_extractor reorders the parameters of a Swin Transformer, hides its
-    layers from hooks, and traces for up to 0.7 s.
+    (create_feature_extractor reorders a Swin Transformer's parameters and hides layers from hooks.)
     """
 
     def __init__(self, model, ends):
@@ -192,9 +180,8 @@ def _model(name, weights, output_stride=32, multi_grid=None):
         try:
             return models.get_model(name, weights="IMAGENET1K_V1")
         except (OSError, RuntimeError, ValueError) as error:  # no network; cut short; unknown to it
-            raise ValueError(
-                f"weights of {name} could not be downloaded ({error}); give the path of a file"
-            ) from error
+            text = f"weights of {name} could not be downloaded ({error}); give the path of a file"
+            raise ValueError(text) from error
     if name == "xception65":
         model = Xception65(output_stride, multi_grid or (1, 1, 1))
     elif name.startswith("hrnet"):
@@ -244,13 +231,12 @@ class JointPyramidUpsampling(nn.Module):
         super().__init__()
         self.reduce = nn.ModuleList(Conv2dNormActivation(c, width, 3) for c in channels)
         together, self.channels = len(channels) * width, 4 * width
-
-        def separable(rate):
+        self.dilated = nn.ModuleList()
+        for rate in (1, 2, 4, 8):
             kwargs = dict(dilation=rate, groups=together, activation_layer=None)
             depthwise = Conv2dNormActivation(together, together, 3, **kwargs)
-            return nn.Sequential(depthwise, Conv2dNormActivation(together, width, 1))
-
-        self.dilated = nn.ModuleList(separable(rate) for rate in (1, 2, 4, 8))
+            pointwise = Conv2dNormActivation(together, width, 1)
+            self.dilated.append(nn.Sequential(depthwise, pointwise))
 
     def forward(self, maps):
         finest, *coarser = (reduce(m) for reduce, m in zip(self.reduce, maps))
@@ -273,12 +259,13 @@ class _XceptionUnit(nn.Module):
     def __init__(self, inputs, outputs, skip, stride=1, rates=(1, 1, 1), activated=False):
         super().__init__()
         relu = nn.ReLU if activated else None
-        self.skip, self.activated = skip, activated
+        self.activated = activated
         for i, (a, b, rate) in enumerate(zip([inputs, *outputs], outputs, rates), 1):
             kwargs = dict(groups=a, dilation=rate, stride=stride if i == 3 else 1)
             depthwise = _normed(a, a, 3, activation_layer=relu, **kwargs)
             setattr(self, f"separable_conv{i}_depthwise", depthwise)
             setattr(self, f"separable_conv{i}_pointwise", _normed(a, b, 1, activation_layer=relu))
+        self.shortcut = nn.Identity() if skip == "sum" else None
         if skip == "conv":
             self.shortcut = _normed(inputs, outputs[-1], 1, stride=stride)
 
@@ -290,11 +277,7 @@ class _XceptionUnit(nn.Module):
     def forward(self, x):
         second = self.separable(2, self.separable(1, x))
         y = self.separable(3, second)
-        if self.skip == "conv":
-            y = y + self.shortcut(x)
-        if self.skip == "sum":
-            y = y + x
-        return y, second
+        return y if self.shortcut is None else y + self.shortcut(x), second
 
 
 class Xception65(nn.Module):
@@ -362,19 +345,16 @@ class HighResolutionModule(nn.Module):
         levels = range(len(channels))
         blocks = [[BasicBlock(c, c) for _ in range(4)] for c in channels]
         self.branches = nn.ModuleList(nn.Sequential(*branch) for branch in blocks)
-        moved = [[self._moved(channels, source, target) for source in levels] for target in levels]
-        self.fuse_layers = nn.ModuleList(nn.ModuleList(layers) for layers in moved)
-
-    @staticmethod
-    def _moved(channels, source, target):
-        """From the map `source` to the map `target`: 1x1, or convolutions of stride 2."""
-        a, b = channels[source], channels[target]
-        if source == target:
-            return None
-        if source > target:
-            return Conv2dNormActivation(a, b, 1, activation_layer=None)
-        steps = [Conv2dNormActivation(a, a, 3, stride=2) for _ in range(target - source - 1)]
-        return nn.Sequential(*steps, Conv2dNormActivation(a, b, 3, stride=2, activation_layer=None))
+        self.fuse_layers = nn.ModuleList(nn.ModuleList() for _ in levels)
+        for target, source in itertools.product(levels, levels):
+            a, b, layer = channels[source], channels[target], None
+            if source > target:
+                layer = Conv2dNormActivation(a, b, 1, activation_layer=None)
+            elif source < target:  # convolutions of stride 2
+                steps = [Conv2dNormActivation(a, a, 3, stride=2) for _ in range(source + 1, target)]
+                last = Conv2dNormActivation(a, b, 3, stride=2, activation_layer=None)
+                layer = nn.Sequential(*steps, last)
+            self.fuse_layers[target].append(layer)
 
     def forward(self, maps):
         maps = [branch(x) for branch, x in zip(self.branches, maps)]
@@ -451,15 +431,12 @@ def load_weights(model, path):
     The state dict may be in the file under "model" or "state_dict", its names may begin with
     "module." or "_orig_mod.", and may be those of the authors of Swin Transformer or ConvNeXt.
 
-    Raises ValueError that names keys or shapes that differ, FileNotFoundError without the file.
+    Raises ValueError that names keys or shapes that differ, and as load_file.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at '{path}': give a file, or 'imagenet'") from None
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"'{path}' cannot be read as a PyTorch state dict ({reason})") from error
     for name in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -481,6 +458,31 @@ def load_weights(model, path):
             f"'{path}' does not fit: {len(missing)} missing from the file {missing[:4]}, "
             f"{len(unknown)} not in the network {unknown[:4]}"
         )
+
+
+def load_file(path):
+    """What torch.save wrote to `path`, on the CPU: tensors, and Python's own types.
+
+    Raises FileNotFoundError, and ValueError in one line for any other reason. The archive's
+    checksums are compared, which PyTorch does not do: it loads a damaged file.
+    """
+    damaged = None
+    try:
+        if zipfile.is_zipfile(path):  # before PyTorch 1.6 a file was no archive
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        lines = f"{type(error).__name__} {error}".splitlines()
+        reason = next((line.strip() for line in lines if "Unpickler" in line), lines[0])
+        if objects := re.findall(r"GLOBAL (\S+)", reason):
+            save = "save the state dict alone: torch.save(net.state_dict(), path)"
+            reason = f"it holds a Python object, {objects[0]}; {save}"
+        raise ValueError(f"'{path}' cannot be read ({reason})") from error
+    raise ValueError(f"'{path}' is damaged at {damaged}: copy or download it again")
 
 
 class Decoder(nn.Module):
@@ -507,6 +509,29 @@ def average_pool(x, size):
     ones = (torch.eye(side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
     rows, columns = (F.adaptive_avg_pool1d(one, size) for one in ones)
     return rows.mT @ x @ columns
+
+
+def check_labels(labels, images, num_classes):
+    """ValueError unless labels are int64 `[N, H, W]` in 0 … K-1 or 255 = ignored.
+
+    images `[N, C, H, W]`, or features. Ids are looked at on the CPU alone, and not while compiling:
+    on CUDA the process would have to wait for the device.
+    """
+    size = [len(images), *images.shape[2:]]
+    if list(labels.shape) != size:
+        advice = f"for a feature map, labels_at(labels, {tuple(size[1:])}) takes its positions'"
+        text = f"labels {list(labels.shape)} do not match {list(images.shape)}: expected {size}"
+        raise ValueError(f"{text}; {advice}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}: expected int64, call labels.long()")
+    without_numbers = torch.compiler.is_compiling() or type(labels) is not torch.Tensor
+    if without_numbers or not labels.is_cpu:
+        return
+    wrong = (labels < 0) | ((labels >= num_classes) & (labels != 255))
+    if wrong.any():
+        known = f"num_classes={num_classes}: expected 0 to {num_classes - 1}, or 255 = ignored"
+        advice = "give the dataset's number of classes, or map its labels"
+        raise ValueError(f"labels {labels[wrong].unique().tolist()} with {known}; {advice}")
 
 
 def joint_mean(values, counted):
@@ -555,9 +580,8 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 
 
 def extended(images, stride, patches=False):
-    """Images `[N, C, H, W]`, extended at the right and the bottom to the next n·stride + 1 pixels.
-
-    patches: to the next multiple of `stride`.
+    """Images `[N, C, H, W]`, extended at the right and the bottom to the next n·stride + 1 pixels,
+    or for `patches` to the next multiple of `stride`.
     """
     remainder = 0 if patches else 1
     bottom, right = ((remainder - side) % stride for side in images.shape[2:])
@@ -584,9 +608,8 @@ def resize(x, like, patches=False):
 
 
 def positions(stride, length, patches=False):
-    """The pixel of each of the `length` positions of a map at `stride`, along one side, int64.
-
-    patches: the middle of the patch, rounded up.
+    """The pixel of each of the `length` positions of a map at `stride`, along one side, int64;
+    of `patches` the middle, rounded up.
     """
     return torch.arange(length) * stride + (stride // 2 if patches else 0)
 
@@ -608,9 +631,7 @@ def nearest(positions, side):
 
 
 def spread(sides, size):
-    """The pixel at the middle of each position of a map of `size` that covers an image evenly:
-    row and column indices, int64.
-    """
+    """Row and column indices, int64, of the positions of a map of `size` spread over an image."""
     return [((torch.arange(n) + 0.5) * (side / n)).long() for side, n in zip(sides, size)]
 
 
@@ -647,10 +668,7 @@ def one_image(net, image):
 
 
 def one_pixel(pixel, size):
-    """(row, column) of a figure's pixel in an image of `size`: `pixel`, or the centre if None.
-
-    ValueError where it is outside.
-    """
+    """(row, column) of a pixel, None: the centre; ValueError outside an image of `size`."""
     H, W = size
     i, j = (H // 2, W // 2) if pixel is None else pixel
     if not (0 <= i < H and 0 <= j < W):
@@ -677,9 +695,8 @@ def check_options(network, options, *parts):
     unknown = ", ".join(sorted(set(options) - set(known)))
     if unknown:
         listed = ", ".join(f"{name}={default!r}" for name, default in known.items())
-        raise ValueError(
-            f"{network.__name__} has no option {unknown}; its options and defaults are {listed}"
-        )
+        text = f"{network.__name__} has no option {unknown}; its options and defaults are {listed}"
+        raise ValueError(text)
     for name, value in options.items():
         kind, switch = type(known[name]), isinstance(value, bool)
         if kind is bool and not switch:

@@ -327,6 +327,7 @@ class CAANet(nn.Module):
         super().__init__()
         grid = (1, 2, 4) if backbone.startswith("resnet") else None  # the released code's
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
+        self.backbone.reads(*([0, 3] if decoder else [3]))
         low, *_, high = self.backbone.channels
         if dual is not None:
             if attention is None or se:
@@ -354,6 +355,7 @@ class CAANet(nn.Module):
         logits = upsample(self.classifier(self.drop(features)), stride, size)
         if labels is None:
             return logits
+        backbones.check_labels(labels, images, self.classifier.out_channels)
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
         for name, branch in branches.items():
             logits = upsample(branch, self.stride, size)

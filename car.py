@@ -73,9 +73,10 @@ def class_centers(features, labels, num_classes, scope="batch"):
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored -> float32 `[K, C]`, `[K]` over
     the batch; scope="image": `[N, K, C]`, `[N, K]`. An absent class has centre 0. In distributed
     training the batch is that of all processes, and each must call this. Here and below float64
-    stays float64. Raises ValueError as check_labels.
+    stays float64. Raises ValueError as backbones.check_labels.
     """
-    X, Y = flat(features), one_hot(labels, num_classes, features)  # [N, HW, C], [N, HW, K]
+    Y = one_hot(labels, num_classes, features)  # [N, HW, K]
+    X = flat(features, labels)  # [N, HW, C]
     sums, counts = Y.mT @ X, Y.sum(1)  # Yᵀ·X  [N, K, C]; N_non-zero  [N, K]
     if scope == "batch":
         sums, counts = sum_over_processes(sums.sum(0)), sum_over_processes(counts.sum(0))
@@ -88,13 +89,13 @@ def intra_center_to_pixel(features, labels, centers, released=False):
 
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored, centers `[K, C]` or
     `[N, K, C]` -> scalar, at least 0. released: see ClassAwareRegularization, here and below.
-    Raises ValueError as check_labels.
+    Raises ValueError as backbones.check_labels.
     """
-    check_labels(labels, features, centers.shape[-2])
+    backbones.check_labels(labels, features, centers.shape[-2])
     # Gradients are stopped at the centres, as in the released code; the thesis does not say. With
     # the batch's centres and a mean of squares they would be 0: Σ(μ - X) over a class is 0.
     mu = centers.detach().expand(len(features), *centers.shape[-2:])  # [N, K, C]
-    X, sigma = flat(features), (labels == 255).flatten(1).unsqueeze(2)  # [N, HW, C], [N, HW, 1]
+    X, sigma = flat(features, labels), ignored(labels)  # [N, HW, C], [N, HW, 1]
     index = labels.flatten(1).unsqueeze(2).masked_fill(sigma, 0).expand(-1, -1, mu.shape[2])
     Y_mu = mu.gather(1, index)  # Y·μ: looking centres up is cheaper than multiplying  [N, HW, C]
     # Ignored pixels add zero loss but stay in the denominator.
@@ -127,10 +128,11 @@ def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=Fals
 
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored, centers `[K, C]` or
     `[N, K, C]`, K at least 2 -> scalar in 0…1. epsilon: ε_1. literal: Eq. (4.11) as printed,
-    without √C. Raises ValueError as check_labels.
+    without √C. Raises ValueError as backbones.check_labels.
     """
     K, C = centers.shape[-2:]
-    X, Y = flat(features), one_hot(labels, K, features)  # [N, HW, C], [N, HW, K]
+    Y = one_hot(labels, K, features)  # [N, HW, K]
+    X = flat(features) if released else flat(features, labels)  # [N, HW, C]
     mu = centers.detach().to(X.dtype)  # stopped as in the released code; the thesis does not say
     energy = X @ mu.mT  # Λ_c2p, Eq. (4.8)  [N, HW, K]
     diagonal = mu.square().sum(-1).unsqueeze(-2)  # Λ_c, Eq. (4.9)  [1, K] or [N, 1, K]
@@ -143,38 +145,30 @@ def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=Fals
     D = (1 - Y) * A  # Eq. (4.12)  [N, HW, K]
     D = F.relu(D - epsilon / (K - 1)).sum(-1)  # Eq. (4.13)  [N, HW]
     # Ignored pixels are masked, as in Eq. (4.3). Eqs. (4.12) to (4.14) print no σ: our choice.
-    masked = D.masked_fill((labels == 255).flatten(1), 0)
+    masked = D.masked_fill(ignored(labels).squeeze(2), 0)
     return f_mse(D.clamp(1e-7, 1 - 1e-7) if released else masked, released)  # Eq. (4.14)
 
 
-def flat(features):
-    """X_flat, Sect. 4.3.1: `[N, C, h, w]` -> `[N, HW, C]`, float32."""
-    return features.flatten(2).mT.to(torch.promote_types(features.dtype, torch.float32))
+def flat(features, labels=None):
+    """X_flat, Sect. 4.3.1: `[N, C, h, w]` -> `[N, HW, C]`, float32.
+
+    labels: those of the positions. The rows of ignored pixels are then 0: products with 0 in Y
+    would not remove a feature that is infinite.
+    """
+    X = features.flatten(2).mT.to(torch.promote_types(features.dtype, torch.float32))
+    return X if labels is None else X.masked_fill(ignored(labels), 0)
+
+
+def ignored(labels):
+    """σ, Sect. 4.3: labels `[N, h, w]` -> bool `[N, HW, 1]`, True for ignored pixels."""
+    return (labels == 255).flatten(1).unsqueeze(2)
 
 
 def one_hot(labels, num_classes, features):
     """Y_flat, Sect. 4.3.1: `[N, h, w]` -> `[N, HW, K]`; the row of an ignored pixel is 0."""
-    check_labels(labels, features, num_classes)
+    backbones.check_labels(labels, features, num_classes)
     Y = labels.flatten(1).unsqueeze(2) == torch.arange(num_classes, device=labels.device)
     return Y.to(torch.promote_types(features.dtype, torch.float32))
-
-
-def check_labels(labels, features, num_classes):
-    """ValueError unless labels are int64 `[N, h, w]` of the features' size, 0 … K-1 or 255."""
-    size = [len(features), *features.shape[2:]]
-    if list(labels.shape) != size:
-        raise ValueError(
-            f"labels {list(labels.shape)} do not match {list(features.shape)}: expected {size}; "
-            f"for a feature map, labels_at(labels, {tuple(size[1:])}) takes those of its positions"
-        )
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels are {labels.dtype}: expected int64, call labels.long()")
-    wrong = labels[(labels != 255) & ((labels < 0) | (labels >= num_classes))].unique().tolist()
-    if wrong:
-        raise ValueError(
-            f"labels {wrong} with num_classes={num_classes}: expected 0 to {num_classes - 1}, or "
-            "255 = ignored; give the dataset's number of classes, or map its labels"
-        )
 
 
 def labels_at(labels, size, pixels=None):
@@ -245,7 +239,7 @@ class ClassAwareRegularization(nn.Module):
     weight decay        --weight-decay 2e-4 --no-decay-norms  Keras' l2(1e-4) on kernels alone
 
     Raises ValueError for K, centers, decay and channels that do not fit, for literal and released
-    together, and as check_labels.
+    together, and as backbones.check_labels.
     """
 
     def __init__(self, num_classes, channels=None, *, intra=True, inter_c2c=True, inter_c2p=True,
@@ -388,7 +382,7 @@ class Regularized(nn.Module):
     def forward(self, images, labels=None):
         if labels is None:
             return self.net(images)
-        check_labels(labels, images, self.num_classes)
+        backbones.check_labels(labels, images, self.num_classes)
         inputs = {"labels": labels} if self.takes_labels else {}
         output, X, logits = watch(self.net, self.regularized, self.classifier, images, **inputs)
         if is_map(logits):
@@ -649,6 +643,7 @@ class CARNet(nn.Module):
             self.head, width = OCR(high, before, num_classes), 2 * 512
         else:
             raise ValueError(f"head={head!r}: it is 'self_attention', 'fcn', 'uper' or 'ocr'")
+        self.backbone.reads(*{"uper": (0, 1, 2, 3), "ocr": (2, 3)}.get(head, (3,)))
         self.stride = self.backbone.strides[0 if head == "uper" else -1]
         self.released_conv = nn.Conv2d(width, 512, 1) if released else nn.Identity()
         width = 512 if released else width
@@ -678,7 +673,7 @@ class CARNet(nn.Module):
         logits = self.backbone.upsample(self.classifier(steps[-1]), self.stride, size)
         if labels is None:
             return logits
-        check_labels(labels, images, self.car.num_classes)
+        backbones.check_labels(labels, images, self.car.num_classes)
         losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
         if self.auxiliary is not None:
             coarse = self.auxiliary(maps[-1])

@@ -285,6 +285,8 @@ class HFGD(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6  # Sect. 4
         self.guided, self.stop_features = guided and upsampler is not None, stop_features
+        if upsampler is None or (self.guided and stop_features):  # no gradient to the finer maps
+            self.backbone.reads(*([2, 3] if encoder == "ocr" else [3]))
         # Without guidance "identity" is the last map as it is (Table 1).
         z_width = None if encoder == "identity" and not self.guided else width
         options = encoder, leading, z_width, released
@@ -318,6 +320,7 @@ class HFGD(nn.Module):
         logits = {name: upsample(y, stride, size) for name, (y, stride) in logits.items()}
         if labels is None:
             return logits.popitem()[1]
+        backbones.check_labels(labels, images, self.classifier.out_channels)
         losses = {name: backbones.pixel_cross_entropy(y, labels) for name, y in logits.items()}
         if isinstance(self.encoder.body, OCR):
             regions = upsample(for_losses, self.backbone.strides[-2], size)

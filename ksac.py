@@ -161,6 +161,7 @@ class KSACNet(nn.Module):
         # Multi-grid as in DeepLabv3+; the thesis does not say.
         grid = (1, 2, 4) if backbone.startswith("resnet") else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
+        self.backbone.reads(*([0, 3] if decoder else [3]))
         low, *_, high = self.backbone.channels
         if head == "ksac":
             rates = sorted([*rates, *extra_rates])
@@ -189,6 +190,7 @@ class KSACNet(nn.Module):
         logits = self.backbone.upsample(self.classifier(x), self.stride, images.shape[2:])
         if labels is None:
             return logits
+        backbones.check_labels(labels, images, self.classifier.out_channels)
         return {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
 
     @torch.no_grad()

@@ -486,6 +486,7 @@ class SpecializeAndFuse(nn.Module):
         if labels is None:
             fused = fuse(semantic, unity_prob, self.threshold) if unity else semantic[-1]
             return self.to_pixels(fused, fitted, images)
+        backbones.check_labels(labels, images, self.classifier.out_channels)
         labels = resized_labels(labels, fitted.shape[2:])
         truth, unity_truth = pyramid_labels(labels, self.strides, self.finest)
         if unity:

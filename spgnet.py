@@ -279,7 +279,16 @@ class SPGNet(nn.Module):
     def forward(self, images, labels=None):
         size, losses = images.shape[2:], {}
         loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
+        if labels is not None:
+            backbones.check_labels(labels, images, self.classifier.out_channels)
         x, maps = backbones.extended(images, 32), None
+        if self.training and len(x) == 1 and x.shape[2:] == (33, 33):
+            if not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
+                raise ValueError(
+                    "one image of at most 33x33 pixels has 2x2 positions at stride 32. Batch norm "
+                    "needs more than 1 value per channel; of 4 its gradients explode: take a batch "
+                    "of at least two images for each process, or larger crops"
+                )
         for i, stage in enumerate(self.stages):
             maps = stage(x, maps)
             x_d = maps[1][0]  # [N, D, H/4, W/4]

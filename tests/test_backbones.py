@@ -1,15 +1,20 @@
+import importlib
 import math
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LIGHT
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
 import backbones
 
+METHODS = ("ksac", "caa", "car", "spgnet", "pyramid_fuse", "hfgd")
 SMALL = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
 
 
@@ -691,6 +696,49 @@ def test_unreadable_weights_are_a_value_error_of_one_line(tmp_path, kept):
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("inside", ["weights", "names"])
+def test_damaged_weights_are_a_value_error_that_names_the_part(tmp_path, inside):
+    path = saved(tmp_path / "w.pth")
+    content = bytearray(path.read_bytes())
+    if inside == "weights":
+        start = len(content) // 4
+        content[start : start + 2**16] = bytes(2**16)
+    else:  # a letter of a name: it would be a missing key
+        start = content.index(b"conv1.weight")
+        content[start] += 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)  # PyTorch does not see it
+    message = rf"'{path}' is damaged at w/data(/\d+|\.pkl): copy or download it again"
+    for call in (backbones.load_file, lambda path: backbones.build("resnet18", weights=path)):
+        with pytest.raises(ValueError, match=message):
+            call(path)
+
+
+@pytest.mark.system
+def test_files_of_torch_before_1_6_load(tmp_path):
+    x = torch.randn(3)
+    torch.save({"x": x}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(backbones.load_file(tmp_path / "w.pth")["x"], x)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("archive", [True, False])
+def test_python_objects_beside_weights_are_named(tmp_path, archive):
+    path, kwargs = tmp_path / "w.pth", dict(_use_new_zipfile_serialization=archive)
+    state = models.resnet18().state_dict()
+    torch.save({"state_dict": state, "best": np.float64(0.7)}, path, **kwargs)
+    message = (
+        r"\(it holds a Python object, numpy\.(_core|core)\.multiarray\.scalar; save the state "
+    )
+    message += r"dict alone: torch\.save\(net\.state_dict\(\), path\)\)$"
+    with pytest.raises(ValueError, match=message) as caught:
+        backbones.build("resnet18", weights=path)
+    assert str(caught.value).isprintable()
+    torch.save(state, path, **kwargs)  # and the advice is right
+    backbones.build("resnet18", weights=path)
+
+
+@pytest.mark.system
 def test_missing_weights_are_a_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         backbones.build("resnet18", weights=tmp_path / "nowhere.pth")
@@ -708,6 +756,113 @@ def test_failed_download_is_a_value_error_that_says_what_to_do(monkeypatch, erro
     monkeypatch.setattr(models, "get_model", get_model)
     with pytest.raises(ValueError, match="resnet18 could not be downloaded .*no route.*path"):
         backbones.build("resnet18", weights="imagenet")
+
+
+# ------------------------------------------------------------------------------------------- labels
+
+
+LABELS = torch.arange(2 * 32 * 48).reshape(2, 32, 48) % 3
+WRONG = {  # what is wrong -> labels of 3 classes, what is said
+    "transposed": (
+        LABELS.mT,
+        r"labels \[2, 48, 32\] do not match \[2, 3, 32, 48\]: expected \[2, 32",
+    ),
+    "a quarter": (LABELS[:, ::4, ::4], r"labels \[2, 8, 12\] do not match"),
+    "one image": (LABELS[:1], r"labels \[1, 32, 48\] do not match"),
+    "a channel": (LABELS.unsqueeze(1), r"labels \[2, 1, 32, 48\] do not match"),
+    "float": (LABELS.float(), r"labels are torch.float32: expected int64, call labels.long\(\)"),
+    "uint8": (LABELS.byte(), "labels are torch.uint8: expected int64"),
+    "-1": (LABELS - 1, r"labels \[-1\] with num_classes=3: expected 0 to 2, or 255 = ignored"),
+    "-100": (LABELS.masked_fill(LABELS == 0, -100), r"labels \[-100\] with"),
+    "3 and 256": (LABELS.masked_fill(LABELS == 0, 256) + 1, r"labels \[3, 257\] with"),
+}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_labels_are_the_same_error_in_every_network(method):
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        net = importlib.import_module(method).build(3, LIGHT)
+        for labels, message in WRONG.values():
+            with pytest.raises(ValueError, match=message):
+                net(images, labels)
+        assert net(images, LABELS.masked_fill(LABELS == 1, 255))
+
+
+@pytest.mark.network
+def test_ids_are_not_looked_at_where_that_would_wait_or_cannot_be():
+    wrong = torch.full((2, 4, 4), 9)
+    with torch.device("meta"):
+        backbones.check_labels(torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 3, 4, 4), 3)
+    with FakeTensorMode():
+        labels, images = torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 3, 4, 4)
+        backbones.check_labels(labels, images, 3)
+        with pytest.raises(ValueError, match="do not match"):
+            backbones.check_labels(labels, images.mT[:, :, 1:], 3)
+
+    def compiled(images, labels):
+        backbones.check_labels(labels, images, 3)
+        return images + 1
+
+    compiled = torch.compile(compiled, backend="eager", fullgraph=True)  # no break in the graph
+    assert compiled(torch.zeros(2, 3, 4, 4), wrong).all()
+    with pytest.raises(ValueError, match=r"labels \[9\]"):
+        backbones.check_labels(wrong, torch.zeros(2, 3, 4, 4), 3)
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+LEVELS_READ = [  # every way in which a network reads the levels of a backbone
+    ("ksac", "swin_t", {"output_stride": 32}),
+    ("ksac", "convnext_tiny", {"output_stride": 32, "decoder": True}),
+    ("ksac", "hrnet_w18", {"output_stride": 32}),
+    ("caa", "swin_t", {}),  # stride 8 by joint pyramid upsampling
+    ("caa", "convnext_tiny", {"decoder": True}),
+    ("caa", "hrnet_w18", {"output_stride": 32, "decoder": True}),
+    ("car", "swin_t", {"head": "fcn", "output_stride": 32}),
+    ("car", "convnext_tiny", {"head": "uper"}),
+    ("car", "hrnet_w18", {"head": "ocr"}),
+    ("spgnet", "mobilenet_v2", {}),
+    ("spgnet", "mobilenet_v2", {"guidance": "se", "supervise": False}),
+    ("pyramid_fuse", "swin_t", {}),
+    ("pyramid_fuse", "convnext_tiny", {"output": "single", "context": "anl"}),
+    ("pyramid_fuse", "hrnet_w18", {"output": "auxiliary"}),
+    ("hfgd", "swin_t", {}),
+    ("hfgd", "convnext_tiny", {"encoder": "ocr"}),
+    ("hfgd", "hrnet_w18", {}),
+    ("hfgd", "swin_t", {"stop_features": False}),
+    ("hfgd", "convnext_tiny", {"upsampler": None}),
+]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("method, backbone, options", LEVELS_READ)
+def test_every_parameter_that_is_not_frozen_gets_a_gradient(method, backbone, options):
+    net = importlib.import_module(method).build(3, backbone, **options)
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    own = ("backbone.norms.", "backbone.body.stage4.2.fuse_layers.")
+    assert all(name.startswith(own) for name in frozen)
+    net.requires_grad_(True)
+    # Without a labelled pixel: which parameters get a gradient must not depend on the labels.
+    images, labels = torch.randn(2, 3, 32, 32), torch.full((2, 32, 32), 255)
+    sum(net(images, labels).values()).backward()
+    assert {name for name, p in net.named_parameters() if p.grad is None} == frozen
+
+
+@pytest.mark.system
+def test_two_processes_train_without_looking_for_unused_parameters(two_processes):
+    assert two_processes(two_steps) == [True, True]
+
+
+def two_steps(rank):
+    torch.manual_seed(0)
+    net = importlib.import_module("ksac").build(3, "hrnet_w18", output_stride=32)
+    ddp = nn.parallel.DistributedDataParallel(net)
+    for labels in (torch.full((2, 32, 32), 255), torch.zeros(2, 32, 32, dtype=torch.int64)):
+        sum(ddp(torch.randn(2, 3, 32, 32), labels).values()).backward()
+    return all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
 
 # --------------------------------------------------------------------------------------------- loss

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from conftest import LIGHT
 
-import backbones
 import caa
 
 pytestmark = pytest.mark.usefixtures("one_seed")
@@ -1120,14 +1119,14 @@ def test_losses_are_the_means_over_labelled_pixels_with_the_auxiliary_at_0_4(dua
 def test_ignored_pixels_pull_on_no_logits(dual, monkeypatch):
     net, (images, labels) = small(dual=dual), batch()
     labels[0, :30] = labels[1, :, 10:] = 255
-    upsampled, plain = [], backbones.upsample
+    upsampled, plain = [], net.backbone.upsample
 
     def upsample(*arguments):
         upsampled.append(plain(*arguments))
         upsampled[-1].retain_grad()
         return upsampled[-1]
 
-    monkeypatch.setattr(backbones, "upsample", upsample)
+    monkeypatch.setattr(net.backbone, "upsample", upsample)
     losses = net(images, labels)
     sum(losses.values()).backward()
     assert len(upsampled) == len(losses) == (4 if dual else 2)

@@ -331,6 +331,24 @@ def test_gradient_of_intra_through_the_centres_cancels():
 
 
 @pytest.mark.equation
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+@pytest.mark.parametrize("centers", ["batch", "image", "moving"])
+def test_what_an_ignored_pixel_holds_changes_no_loss_and_no_gradient(centers, wrong):
+    features, labels = scene(c=4, classes=4)
+    module = car.ClassAwareRegularization(4, 4, centers=centers).double().eval()
+    results = []
+    for value in (0.0, wrong):
+        with torch.no_grad():
+            features[0, :, 0, 0] = features[1, 2, -1, -1] = value  # scene ignores these two
+        losses = module(features, labels)
+        (gradient,) = torch.autograd.grad(sum(losses.values()), features)
+        assert not gradient[0, :, 0, 0].any() and gradient.any()
+        results.append([*losses.values(), gradient])
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.equation
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("centers", ["batch", "image", "moving"])
 @pytest.mark.parametrize(

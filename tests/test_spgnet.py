@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import normed, trained
+from conftest import LIGHT, normed, trained
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
@@ -689,3 +689,14 @@ def test_all_classes_are_on_one_sheet_by_name(monkeypatch):
     assert all(panel.tile.shape == (3, 40, 50) for panel in panels)
     assert all(panel.scale[0] == "0" and float(panel.scale[1]) > 0 for panel in panels[2:])
     assert columns == 3 and len(maps) == 1 and caption == net.caption
+
+
+@pytest.mark.network
+def test_one_small_image_is_a_clear_error_in_training_and_fine_in_evaluation():
+    images, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.int64)
+    net = spgnet.build(3, LIGHT, channels=16)
+    for side in (2, 33):
+        with pytest.raises(ValueError, match="more than 1 value per channel; .* at least two im"):
+            net(images[:1, :, :side, :side], labels[:1, :side, :side])
+    assert net(images[:, :, :32, :32], labels[:, :32, :32]) and net(images[:1], labels[:1])
+    assert net.eval()(images[:1, :, :32, :32]).shape == (1, 3, 32, 32)
