@@ -235,8 +235,7 @@ class JointPyramidUpsampling(nn.Module):
         for rate in (1, 2, 4, 8):
             kwargs = dict(dilation=rate, groups=together, activation_layer=None)
             depthwise = Conv2dNormActivation(together, together, 3, **kwargs)
-            pointwise = Conv2dNormActivation(together, width, 1)
-            self.dilated.append(nn.Sequential(depthwise, pointwise))
+            self.dilated.append(nn.Sequential(depthwise, Conv2dNormActivation(together, width, 1)))
 
     def forward(self, maps):
         finest, *coarser = (reduce(m) for reduce, m in zip(self.reduce, maps))
@@ -524,9 +523,8 @@ def check_labels(labels, images, num_classes):
         raise ValueError(f"{text}; {advice}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}: expected int64, call labels.long()")
-    without_numbers = torch.compiler.is_compiling() or type(labels) is not torch.Tensor
-    if without_numbers or not labels.is_cpu:
-        return
+    if torch.compiler.is_compiling() or type(labels) is not torch.Tensor or not labels.is_cpu:
+        return  # FakeTensor and the like hold no numbers
     wrong = (labels < 0) | ((labels >= num_classes) & (labels != 255))
     if wrong.any():
         known = f"num_classes={num_classes}: expected 0 to {num_classes - 1}, or 255 = ignored"
