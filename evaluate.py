@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,9 +45,8 @@ from data import UserError, guarded, own_session
 
 AMP = ("auto", "bf16", "fp16", "off")  # mixed precision; auto: bf16, or what the GPU has; CPU: off
 
+
 # --------------------------------------------------------------------------- metrics and prediction
-
-
 class ConfusionMatrix:
     """`matrix`: int64 `[K, K]`, the pixels of each (true class, predicted class)."""
 
@@ -60,15 +60,9 @@ class ConfusionMatrix:
         pairs = labels.flatten().long() * K + prediction.flatten()
         self.matrix += torch.bincount(pairs, minlength=K * K)[: K * K].view(K, K)
 
-    def all_reduce(self):
-        """Sum over all processes, which may have counted unequal shares."""
-        if dist.is_initialized():
-            dist.all_reduce(self.matrix)
-
     def result(self):
-        """mIoU, pixel_accuracy, class_accuracy (the mean over the labelled classes): in 0…1, NaN if
-        nothing is labelled. IoU: per class, None if it is neither labelled nor predicted. labelled:
-        whether the class is.
+        """mIoU, pixel_accuracy, class_accuracy (over the labelled classes): NaN if none is. Of each
+        class: IoU, None if it is neither labelled nor predicted; labelled, whether it is.
         """
         matrix = self.matrix.cpu().double()
         hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
@@ -103,16 +97,15 @@ def warn_of_absent(labelled, dataset, name):
     if not any(labelled):
         text = f"no pixel of {name} is labelled: there is nothing to measure"
     if absent:
-        print(f"warning: {text}", file=sys.stderr)
+        data.warn(text)
 
 
 @torch.no_grad()
 def predict(net, images, scales=(1.0,), flip=False, window=None):
     """Class probabilities `[N, K, H, W]`, float32, of images `[N, 3, H, W]`.
 
-    The mean over the scales, each with its mirror image if `flip`. Images are resized bilinearly,
-    antialiased where they shrink. window: cut each scaled image into overlapping squares of that
-    side (steps of two thirds), and average where they overlap.
+    The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image
+    into squares of that side, in steps of two thirds, and average where they overlap.
     """
     size, kwargs, total = images.shape[2:], dict(mode="bilinear", align_corners=False), 0
     for scale in scales:
@@ -174,12 +167,9 @@ def _starts(side, window):
 
 def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, scales=(1.0,),
              **kwargs):  # fmt: skip
-    """The result of `net` (in evaluation mode) over `dataset`: `ConfusionMatrix.result`.
-
-    Process r of w takes the images r, r + w, …; nothing is exchanged before the counts are added.
-    scales, kwargs: see `predict`; with several scales, the result has the mIoU of each alone too,
-    "mIoU_at_scale". save: called with (index, prediction `[H, W]`). stop: an object whose .signal
-    ends the loop early.
+    """`ConfusionMatrix.result` of `net`, in evaluation mode; with several scales, the mIoU of each
+    alone too. save: called with (index, prediction `[H, W]`). stop: an object whose .signal ends
+    the loop early. scales, kwargs: see `predict`.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
@@ -201,8 +191,9 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
         matrix.update(prediction, labels)
         if save:
             save(index, prediction[0])
-    for counts in (matrix, *alone.values()):
-        counts.all_reduce()
+    if dist.is_initialized():
+        for counts in (matrix, *alone.values()):
+            dist.all_reduce(counts.matrix)
     result = matrix.result()
     if several:
         each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
@@ -218,8 +209,6 @@ def read_all(dataset, device, workers, what, quiet=False):
 
 
 # --------------------- what train.py uses too: networks, checkpoints, processes, precision, flags
-
-
 def method_file(name):
     """The module NAME.py; UserError if there is none with a function `build`."""
     known = not name.startswith("__") and name.isidentifier() and importlib.util.find_spec(name)
@@ -269,11 +258,7 @@ def read_checkpoint(path):
 
 
 def load(checkpoint, output_stride=None, options=None):
-    """The trained network in a checkpoint, in evaluation mode.
-
-    output_stride, options: instead of those it was trained with. UserError where they change
-    weights, or where the method's file has changed.
-    """
+    """A checkpoint's network, in evaluation mode. output_stride, options: if others than trained."""
     settings, classes = checkpoint["settings"], len(checkpoint["classes"])
     output_stride = settings["output_stride"] if output_stride is None else output_stride
     options = settings["option"] | (options or {})
@@ -325,8 +310,8 @@ def processes(device=None):
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except ValueError as error:  # not torchrun's environment
-        text = f"the processes cannot meet ({_one_line(error, 120)})"
-        raise UserError(f"{text}; start them with torchrun, or unset WORLD_SIZE") from None
+        text = f"start with torchrun, or unset WORLD_SIZE ({_one_line(error, 120)})"
+        raise UserError(text) from None
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -352,11 +337,21 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def flag(name):
+    """The flag of a setting: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """What is wrong with the flags is a UserError: one line."""
 
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; --help lists the flags")
+
+    def add_flag(self, name, form, what, **kwargs):
+        """form: the type of the flag's value, or the keywords of `add_argument`."""
+        form = form if isinstance(form, dict) else dict(type=form)
+        self.add_argument(flag(name), help=what, **form, **kwargs)
 
 
 def number(least, most=1e9, kind=float):
@@ -376,9 +371,7 @@ def number(least, most=1e9, kind=float):
     return read
 
 
-def whole(least, most=10**9):
-    """For argparse's type=: a whole number from `least` to `most`."""
-    return number(least, most, int)
+whole = partial(number, kind=int)  # a whole number
 
 
 def two_sides(sides):
@@ -404,8 +397,6 @@ def parse_options(pairs):
 
 
 # ----------------------------------------------------------------------------------- cost and speed
-
-
 def cost(net, size):
     """(parameters, multiply-adds, multiply-adds of each child) for one image of (height, width)."""
     counter = FlopCounterMode(display=False)
@@ -458,18 +449,15 @@ def speed(net, num_classes, device, args):
 
 
 # ----------------------------------------------------------------------------------------- pictures
-
-
 def fade(photo):
     """The uint8 photograph `[3, H, W]` gray and bright, for what is drawn over it: float32."""
     return 100 + 0.6 * photo.float().mean(0, keepdim=True).expand(3, -1, -1)
 
 
 def draw_figure(title, figure, photo, palette, boxes=()):
-    """The data.Panel of a figure: a label map, or numbers of at least 0 with a scale.
-
-    Of the size of the uint8 photograph `[3, H, W]`, it is drawn over it. title: "TEXT", the scale
-    ends at the largest number; or "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1.
+    """The data.Panel of a label map, or of numbers of at least 0, over the photograph if they have
+    its size. title: "TEXT", the scale ends at the largest number; or "TEXT | LOW | HIGH", the words
+    at the ends of a scale 0 to 1.
     """
     if not figure.is_floating_point():
         return data.label_panel(title, figure, palette, boxes=boxes)
@@ -541,10 +529,8 @@ def pixel_of(net, pixel, size):
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None, amp="off"):
-    """The sheet of one image: image, truth if there is one, prediction, errors, method's figures.
-
-    image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`. Figures whose key is a class's
-    number are named after the class; several label maps of the image's size are compared.
+    """The sheet of one image: itself, truth, prediction, errors, and the method's figures, of which
+    several label maps of the image's size are compared.
     """
     figures, boxes, prediction = {}, (), prediction.cpu()
     pixel = pixel_of(net, pixel, prediction.shape)
@@ -587,24 +573,23 @@ def _sheet(image, truth, boxes, panels, maps, classes, palette, caption):
 @torch.no_grad()
 def class_dependency(net, pairs, num_classes, layer="classifier"):
     """Fig. 4.5 of the thesis of car.py: how alike the mean features of every two classes are,
-    `[K, K]` float64 in 0…1. net is in evaluation mode.
+    `[K, K]` float64 in 0…1, of (images, labels) as networks take them in evaluation mode.
 
-    pairs: (images float `[N, 3, H, W]`, labels int64 `[N, H, W]`, 255 = ignored), any number. A
-    mean μ is over all positions of a class in what enters the submodule `layer`. A row has the dot
+    A mean μ is over all positions of a class in what enters the submodule `layer`. A row has the dot
     products of one μ with all, over its largest (ours); below 0, and of absent classes, they are 0.
     """
-    entered, sums, counts = {}, 0, 0
-    module = net.get_submodule(layer)
-    for images, labels in pairs:
-        with module.register_forward_pre_hook(lambda _, inputs: entered.update(X=inputs[0])):
+    entered, sums, counts = [], 0, 0
+    layer = net.get_submodule(layer)
+    with layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+        for images, labels in pairs:
             net(images)
-        X = entered["X"].double()  # [N, C, h, w]
-        pixels = backbones.pixels_of(net, labels.shape[1:], X.shape[2:])
-        rows, columns = (p.clamp(max=n - 1) for p, n in zip(pixels, labels.shape[1:]))
-        small = labels[:, rows[:, None], columns]  # [N, h, w]
-        Y = (small.unsqueeze(3) == torch.arange(num_classes, device=small.device)).double()
-        sums = sums + torch.einsum("nhwk,nchw->kc", Y, X)
-        counts = counts + Y.sum((0, 1, 2))
+            X = entered.pop().double()  # [N, C, h, w]
+            pixels = backbones.pixels_of(net, labels.shape[1:], X.shape[2:])
+            rows, columns = (p.clamp(max=n - 1) for p, n in zip(pixels, labels.shape[1:]))
+            small = labels[:, rows[:, None], columns]  # [N, h, w]
+            Y = (small.unsqueeze(3) == torch.arange(num_classes, device=small.device)).double()
+            sums = sums + torch.einsum("nhwk,nchw->kc", Y, X)
+            counts = counts + Y.sum((0, 1, 2))
     mu = sums / counts.clamp(min=1).unsqueeze(1)  # [K, C]
     similarity = (mu @ mu.T).clamp(min=0)
     return similarity / similarity.amax(1, keepdim=True).clamp(min=1e-12)
@@ -675,12 +660,7 @@ FLAGS = {
     "flip": (False, VIEWS, ON, "average over the mirrored image too"),
     "window": (None, VIEWS, whole(1), "side of sliding windows in pixels [whole images]"),
     "save_predictions": (None, VIEWS, str, "folder for palette PNGs with the benchmark's own ids"),
-    "figures": (
-        None,
-        VIEWS,
-        str,
-        "folder for sheets of pictures; the method's own are of whole images",
-    ),
+    "figures": (None, VIEWS, str, "folder for sheets of pictures, with the method's own figures"),
     "pixel": (None, FIGURES, PIXEL, "row and column that the figures are about [the centre]"),
     "amp": ("auto", (*VIEWS, "--speed"), dict(choices=AMP), "mixed precision [auto: on CUDA]"),
     "backbone": ("resnet50", ("--method",), str, f"{', '.join(backbones.NAMES)} [resnet50]"),
@@ -697,8 +677,7 @@ def arguments(argv=None):
     """The flags over their defaults. UserError for one that has no effect."""
     parser = Parser(argument_default=argparse.SUPPRESS, description="See the top of evaluate.py.")
     for name, (_, _, form, what) in FLAGS.items():
-        form = form if type(form) is dict else dict(type=form)
-        parser.add_argument("--" + name.replace("_", "-"), help=what, **form)
+        parser.add_flag(name, form, what)
     given = vars(parser.parse_args(argv))
     done = {f"--{name}" for name in given}
     if not done & {"--images", "--cost", "--speed"}:
@@ -706,15 +685,14 @@ def arguments(argv=None):
     for name in given:
         uses = FLAGS[name][1]
         if uses and not done & set(uses):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} has no effect here: it goes with {' or '.join(uses)}")
+            raise UserError(f"{flag(name)} has no effect here: it goes with {' or '.join(uses)}")
     if ("checkpoint" in given) == ("method" in given):
         raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
     for other in {"--pixel", "--images"} & done if "compare" in given else ():
         raise UserError(f"--compare has no effect with {other}; leave one of them out")
     if not given.get("json", ".json").endswith(".json"):
         raise UserError(f"--json {given['json']}: expected a file that ends in .json")
-    args = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
+    args = argparse.Namespace(**{name: values[0] for name, values in FLAGS.items()} | given)
     args.crop_size = two_sides(args.crop_size)
     return args
 
@@ -799,8 +777,8 @@ def photographs(net, checkpoint, device, args, views):
         panels, maps = [data.Panel("image", image), drawn], [prediction.cpu()]
         data.sheet(panels, 2, maps, classes, palette, width=480).save(overlay)
         if args.figures:
-            kwargs = dict(pixel=args.pixel, amp=args.amp)
-            picture = figure_sheet(net, image, prediction, palette, classes, **kwargs)
+            about = None, args.pixel, args.amp
+            picture = figure_sheet(net, image, prediction, palette, classes, *about)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
         counts = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
         shares = dict(zip(classes, (counts / prediction.numel()).tolist()))
@@ -837,7 +815,7 @@ def whole_split(net, checkpoint, device, rank, args, views):
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
         seen = settings.get("train_split") == "trainval" and name == settings["dataset"]
         if seen and args.split in ("train", "val", "trainval"):
-            print(f"warning: {args.split} was trained on (--train-split trainval)", file=sys.stderr)
+            data.warn(f"{args.split} was trained on (--train-split trainval)")
         if args.analyse:
             result["analysis"] = analyse(net, dataset, device, args)
     result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
@@ -905,8 +883,7 @@ def analyse(net, dataset, device, args):
         if len(columns) <= 6:
             print(title, " " * 20 + "".join(f"{column:>12}" for column in columns), sep="\n")
             for row, line in zip(rows, kept[name]):
-                cells = (f"{x:.3f}".replace("nan", "–") for x in line)
-                print(f"{row:<20}" + "".join(f"{cell:>12}" for cell in cells))
+                print(f"{row:<20}" + "".join(f"{x:12.3f}" for x in line).replace("nan", "  –"))
         if args.figures:
             file = Path(args.figures) / f"{name.replace(' ', '_')}.png"
             draw_matrix(value, columns, title, rows).save(file)
