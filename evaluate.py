@@ -3,9 +3,8 @@
     python evaluate.py --checkpoint runs/caa-shapes/last.pt          # mIoU and IoU per class
     python evaluate.py --checkpoint … --scales 0.75 1 1.25 --flip --json result.json
     python evaluate.py --checkpoint … --images street.jpg            # any photograph, any folder
-    python evaluate.py --checkpoint … --figures figures              # internal visualisations
     python evaluate.py --checkpoint … --analyse                      # what the paper argues with
-    python evaluate.py --checkpoint … --figures figures --compare OTHER.pt    # beside each other
+    python evaluate.py --checkpoint … --figures figures              # internal visualisations
     python evaluate.py --method caa --backbone resnet101 --cost      # parameters, multiply-adds
     python evaluate.py --method caa --backbone resnet50 --speed      # images per second, memory
     torchrun --nproc-per-node 8 evaluate.py --checkpoint …           # the same, on eight processes
@@ -44,6 +43,7 @@ import data
 from data import UserError, guarded, own_session
 
 AMP = ("auto", "bf16", "fp16", "off")  # mixed precision; auto: bf16, or what the GPU has; CPU: off
+ENLARGED = "Enlarged: the outlined window, where the predictions differ most."
 
 
 # --------------------------------------------------------------------------- metrics and prediction
@@ -102,10 +102,9 @@ def warn_of_absent(labelled, dataset, name):
 
 @torch.no_grad()
 def predict(net, images, scales=(1.0,), flip=False, window=None):
-    """Class probabilities `[N, K, H, W]`, float32, of images `[N, 3, H, W]`.
-
-    The mean over the scales, each with its mirror image if `flip`. window: cut each scaled image
-    into squares of that side, in steps of two thirds, and average where they overlap.
+    """Class probabilities `[N, K, H, W]` of images `[N, 3, H, W]`: the mean over the scales, each
+    with its mirror image if `flip`. window: cut each scaled image into squares of that side, in
+    steps of two thirds, and average where they overlap.
     """
     size, kwargs, total = images.shape[2:], dict(mode="bilinear", align_corners=False), 0
     for scale in scales:
@@ -167,15 +166,13 @@ def _starts(side, window):
 
 def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, scales=(1.0,),
              **kwargs):  # fmt: skip
-    """`ConfusionMatrix.result` of `net`, in evaluation mode; with several scales, the mIoU of each
-    alone too. save: called with (index, prediction `[H, W]`). stop: an object whose .signal ends
-    the loop early. scales, kwargs: see `predict`.
+    """`ConfusionMatrix.result` of `net`, in evaluation mode; of several scales, the mIoU of each too.
+    save: called with (index, prediction `[H, W]`). stop: its .signal ends the loop early.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    several = scales if len(scales) > 1 else ()
-    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in several}
+    alone = {s: ConfusionMatrix(dataset.num_classes, device) for s in scales if len(scales) > 1}
     pairs = read_all(Subset(dataset, indices), device, workers, "evaluating", rank > 0)
     for index, (image, labels) in zip(indices, pairs):
         if stop and stop.signal:
@@ -184,7 +181,7 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
         for scale in scales:
             with autocast(device, amp):
                 p = predict(net, image, (scale,), **kwargs)
-            if several:
+            if alone:
                 alone[scale].update(p.argmax(1), labels)
             scores = p.add_(scores)
         prediction = highest(scores)
@@ -195,9 +192,8 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
         for counts in (matrix, *alone.values()):
             dist.all_reduce(counts.matrix)
     result = matrix.result()
-    if several:
-        each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
-        result["mIoU_at_scale"] = each
+    if alone:
+        result["mIoU_at_scale"] = {f"{s:g}": m.result()["mIoU"] for s, m in alone.items()}
     return result
 
 
@@ -243,14 +239,12 @@ def network(method, num_classes, backbone, weights=None, output_stride=None, opt
 
 def read_checkpoint(path):
     """What train.py saved at `path`; UserError where it cannot be read."""
-    expected = "expected a last.pt or best.pt that train.py wrote"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint '{path}'; {expected}") from None
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
         reason = _one_line(error, 160).partition(". ")[0]
-        raise UserError(f"checkpoint '{path}' cannot be read ({reason}); {expected}") from None
+        text = f"checkpoint '{path}' cannot be read ({reason})"
+        raise UserError(f"{text}; expected a last.pt or best.pt that train.py wrote") from None
     parts = {"net", "settings", "step", "classes", "palette"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         raise UserError(f"'{path}' is not a checkpoint of train.py; a backbone's goes to --weights")
@@ -258,7 +252,7 @@ def read_checkpoint(path):
 
 
 def load(checkpoint, output_stride=None, options=None):
-    """A checkpoint's network, in evaluation mode. output_stride, options: if others than trained."""
+    """A checkpoint's network, in evaluation mode; output_stride, options: if others than its."""
     settings, classes = checkpoint["settings"], len(checkpoint["classes"])
     output_stride = settings["output_stride"] if output_stride is None else output_stride
     options = settings["option"] | (options or {})
@@ -310,8 +304,7 @@ def processes(device=None):
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except ValueError as error:  # not torchrun's environment
-        text = f"start with torchrun, or unset WORLD_SIZE ({_one_line(error, 120)})"
-        raise UserError(text) from None
+        raise UserError(f"take torchrun, or unset WORLD_SIZE ({_one_line(error, 120)})") from None
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -442,9 +435,8 @@ def speed(net, num_classes, device, args):
         median = statistics.median(seconds[2:])
         peak = torch.cuda.max_memory_allocated(device) if cuda else None
         memory = f"peak {peak / 2**20:.0f} MiB" if cuda else "memory not measured"
-        rate = count / median
-        print(f"  {what:<14} {rate:8.2f} images/s ({median * 1000:.0f} ms), {memory}")
-        numbers[what] = dict(seconds=median, images_per_second=rate, peak_bytes=peak)
+        print(f"  {what:<14} {count / median:8.2f} images/s ({median * 1000:.0f} ms), {memory}")
+        numbers[what] = dict(seconds=median, images_per_second=count / median, peak_bytes=peak)
     return numbers
 
 
@@ -455,9 +447,8 @@ def fade(photo):
 
 
 def draw_figure(title, figure, photo, palette, boxes=()):
-    """The data.Panel of a label map, or of numbers of at least 0, over the photograph if they have
-    its size. title: "TEXT", the scale ends at the largest number; or "TEXT | LOW | HIGH", the words
-    at the ends of a scale 0 to 1.
+    """The data.Panel of a label map, or of numbers from 0, over the photograph if of its size.
+    title: "TEXT"; or "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1.
     """
     if not figure.is_floating_point():
         return data.label_panel(title, figure, palette, boxes=boxes)
@@ -481,12 +472,9 @@ def error_map(prediction, truth, photo):
     return tile.to(torch.uint8)
 
 
-ENLARGED = "Enlarged: the outlined window, where the predictions differ most."
-
-
 def compared(predictions):
-    """(difference, box) of two or more label maps `[H, W]`: the share of pairs that disagree, 0…1,
-    and the window (top, left, bottom, right), a quarter as high and wide, where they differ most.
+    """(share of the pairs of label maps `[H, W]` that disagree; the box (top, left, bottom, right),
+    a quarter as high and wide, where they do most).
     """
     pairs = [a != b for i, a in enumerate(predictions) for b in predictions[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
@@ -498,9 +486,7 @@ def compared(predictions):
 
 
 def comparison(predictions, image, palette, truth=None):
-    """The Panels that compare label maps of one image (name -> `[H, W]`, two or more): each map,
-    the difference, and the same window of all enlarged, as of `truth`. And the window's box.
-    """
+    """(the Panels that compare label maps of an image, name -> `[H, W]`; the enlarged box)"""
     maps = {name: m.cpu() for name, m in predictions.items()}
     difference, box = compared(list(maps.values()))
     panels = [data.label_panel(name, m, palette, boxes=(box,)) for name, m in maps.items()]
@@ -529,9 +515,7 @@ def pixel_of(net, pixel, size):
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None, amp="off"):
-    """The sheet of one image: itself, truth, prediction, errors, and the method's figures, of which
-    several label maps of the image's size are compared.
-    """
+    """The sheet of one image: itself, truth, prediction, errors, the method's figures."""
     figures, boxes, prediction = {}, (), prediction.cpu()
     pixel = pixel_of(net, pixel, prediction.shape)
     if hasattr(net, "figures"):
@@ -548,7 +532,7 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
         own = [panel for panel in own if panel.title not in repeated]
         boxes, caption = (box,), f"{caption} {ENLARGED}"
     else:
-        if figures and pixel:
+        if pixel:
             (row, column), by = pixel, max(3, image.shape[2] // 60)
             boxes = ((row - by, column - by, row + by, column + by),)
         own = [draw_figure(title, m, image, palette, boxes) for title, m in figures.items()]
@@ -573,14 +557,13 @@ def _sheet(image, truth, boxes, panels, maps, classes, palette, caption):
 @torch.no_grad()
 def class_dependency(net, pairs, num_classes, layer="classifier"):
     """Fig. 4.5 of the thesis of car.py: how alike the mean features of every two classes are,
-    `[K, K]` float64 in 0…1, of (images, labels) as networks take them in evaluation mode.
+    `[K, K]` float64 in 0…1. pairs: (images, labels) as networks take them in evaluation mode.
 
-    A mean μ is over all positions of a class in what enters the submodule `layer`. A row has the dot
-    products of one μ with all, over its largest (ours); below 0, and of absent classes, they are 0.
+    A mean μ is over all positions of a class in what enters the submodule `layer`. A row has the
+    dot products of one μ with all, over its largest (ours); below 0 or without the class, 0.
     """
-    entered, sums, counts = [], 0, 0
-    layer = net.get_submodule(layer)
-    with layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+    module, entered, sums, counts = net.get_submodule(layer), [], 0, 0
+    with module.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
         for images, labels in pairs:
             net(images)
             X = entered.pop().double()  # [N, C, h, w]
@@ -635,7 +618,6 @@ def save_prediction(prediction, palette, file, raw_ids=None):
 
 
 # ------------------------------------------------------------------------------- flags and the work
-
 ON, MANY, PIXEL = dict(action="store_true"), dict(nargs="+"), dict(type=int, nargs=2)
 SIDES, SCALES = dict(nargs="+", type=whole(1, 100_000)), dict(nargs="+", type=number(1e-3, 1e3))
 OPTION = dict(action="append", metavar="KEY=VALUE")
@@ -688,8 +670,9 @@ def arguments(argv=None):
             raise UserError(f"{flag(name)} has no effect here: it goes with {' or '.join(uses)}")
     if ("checkpoint" in given) == ("method" in given):
         raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
-    for other in {"--pixel", "--images"} & done if "compare" in given else ():
-        raise UserError(f"--compare has no effect with {other}; leave one of them out")
+    others = done & {"--pixel", "--images"}
+    if others and "compare" in given:
+        raise UserError(f"--compare has no effect with {others.pop()}; leave one of them out")
     if not given.get("json", ".json").endswith(".json"):
         raise UserError(f"--json {given['json']}: expected a file that ends in .json")
     args = argparse.Namespace(**{name: values[0] for name, values in FLAGS.items()} | given)
@@ -745,8 +728,7 @@ def make_folders(args, read):
     """Make the folders of results. UserError where a file of this call could be overwritten."""
     folders = [Path(name).resolve() for name in (args.save_predictions, args.figures) if name]
     if len(set(folders)) < len(folders) or set(folders) & {path.resolve() for path in read}:
-        text = "need folders of their own: a file of this call could be overwritten"
-        raise UserError(f"--save-predictions and --figures {text}; take other folders")
+        raise UserError("--save-predictions and --figures need folders of their own; take others")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -829,8 +811,7 @@ def compared_networks(args, checkpoint, name, dataset, device):
         raise UserError("--compare: a checkpoint is compared with others; name each once")
     for path, other in saved.items():
         if other["classes"] != dataset.classes:
-            text = f"'{path}' was trained on other classes than those of {name}"
-            raise UserError(f"{text}; take another checkpoint, or another --dataset")
+            raise UserError(f"'{path}' was trained on other classes than those of {name}; drop it")
     nets = {path: load(saved[path]) for path in args.compare}
     return {path: n.to(device, memory_format=torch.channels_last) for path, n in nets.items()}
 
@@ -855,8 +836,7 @@ def draw_figures(nets, dataset, device, args, views):
 def analyse(net, dataset, device, args):
     """`--analyse`: class dependency and `net.analyse`, printed, returned, drawn with `--figures`.
 
-    A key is "NAME: WHAT IT SAYS", for a matrix with " | ROW, ROW, … | COLUMN, COLUMN, …" after it;
-    rows or columns that are not named are the classes.
+    A key is "NAME: WHAT IT SAYS", for a matrix with " | ROW, … | COLUMN, …" if not of the classes.
     """
     numbers, kept, K = {}, {}, dataset.num_classes
     with autocast(device, args.amp):
@@ -864,9 +844,9 @@ def analyse(net, dataset, device, args):
             pairs = read_all(dataset, device, args.workers, "class dependency")
             dependency = class_dependency(net, pairs, K).cpu()
             occur = dependency.diag() > 0
-            pairs = occur & occur.unsqueeze(1) & ~torch.eye(K, dtype=torch.bool)
+            others = occur & occur.unsqueeze(1) & ~torch.eye(K, dtype=torch.bool)
             what = "how alike the mean features of two classes are, 0…1; less is better"
-            numbers[f"class dependency: {what}"] = dependency[pairs].mean().item()
+            numbers[f"class dependency: {what}"] = dependency[others].mean().item()
             numbers[f"class dependency of pairs: {what}, each row over its largest"] = dependency
         if hasattr(net, "analyse"):
             numbers |= net.analyse(read_all(dataset, device, args.workers, "analysis"))

@@ -957,7 +957,9 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "needs the run's folder" in mistake(capsys, "--resume")
     assert "nothing to resume" in mistake(capsys, "--resume", "--output", str(tmp_path))
     assert "fp16 needs a CUDA GPU" in mistake(capsys, *flags, "--amp", "fp16")
-    assert "no checkpoint 'x.pt'" in mistake(capsys, *flags, "--init", "x.pt")
+    assert "checkpoint 'x.pt' cannot be read ([Errno 2] No such file" in mistake(
+        capsys, *flags, "--init", "x.pt"
+    )
     assert "from 0 to" in mistake(capsys, *flags, "--seed", "-1")
     assert "--lr: expected a number from 0 to" in mistake(capsys, *flags, "--lr", "-1")
     assert "weights is not an --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
