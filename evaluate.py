@@ -61,9 +61,7 @@ class ConfusionMatrix:
         self.matrix += torch.bincount(pairs, minlength=K * K)[: K * K].view(K, K)
 
     def result(self):
-        """mIoU, pixel_accuracy, class_accuracy (over the labelled classes): NaN if none is. Of each
-        class: IoU, None if it is neither labelled nor predicted; labelled, whether it is.
-        """
+        """mIoU, pixel_accuracy, class_accuracy, or NaN; of each class: IoU or None, labelled."""
         matrix = self.matrix.cpu().double()
         hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
         union = true + predicted - hit
@@ -166,7 +164,7 @@ def _starts(side, window):
 
 def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, scales=(1.0,),
              **kwargs):  # fmt: skip
-    """`ConfusionMatrix.result` of `net`, in evaluation mode; of several scales, the mIoU of each too.
+    """`ConfusionMatrix.result` of `net`, in evaluation mode; with several scales, each one's mIoU.
     save: called with (index, prediction `[H, W]`). stop: its .signal ends the loop early.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -473,9 +471,7 @@ def error_map(prediction, truth, photo):
 
 
 def compared(predictions):
-    """(share of the pairs of label maps `[H, W]` that disagree; the box (top, left, bottom, right),
-    a quarter as high and wide, where they do most).
-    """
+    """(share of the pairs of label maps that disagree, box (top, left, bottom, right) of most)"""
     pairs = [a != b for i, a in enumerate(predictions) for b in predictions[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
     size = [max(1, side // 4) for side in difference.shape]
@@ -811,9 +807,9 @@ def compared_networks(args, checkpoint, name, dataset, device):
         raise UserError("--compare: a checkpoint is compared with others; name each once")
     for path, other in saved.items():
         if other["classes"] != dataset.classes:
-            raise UserError(f"'{path}' was trained on other classes than those of {name}; drop it")
-    nets = {path: load(saved[path]) for path in args.compare}
-    return {path: n.to(device, memory_format=torch.channels_last) for path, n in nets.items()}
+            text = f"'{path}' was trained on other classes than those of {name}"
+            raise UserError(f"{text}; take another checkpoint, or another --dataset")
+    return {p: load(saved[p]).to(device, memory_format=torch.channels_last) for p in args.compare}
 
 
 def draw_figures(nets, dataset, device, args, views):
@@ -824,8 +820,8 @@ def draw_figures(nets, dataset, device, args, views):
         maps = {k: label_map(n, image, device, args.amp, **views).cpu() for k, n in nets.items()}
         if args.compare:
             panels, box = comparison(maps, image, palette, truth)
-            maps = maps.values()
-            picture = _sheet(image, truth, (box,), panels, maps, classes, palette, ENLARGED)
+            about = maps.values(), classes, palette, ENLARGED
+            picture = _sheet(image, truth, (box,), panels, *about)
         else:
             about = truth, args.pixel, args.amp
             picture = figure_sheet(net, image, maps[args.checkpoint], palette, classes, *about)
@@ -836,7 +832,7 @@ def draw_figures(nets, dataset, device, args, views):
 def analyse(net, dataset, device, args):
     """`--analyse`: class dependency and `net.analyse`, printed, returned, drawn with `--figures`.
 
-    A key is "NAME: WHAT IT SAYS", for a matrix with " | ROW, … | COLUMN, …" if not of the classes.
+    A key is "NAME: WHAT IT SAYS"; of a matrix without classes also " | ROW, … | COLUMN, …".
     """
     numbers, kept, K = {}, {}, dataset.num_classes
     with autocast(device, args.amp):
