@@ -3,9 +3,8 @@
     python evaluate.py --checkpoint runs/caa-shapes/last.pt          # mIoU and IoU per class
     python evaluate.py --checkpoint … --scales 0.75 1 1.25 --flip --json result.json
     python evaluate.py --checkpoint … --images street.jpg            # any photograph, any folder
-    python evaluate.py --checkpoint … --figures figures              # internal visualisations
     python evaluate.py --checkpoint … --analyse                      # what the paper argues with
-    python evaluate.py --checkpoint … --figures figures --compare OTHER.pt    # beside each other
+    python evaluate.py --checkpoint … --figures figures              # internal visualisations
     python evaluate.py --method caa --backbone resnet101 --cost      # parameters, multiply-adds
     python evaluate.py --method caa --backbone resnet50 --speed      # images per second, memory
     torchrun --nproc-per-node 8 evaluate.py --checkpoint …           # the same, on eight processes
@@ -26,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,10 +43,10 @@ import data
 from data import UserError, guarded, own_session
 
 AMP = ("auto", "bf16", "fp16", "off")  # mixed precision; auto: bf16, or what the GPU has; CPU: off
+ENLARGED = "Enlarged: the outlined window, where the predictions differ most."
+
 
 # --------------------------------------------------------------------------- metrics and prediction
-
-
 class ConfusionMatrix:
     """`matrix`: int64 `[K, K]`, the pixels of each (true class, predicted class)."""
 
@@ -60,16 +60,8 @@ class ConfusionMatrix:
         pairs = labels.flatten().long() * K + prediction.flatten()
         self.matrix += torch.bincount(pairs, minlength=K * K)[: K * K].view(K, K)
 
-    def all_reduce(self):
-        """Sum over all processes, which may have counted unequal shares."""
-        if dist.is_initialized():
-            dist.all_reduce(self.matrix)
-
     def result(self):
-        """mIoU, pixel_accuracy, class_accuracy (the mean over the labelled classes): in 0…1, NaN if
-        nothing is labelled. IoU: per class, None if it is neither labelled nor predicted. labelled:
-        whether the class is.
-        """
+        """mIoU, pixel_accuracy, class_accuracy, or NaN; of each class: IoU or None, labelled."""
         matrix = self.matrix.cpu().double()
         hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
         union = true + predicted - hit
@@ -103,16 +95,14 @@ def warn_of_absent(labelled, dataset, name):
     if not any(labelled):
         text = f"no pixel of {name} is labelled: there is nothing to measure"
     if absent:
-        print(f"warning: {text}", file=sys.stderr)
+        data.warn(text)
 
 
 @torch.no_grad()
 def predict(net, images, scales=(1.0,), flip=False, window=None):
-    """Class probabilities `[N, K, H, W]`, float32, of images `[N, 3, H, W]`.
-
-    The mean over the scales, each with its mirror image if `flip`. Images are resized bilinearly,
-    antialiased where they shrink. window: cut each scaled image into overlapping squares of that
-    side (steps of two thirds), and average where they overlap.
+    """Class probabilities `[N, K, H, W]` of images `[N, 3, H, W]`: the mean over the scales, each
+    with its mirror image if `flip`. window: cut each scaled image into squares of that side, in
+    steps of two thirds, and average where they overlap.
     """
     size, kwargs, total = images.shape[2:], dict(mode="bilinear", align_corners=False), 0
     for scale in scales:
@@ -174,18 +164,13 @@ def _starts(side, window):
 
 def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, scales=(1.0,),
              **kwargs):  # fmt: skip
-    """The result of `net` (in evaluation mode) over `dataset`: `ConfusionMatrix.result`.
-
-    Process r of w takes the images r, r + w, …; nothing is exchanged before the counts are added.
-    scales, kwargs: see `predict`; with several scales, the result has the mIoU of each alone too,
-    "mIoU_at_scale". save: called with (index, prediction `[H, W]`). stop: an object whose .signal
-    ends the loop early.
+    """`ConfusionMatrix.result` of `net`, in evaluation mode; with several scales, each one's mIoU.
+    save: called with (index, prediction `[H, W]`). stop: its .signal ends the loop early.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(rank, len(dataset), world)
     matrix = ConfusionMatrix(dataset.num_classes, device)
-    several = scales if len(scales) > 1 else ()
-    alone = {scale: ConfusionMatrix(dataset.num_classes, device) for scale in several}
+    alone = {s: ConfusionMatrix(dataset.num_classes, device) for s in scales if len(scales) > 1}
     pairs = read_all(Subset(dataset, indices), device, workers, "evaluating", rank > 0)
     for index, (image, labels) in zip(indices, pairs):
         if stop and stop.signal:
@@ -194,19 +179,19 @@ def evaluate(net, dataset, device, amp="off", workers=2, save=None, stop=None, s
         for scale in scales:
             with autocast(device, amp):
                 p = predict(net, image, (scale,), **kwargs)
-            if several:
+            if alone:
                 alone[scale].update(p.argmax(1), labels)
             scores = p.add_(scores)
         prediction = highest(scores)
         matrix.update(prediction, labels)
         if save:
             save(index, prediction[0])
-    for counts in (matrix, *alone.values()):
-        counts.all_reduce()
+    if dist.is_initialized():
+        for counts in (matrix, *alone.values()):
+            dist.all_reduce(counts.matrix)
     result = matrix.result()
-    if several:
-        each = {f"{scale:g}": counts.result()["mIoU"] for scale, counts in alone.items()}
-        result["mIoU_at_scale"] = each
+    if alone:
+        result["mIoU_at_scale"] = {f"{s:g}": m.result()["mIoU"] for s, m in alone.items()}
     return result
 
 
@@ -218,8 +203,6 @@ def read_all(dataset, device, workers, what, quiet=False):
 
 
 # --------------------- what train.py uses too: networks, checkpoints, processes, precision, flags
-
-
 def method_file(name):
     """The module NAME.py; UserError if there is none with a function `build`."""
     known = not name.startswith("__") and name.isidentifier() and importlib.util.find_spec(name)
@@ -254,14 +237,12 @@ def network(method, num_classes, backbone, weights=None, output_stride=None, opt
 
 def read_checkpoint(path):
     """What train.py saved at `path`; UserError where it cannot be read."""
-    expected = "expected a last.pt or best.pt that train.py wrote"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint '{path}'; {expected}") from None
     except Exception as error:  # a file cut short, or another kind of file, fails in many ways
         reason = _one_line(error, 160).partition(". ")[0]
-        raise UserError(f"checkpoint '{path}' cannot be read ({reason}); {expected}") from None
+        text = f"checkpoint '{path}' cannot be read ({reason})"
+        raise UserError(f"{text}; expected a last.pt or best.pt that train.py wrote") from None
     parts = {"net", "settings", "step", "classes", "palette"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
         raise UserError(f"'{path}' is not a checkpoint of train.py; a backbone's goes to --weights")
@@ -269,11 +250,7 @@ def read_checkpoint(path):
 
 
 def load(checkpoint, output_stride=None, options=None):
-    """The trained network in a checkpoint, in evaluation mode.
-
-    output_stride, options: instead of those it was trained with. UserError where they change
-    weights, or where the method's file has changed.
-    """
+    """A checkpoint's network, in evaluation mode; output_stride, options: if others than its."""
     settings, classes = checkpoint["settings"], len(checkpoint["classes"])
     output_stride = settings["output_stride"] if output_stride is None else output_stride
     options = settings["option"] | (options or {})
@@ -325,8 +302,7 @@ def processes(device=None):
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     except ValueError as error:  # not torchrun's environment
-        text = f"the processes cannot meet ({_one_line(error, 120)})"
-        raise UserError(f"{text}; start them with torchrun, or unset WORLD_SIZE") from None
+        raise UserError(f"take torchrun, or unset WORLD_SIZE ({_one_line(error, 120)})") from None
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -352,11 +328,21 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def flag(name):
+    """The flag of a setting: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """What is wrong with the flags is a UserError: one line."""
 
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; --help lists the flags")
+
+    def add_flag(self, name, form, what, **kwargs):
+        """form: the type of the flag's value, or the keywords of `add_argument`."""
+        form = form if isinstance(form, dict) else dict(type=form)
+        self.add_argument(flag(name), help=what, **form, **kwargs)
 
 
 def number(least, most=1e9, kind=float):
@@ -376,9 +362,7 @@ def number(least, most=1e9, kind=float):
     return read
 
 
-def whole(least, most=10**9):
-    """For argparse's type=: a whole number from `least` to `most`."""
-    return number(least, most, int)
+whole = partial(number, kind=int)  # a whole number
 
 
 def two_sides(sides):
@@ -404,8 +388,6 @@ def parse_options(pairs):
 
 
 # ----------------------------------------------------------------------------------- cost and speed
-
-
 def cost(net, size):
     """(parameters, multiply-adds, multiply-adds of each child) for one image of (height, width)."""
     counter = FlopCounterMode(display=False)
@@ -451,25 +433,20 @@ def speed(net, num_classes, device, args):
         median = statistics.median(seconds[2:])
         peak = torch.cuda.max_memory_allocated(device) if cuda else None
         memory = f"peak {peak / 2**20:.0f} MiB" if cuda else "memory not measured"
-        rate = count / median
-        print(f"  {what:<14} {rate:8.2f} images/s ({median * 1000:.0f} ms), {memory}")
-        numbers[what] = dict(seconds=median, images_per_second=rate, peak_bytes=peak)
+        print(f"  {what:<14} {count / median:8.2f} images/s ({median * 1000:.0f} ms), {memory}")
+        numbers[what] = dict(seconds=median, images_per_second=count / median, peak_bytes=peak)
     return numbers
 
 
 # ----------------------------------------------------------------------------------------- pictures
-
-
 def fade(photo):
     """The uint8 photograph `[3, H, W]` gray and bright, for what is drawn over it: float32."""
     return 100 + 0.6 * photo.float().mean(0, keepdim=True).expand(3, -1, -1)
 
 
 def draw_figure(title, figure, photo, palette, boxes=()):
-    """The data.Panel of a figure: a label map, or numbers of at least 0 with a scale.
-
-    Of the size of the uint8 photograph `[3, H, W]`, it is drawn over it. title: "TEXT", the scale
-    ends at the largest number; or "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1.
+    """The data.Panel of a label map, or of numbers from 0, over the photograph if of its size.
+    title: "TEXT"; or "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1.
     """
     if not figure.is_floating_point():
         return data.label_panel(title, figure, palette, boxes=boxes)
@@ -493,13 +470,8 @@ def error_map(prediction, truth, photo):
     return tile.to(torch.uint8)
 
 
-ENLARGED = "Enlarged: the outlined window, where the predictions differ most."
-
-
 def compared(predictions):
-    """(difference, box) of two or more label maps `[H, W]`: the share of pairs that disagree, 0…1,
-    and the window (top, left, bottom, right), a quarter as high and wide, where they differ most.
-    """
+    """(share of the pairs of label maps that disagree, box (top, left, bottom, right) of most)"""
     pairs = [a != b for i, a in enumerate(predictions) for b in predictions[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
     size = [max(1, side // 4) for side in difference.shape]
@@ -510,9 +482,7 @@ def compared(predictions):
 
 
 def comparison(predictions, image, palette, truth=None):
-    """The Panels that compare label maps of one image (name -> `[H, W]`, two or more): each map,
-    the difference, and the same window of all enlarged, as of `truth`. And the window's box.
-    """
+    """(the Panels that compare label maps of an image, name -> `[H, W]`; the enlarged box)"""
     maps = {name: m.cpu() for name, m in predictions.items()}
     difference, box = compared(list(maps.values()))
     panels = [data.label_panel(name, m, palette, boxes=(box,)) for name, m in maps.items()]
@@ -541,11 +511,7 @@ def pixel_of(net, pixel, size):
 
 
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None, amp="off"):
-    """The sheet of one image: image, truth if there is one, prediction, errors, method's figures.
-
-    image: uint8 `[3, H, W]`. prediction, truth: label maps `[H, W]`. Figures whose key is a class's
-    number are named after the class; several label maps of the image's size are compared.
-    """
+    """The sheet of one image: itself, truth, prediction, errors, the method's figures."""
     figures, boxes, prediction = {}, (), prediction.cpu()
     pixel = pixel_of(net, pixel, prediction.shape)
     if hasattr(net, "figures"):
@@ -562,7 +528,7 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
         own = [panel for panel in own if panel.title not in repeated]
         boxes, caption = (box,), f"{caption} {ENLARGED}"
     else:
-        if figures and pixel:
+        if pixel:
             (row, column), by = pixel, max(3, image.shape[2] // 60)
             boxes = ((row - by, column - by, row + by, column + by),)
         own = [draw_figure(title, m, image, palette, boxes) for title, m in figures.items()]
@@ -587,24 +553,22 @@ def _sheet(image, truth, boxes, panels, maps, classes, palette, caption):
 @torch.no_grad()
 def class_dependency(net, pairs, num_classes, layer="classifier"):
     """Fig. 4.5 of the thesis of car.py: how alike the mean features of every two classes are,
-    `[K, K]` float64 in 0…1. net is in evaluation mode.
+    `[K, K]` float64 in 0…1. pairs: (images, labels) as networks take them in evaluation mode.
 
-    pairs: (images float `[N, 3, H, W]`, labels int64 `[N, H, W]`, 255 = ignored), any number. A
-    mean μ is over all positions of a class in what enters the submodule `layer`. A row has the dot
-    products of one μ with all, over its largest (ours); below 0, and of absent classes, they are 0.
+    A mean μ is over all positions of a class in what enters the submodule `layer`. A row has the
+    dot products of one μ with all, over its largest (ours); below 0 or without the class, 0.
     """
-    entered, sums, counts = {}, 0, 0
-    module = net.get_submodule(layer)
-    for images, labels in pairs:
-        with module.register_forward_pre_hook(lambda _, inputs: entered.update(X=inputs[0])):
+    module, entered, sums, counts = net.get_submodule(layer), [], 0, 0
+    with module.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+        for images, labels in pairs:
             net(images)
-        X = entered["X"].double()  # [N, C, h, w]
-        pixels = backbones.pixels_of(net, labels.shape[1:], X.shape[2:])
-        rows, columns = (p.clamp(max=n - 1) for p, n in zip(pixels, labels.shape[1:]))
-        small = labels[:, rows[:, None], columns]  # [N, h, w]
-        Y = (small.unsqueeze(3) == torch.arange(num_classes, device=small.device)).double()
-        sums = sums + torch.einsum("nhwk,nchw->kc", Y, X)
-        counts = counts + Y.sum((0, 1, 2))
+            X = entered.pop().double()  # [N, C, h, w]
+            pixels = backbones.pixels_of(net, labels.shape[1:], X.shape[2:])
+            rows, columns = (p.clamp(max=n - 1) for p, n in zip(pixels, labels.shape[1:]))
+            small = labels[:, rows[:, None], columns]  # [N, h, w]
+            Y = (small.unsqueeze(3) == torch.arange(num_classes, device=small.device)).double()
+            sums = sums + torch.einsum("nhwk,nchw->kc", Y, X)
+            counts = counts + Y.sum((0, 1, 2))
     mu = sums / counts.clamp(min=1).unsqueeze(1)  # [K, C]
     similarity = (mu @ mu.T).clamp(min=0)
     return similarity / similarity.amax(1, keepdim=True).clamp(min=1e-12)
@@ -650,7 +614,6 @@ def save_prediction(prediction, palette, file, raw_ids=None):
 
 
 # ------------------------------------------------------------------------------- flags and the work
-
 ON, MANY, PIXEL = dict(action="store_true"), dict(nargs="+"), dict(type=int, nargs=2)
 SIDES, SCALES = dict(nargs="+", type=whole(1, 100_000)), dict(nargs="+", type=number(1e-3, 1e3))
 OPTION = dict(action="append", metavar="KEY=VALUE")
@@ -675,12 +638,7 @@ FLAGS = {
     "flip": (False, VIEWS, ON, "average over the mirrored image too"),
     "window": (None, VIEWS, whole(1), "side of sliding windows in pixels [whole images]"),
     "save_predictions": (None, VIEWS, str, "folder for palette PNGs with the benchmark's own ids"),
-    "figures": (
-        None,
-        VIEWS,
-        str,
-        "folder for sheets of pictures; the method's own are of whole images",
-    ),
+    "figures": (None, VIEWS, str, "folder for sheets of pictures, with the method's own figures"),
     "pixel": (None, FIGURES, PIXEL, "row and column that the figures are about [the centre]"),
     "amp": ("auto", (*VIEWS, "--speed"), dict(choices=AMP), "mixed precision [auto: on CUDA]"),
     "backbone": ("resnet50", ("--method",), str, f"{', '.join(backbones.NAMES)} [resnet50]"),
@@ -697,8 +655,7 @@ def arguments(argv=None):
     """The flags over their defaults. UserError for one that has no effect."""
     parser = Parser(argument_default=argparse.SUPPRESS, description="See the top of evaluate.py.")
     for name, (_, _, form, what) in FLAGS.items():
-        form = form if type(form) is dict else dict(type=form)
-        parser.add_argument("--" + name.replace("_", "-"), help=what, **form)
+        parser.add_flag(name, form, what)
     given = vars(parser.parse_args(argv))
     done = {f"--{name}" for name in given}
     if not done & {"--images", "--cost", "--speed"}:
@@ -706,15 +663,15 @@ def arguments(argv=None):
     for name in given:
         uses = FLAGS[name][1]
         if uses and not done & set(uses):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} has no effect here: it goes with {' or '.join(uses)}")
+            raise UserError(f"{flag(name)} has no effect here: it goes with {' or '.join(uses)}")
     if ("checkpoint" in given) == ("method" in given):
         raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
-    for other in {"--pixel", "--images"} & done if "compare" in given else ():
-        raise UserError(f"--compare has no effect with {other}; leave one of them out")
+    others = done & {"--pixel", "--images"}
+    if others and "compare" in given:
+        raise UserError(f"--compare has no effect with {others.pop()}; leave one of them out")
     if not given.get("json", ".json").endswith(".json"):
         raise UserError(f"--json {given['json']}: expected a file that ends in .json")
-    args = argparse.Namespace(**{name: flag[0] for name, flag in FLAGS.items()} | given)
+    args = argparse.Namespace(**{name: values[0] for name, values in FLAGS.items()} | given)
     args.crop_size = two_sides(args.crop_size)
     return args
 
@@ -767,8 +724,7 @@ def make_folders(args, read):
     """Make the folders of results. UserError where a file of this call could be overwritten."""
     folders = [Path(name).resolve() for name in (args.save_predictions, args.figures) if name]
     if len(set(folders)) < len(folders) or set(folders) & {path.resolve() for path in read}:
-        text = "need folders of their own: a file of this call could be overwritten"
-        raise UserError(f"--save-predictions and --figures {text}; take other folders")
+        raise UserError("--save-predictions and --figures need folders of their own; take others")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -799,8 +755,8 @@ def photographs(net, checkpoint, device, args, views):
         panels, maps = [data.Panel("image", image), drawn], [prediction.cpu()]
         data.sheet(panels, 2, maps, classes, palette, width=480).save(overlay)
         if args.figures:
-            kwargs = dict(pixel=args.pixel, amp=args.amp)
-            picture = figure_sheet(net, image, prediction, palette, classes, **kwargs)
+            about = None, args.pixel, args.amp
+            picture = figure_sheet(net, image, prediction, palette, classes, *about)
             picture.save(Path(args.figures) / f"{file.stem}_figures.png")
         counts = torch.bincount(prediction.flatten().cpu(), minlength=len(classes))
         shares = dict(zip(classes, (counts / prediction.numel()).tolist()))
@@ -837,7 +793,7 @@ def whole_split(net, checkpoint, device, rank, args, views):
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
         seen = settings.get("train_split") == "trainval" and name == settings["dataset"]
         if seen and args.split in ("train", "val", "trainval"):
-            print(f"warning: {args.split} was trained on (--train-split trainval)", file=sys.stderr)
+            data.warn(f"{args.split} was trained on (--train-split trainval)")
         if args.analyse:
             result["analysis"] = analyse(net, dataset, device, args)
     result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
@@ -853,8 +809,7 @@ def compared_networks(args, checkpoint, name, dataset, device):
         if other["classes"] != dataset.classes:
             text = f"'{path}' was trained on other classes than those of {name}"
             raise UserError(f"{text}; take another checkpoint, or another --dataset")
-    nets = {path: load(saved[path]) for path in args.compare}
-    return {path: n.to(device, memory_format=torch.channels_last) for path, n in nets.items()}
+    return {p: load(saved[p]).to(device, memory_format=torch.channels_last) for p in args.compare}
 
 
 def draw_figures(nets, dataset, device, args, views):
@@ -865,8 +820,8 @@ def draw_figures(nets, dataset, device, args, views):
         maps = {k: label_map(n, image, device, args.amp, **views).cpu() for k, n in nets.items()}
         if args.compare:
             panels, box = comparison(maps, image, palette, truth)
-            maps = maps.values()
-            picture = _sheet(image, truth, (box,), panels, maps, classes, palette, ENLARGED)
+            about = maps.values(), classes, palette, ENLARGED
+            picture = _sheet(image, truth, (box,), panels, *about)
         else:
             about = truth, args.pixel, args.amp
             picture = figure_sheet(net, image, maps[args.checkpoint], palette, classes, *about)
@@ -877,8 +832,7 @@ def draw_figures(nets, dataset, device, args, views):
 def analyse(net, dataset, device, args):
     """`--analyse`: class dependency and `net.analyse`, printed, returned, drawn with `--figures`.
 
-    A key is "NAME: WHAT IT SAYS", for a matrix with " | ROW, ROW, … | COLUMN, COLUMN, …" after it;
-    rows or columns that are not named are the classes.
+    A key is "NAME: WHAT IT SAYS"; of a matrix without classes also " | ROW, … | COLUMN, …".
     """
     numbers, kept, K = {}, {}, dataset.num_classes
     with autocast(device, args.amp):
@@ -886,9 +840,9 @@ def analyse(net, dataset, device, args):
             pairs = read_all(dataset, device, args.workers, "class dependency")
             dependency = class_dependency(net, pairs, K).cpu()
             occur = dependency.diag() > 0
-            pairs = occur & occur.unsqueeze(1) & ~torch.eye(K, dtype=torch.bool)
+            others = occur & occur.unsqueeze(1) & ~torch.eye(K, dtype=torch.bool)
             what = "how alike the mean features of two classes are, 0…1; less is better"
-            numbers[f"class dependency: {what}"] = dependency[pairs].mean().item()
+            numbers[f"class dependency: {what}"] = dependency[others].mean().item()
             numbers[f"class dependency of pairs: {what}, each row over its largest"] = dependency
         if hasattr(net, "analyse"):
             numbers |= net.analyse(read_all(dataset, device, args.workers, "analysis"))
@@ -905,8 +859,7 @@ def analyse(net, dataset, device, args):
         if len(columns) <= 6:
             print(title, " " * 20 + "".join(f"{column:>12}" for column in columns), sep="\n")
             for row, line in zip(rows, kept[name]):
-                cells = (f"{x:.3f}".replace("nan", "–") for x in line)
-                print(f"{row:<20}" + "".join(f"{cell:>12}" for cell in cells))
+                print(f"{row:<20}" + "".join(f"{x:12.3f}" for x in line).replace("nan", "  –"))
         if args.figures:
             file = Path(args.figures) / f"{name.replace(' ', '_')}.png"
             draw_matrix(value, columns, title, rows).save(file)

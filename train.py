@@ -3,29 +3,21 @@
     python train.py                                    # CAA on synthetic images, in minutes
     python train.py --method caa --dataset camvid --data-root DIR    # any dataset, see data.py
     torchrun --nproc-per-node 8 train.py --method caa --dataset pascal_context    # as the paper did
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py …
     python train.py --output runs/caa-shapes --resume                # go on where a run stopped
 
-Read `run` first, then `loop` and `train_step`.
+Read `run` first: settings, data, network, optimizer, resuming. Then `loop` and `train_step`.
 
-Settings are the defaults below, then the method's RECIPES for the dataset, then the flags. Each is
-printed and kept in config.json with where it came from.
+log.jsonl has a line for each logged step (`step`, `lr`, `loss`, its terms, `images_per_second`) and
+each evaluation (`step`, `mIoU`, `pixel_accuracy`, `class_accuracy`, `IoU`).
 
-A run's folder: config.json; log.jsonl, a line for each logged step (`step`, `lr`, `loss`, its
-terms, `images_per_second`) and each evaluation (`step`, `mIoU`, `pixel_accuracy`, `class_accuracy`,
-`IoU`); last.pt and best.pt (highest mIoU); curves.png; samples.png.
-
-The same seed gives the same run: a sample's augmentation depends on (seed, position in the run),
-a step's dropout on (seed, step, process). So workers, interruptions and --resume change nothing, on
-the CPU bit for bit. Several processes equal one with the joint batch up to dropout, of which each
-has its own, and batch norm, which is synchronized on CUDA alone. On several machines --output has
-to be a folder that all of them see.
+The same seed gives the same run: augmentation depends on (seed, position in the run), dropout on
+(seed, step, process). So workers and interruptions change nothing, on the CPU bit for bit. Several
+processes equal one up to dropout and batch norm, which is synchronized on CUDA alone.
 """
 
 import argparse
 import contextlib
 import importlib
-import itertools
 import json
 import math
 import os
@@ -48,35 +40,27 @@ import backbones
 import data
 import evaluate
 from data import UserError
-from evaluate import number, whole
+from evaluate import OPTION, SIDES, flag, number, whole
 
 try:
     import fcntl
 except ImportError:
     fcntl = None  # Windows
 
-# How argparse reads flags that are not one number or word
-SPLITS, SWITCH = dict(choices=("train", "trainval")), dict(action=argparse.BooleanOptionalAction)
-OPTION = dict(action="append", metavar="KEY=VALUE")
 CAR = dict(nargs="?", const="default", choices=("default", "paper", "released"))
-SIDES = dict(nargs="+", type=whole(1, 100_000), metavar="N")
 RANGE = dict(nargs=2, type=number(1e-3, 1e3), metavar=("LOW", "HIGH"))
 # name: (default, how its flag is read, what it is). They hold for datasets without a recipe.
 SETTINGS = {
     # what
     "method": ("caa", str, "file METHOD.py"),
     "dataset": ("shapes", str, "name in data.py: shapes, shapes+company, camvid, folder, …"),
-    "train_split": ("train", SPLITS, "what is trained on; trainval is train and val together"),
+    "train_split": ("train", dict(choices=("train", "trainval")), "trainval: train and val too"),
     "data_root": (None, str, "folder of the dataset [datasets/NAME, or that of the same files]"),
     "backbone": ("resnet18", str, "feature extractor: " + ", ".join(backbones.NAMES)),
     "weights": (None, str, "weights of the backbone: none, imagenet, or the path of a state dict"),
     "output_stride": (None, int, "stride of the backbone, 32, 16, 8; hfgd: of the logits, 4, 2, 1"),
     "option": ({}, OPTION, "option of the method's build, may be repeated"),
-    "car": (
-        None,
-        CAR,
-        "add car.py's losses; paper: (4.11) as printed; released: the authors' form",
-    ),
+    "car": (None, CAR, "add car.py's losses; paper: (4.11) as printed; released: the authors'"),
     "init": (None, str, "checkpoint whose weights the run starts from"),
     # how long, how fast
     "iterations": (140, whole(1), "optimizer steps"),
@@ -85,20 +69,12 @@ SETTINGS = {
     "optimizer": ("sgd", dict(choices=("sgd", "adam", "adamw")), "rule of the step"),
     "lr": (0.02, number(0), "learning rate at the start"),
     "head_lr": (1.0, number(0), "multiple of the learning rate for all but the backbone"),
-    "power": (
-        0.9,
-        number(0),
-        "exponent of the polynomial decay lr · (1 - step/iterations)^power",
-    ),
+    "power": (0.9, number(0), "exponent of the polynomial decay lr · (1 - step/iterations)^power"),
     "halve_every": (0, whole(0), "steps between halvings of the rate, in place of the decay"),
     "momentum": (0.9, number(0, 1), "SGD momentum"),
     "weight_decay": (1e-4, number(0), "weight decay, L2 (decoupled with adamw)"),
-    "decay_norms": (True, SWITCH, "weight decay for norms and biases too"),
-    "bn_momentum": (
-        0.1,
-        number(0, 1),
-        "share of the new batch in batch norm's running statistics",
-    ),
+    "decay_norms": (True, dict(action=argparse.BooleanOptionalAction), "decay norms and biases"),
+    "bn_momentum": (0.1, number(0, 1), "share of the new batch in batch norm's running statistics"),
     # augmentation
     "crop_size": (96, SIDES, "training crop: its side, or height and width"),
     "scale": ((0.75, 1.5), RANGE, "range of the random scale"),
@@ -115,29 +91,25 @@ SETTINGS = {
     "eval_every": (None, whole(1), "steps between evaluations [a tenth of the run, at least 100]"),
     "save_every": (None, whole(1), "steps between checkpoints [as eval_every]"),
 }
+DEFAULTS = {name: default for name, (default, *_) in SETTINGS.items()}
+AUGMENTATION = ("seed", "crop_size", "scale", "scale_step", "base_size", "color")
 # What may differ when a run goes on: it changes no result, or rounding alone
 FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
-AUGMENTATION = ("seed", "crop_size", "scale", "scale_step", "base_size", "color")
 FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "samples.png")
-OTHERS = ("step", "lr", "images_per_second", "skipped_steps")  # in a line of the log: no losses
 LOG_EVERY = 10  # steps
 BEFORE = "if there is a last.pt, it holds an earlier step"
 
 
 # ----------------------------------------------------------------------------------------- settings
-
-
 def arguments(argv=None):
     """(flags that were given, output folder or None, resume)"""
     parser = evaluate.Parser(description="Train a segmentation method; see train.py's top.")
     for name, (default, form, what) in SETTINGS.items():
-        flag, form = "--" + name.replace("_", "-"), form if type(form) is dict else dict(type=form)
         shown = "" if default in (None, {}, False) else f" [{default}]"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=what + shown, **form)
-    what = "folder of the run [runs/METHOD-DATASET, with a number where that is taken]"
-    parser.add_argument("--output", metavar="DIR", help=what)
+        parser.add_flag(name, form, what + shown, default=argparse.SUPPRESS)
+    parser.add_flag("output", str, "folder of the run [runs/METHOD-DATASET, numbered if taken]")
     what = "go on with the run in --output; with --method and --dataset: or start it there"
-    parser.add_argument("--resume", action="store_true", help=what)
+    parser.add_flag("resume", dict(action="store_true"), what)
     given = vars(parser.parse_args(argv))
     output, resume = given.pop("output"), given.pop("resume")
     if resume and output is None:
@@ -154,8 +126,7 @@ def arguments(argv=None):
 
 def resolve(given):
     """(settings, where each came from): defaults, then the method's recipe, then the flags."""
-    settings = {name: default for name, (default, *_) in SETTINGS.items()}
-    origin = dict.fromkeys(settings, "default")
+    settings, origin = dict(DEFAULTS), dict.fromkeys(DEFAULTS, "default")
     method = evaluate.method_file(given.get("method", settings["method"]))
     dataset = given.get("dataset", settings["dataset"])
     recipes = getattr(method, "RECIPES", {})
@@ -163,8 +134,7 @@ def resolve(given):
         dataset = dataset.split("+")[0]  # the recipe of shapes holds with its switches too
     recipe = recipes.get(dataset, {})
     if unknown := ", ".join(sorted(set(recipe) - set(SETTINGS))):
-        text = "train.py's SETTINGS lists the known ones"
-        raise UserError(f"{method.__name__}.py: unknown settings in a recipe: {unknown}; {text}")
+        raise UserError(f"{method.__name__}.py: unknown settings in a recipe: {unknown}")
     for values, source in (recipe, f"recipe {method.__name__}/{dataset}"), (given, "command line"):
         for name, value in values.items():
             settings[name] = settings[name] | value if name == "option" else value
@@ -191,25 +161,20 @@ def check_effect(given, s):
     }
     for name, reason in idle.items():
         if reason and given.get(name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} has no effect here: {reason}; leave it out")
+            raise UserError(f"{flag(name)} has no effect here: {reason}; leave it out")
 
 
 def resumed(last, given):
-    """(settings, where each came from) of the run whose checkpoint is `last`.
-
-    UserError for a flag that would change its result. A setting that a later version added has its
-    default.
-    """
+    """(settings, where each came from) of the run whose checkpoint is `last`."""
     if not last.exists():
-        best, advice = last.with_name("best.pt"), "give --method and --dataset to start a run there"
-        advice = f"start a new run with --init {best}" if best.exists() else advice
+        advice = "give --method and --dataset to start a run there"
+        if last.with_name("best.pt").exists():
+            advice = f"start a new run with --init {last.with_name('best.pt')}"
         raise UserError(f"nothing to resume: '{last}' is not there; {advice}")
     checkpoint = evaluate.read_checkpoint(last)
-    settings = {name: default for name, (default, *_) in SETTINGS.items()}
-    settings |= {k: v for k, v in checkpoint["settings"].items() if k in SETTINGS}
-    unknown = dict.fromkeys(checkpoint["settings"], "checkpoint")  # of an earlier version
-    origin = dict.fromkeys(settings, "default") | checkpoint.get("origin", unknown)
+    # What a later version added has its default; what it dropped is left out.
+    settings = DEFAULTS | {k: v for k, v in checkpoint["settings"].items() if k in DEFAULTS}
+    origin = dict.fromkeys(DEFAULTS, "default") | checkpoint.get("origin", {})
     check_record(last.with_name("config.json"), settings)
     check_effect(given, settings)
     for name, value in given.items():
@@ -218,7 +183,7 @@ def resumed(last, given):
         if json.dumps(value) == json.dumps(settings[name]):  # a list equals a tuple
             continue
         if name not in FREE:
-            text = f"--{name.replace('_', '-')} {value} differs from this run's {settings[name]}"
+            text = f"{flag(name)} {value} differs from this run's {settings[name]}"
             raise UserError(f"{text}; leave it out, or start a new run with --init {last}")
         settings[name], origin[name] = value, "command line"
     return settings, origin
@@ -227,23 +192,20 @@ def resumed(last, given):
 def check_record(path, settings):
     """UserError where config.json, which is for people, says something else than the checkpoint."""
     try:
-        values = json.loads(path.read_text())["settings"] if path.exists() else {}
-        values = {name: entry["value"] for name, entry in values.items()}
+        record = json.loads(path.read_text())["settings"] if path.exists() else {}
+        values = {name: record[name]["value"] for name in record.keys() & settings.keys() - FREE}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"'{path}' is damaged; remove it: the run has its settings") from None
-    for name in settings.keys() & values.keys() - FREE:
-        if json.dumps(values[name]) != json.dumps(settings[name]):
-            text = f"'{path}' says {name} {values[name]}, but the run has {settings[name]}"
-            raise UserError(f"{text}; put it back: only --init starts a run with other settings")
+    for name, value in values.items():
+        if json.dumps(value) != json.dumps(settings[name]):
+            raise UserError(f"'{path}' says {name} {value}, the run has {settings[name]}; undo it")
 
 
 # ------------------------------------------------------------------------------------ the whole run
-
-
 def run(given, output, resume):
     """One run, from its first step or its last checkpoint to its end. Returns the exit status."""
-    last, starts = Path(output or "", "last.pt"), {"method", "dataset"} <= set(given)
-    resumes = resume and (last.exists() or not starts)
+    last, can_start = Path(output or "", "last.pt"), {"method", "dataset"} <= set(given)
+    resumes = resume and (last.exists() or not can_start)
     s, origin = resumed(last, given) if resumes else resolve(given)
     if s["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -257,19 +219,25 @@ def run(given, output, resume):
         raise UserError(f"--batch-size {s['batch_size']}: make it a multiple of the {text}")
 
     augmentation = {name: s[name] for name in AUGMENTATION}
-    where = s["dataset"], s["data_root"]
-    train_set = data.dataset(*where, s["train_split"], train=True, **augmentation)
-    val_set = data.dataset(*where, "val")
+    name, root = s["dataset"], s["data_root"]
+    train_set = data.dataset(name, root, s["train_split"], train=True, **augmentation)
+    val_set = data.dataset(name, root, "val")
     net, note = make_net(s, train_set.classes, resumes, device, world)
     model = with_losses(net, s, train_set.num_classes, rank) if s["car"] else net
+
     state = State(net, s, origin, device, rank)
-    state.folder, lock = lock_folder(output, s, resume, resumes, rank)
+    state.folder, state.lock = lock_folder(output, s, resumes, rank)
     if resumes:
         state.load(last, train_set.classes)
-    batches = iter(make_loader(train_set, state, world))
+    counts = s["batch_size"], state.step, s["iterations"]
+    sampler = data.PositionSampler(len(train_set), *counts, s["seed"], rank, world)
+    loader = DataLoader(train_set, batch_sampler=sampler, num_workers=s["workers"],
+                        collate_fn=data.collate, pin_memory=device.type == "cuda",
+                        worker_init_fn=data.own_session)  # fmt: skip
+    batches = iter(loader)  # the loader processes start before signals are remembered
     if rank == 0:
-        print_settings(s, origin)
         print_start(state, train_set, world, note, resume)
+
     if world > 1:
         # Some weights never learn, as the norms of finer maps that nothing reads.
         kwargs = dict(device_ids=[device] if device.type == "cuda" else None)
@@ -281,52 +249,7 @@ def run(given, output, resume):
         stopped = loop(model, state, batches, train_set, val_set, stop, bar)
     if rank == 0:
         print_end(state, val_set, stopped)
-    if lock:
-        lock.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopped else 0
-
-
-def print_start(state, train_set, world, note, resume):
-    """What trains, on what, in which folder, from where."""
-    parameters = sum(p.numel() for p in state.net.parameters()) / 1e6
-    images = f"{len(train_set)} training images, {world} x {state.device.type}"
-    print(f"{parameters:.2f} M parameters, {images}, {state.folder}{note}")
-    if state.settings["train_split"] == "trainval":
-        print("val is trained on too: the mIoU on it says nothing about new images")
-    if state.step:
-        rewind_log(state.folder, state.step, state.evaluated)
-        print(f"goes on after step {state.step} of {state.settings['iterations']}")
-    elif resume:
-        print("there is nothing to resume yet: the run starts")
-
-
-def print_end(state, val_set, stopped):
-    """The result, and one command to look further; of a run that was stopped: to go on."""
-    folder = shlex.quote(str(state.folder))
-    if stopped:
-        again = f"python train.py --output {folder} --resume"
-        print(f"stopped after step {state.step}, checkpoint saved; go on with: {again}")
-        return
-    results = [line for line in read_log(state.folder) if "mIoU" in line]
-    print(evaluate.table(results[-1], val_set.classes) if results else "log.jsonl is gone")
-    found, file = f"best mIoU {state.best:.4f}", "best.pt"
-    if state.best < 0:
-        found, file = "no label in val, no best.pt", "last.pt"
-    print(f"{found}; {folder}/samples.png: image, truth and prediction of four images")
-    print(f"Look inside: python evaluate.py --checkpoint {folder}/{file} --figures figures")
-
-
-# ----------------------------------------------------------------------- data, network, optimizer
-
-
-def make_loader(train_set, state, world):
-    """The batches of the steps that are left: of each, this process's share."""
-    s = state.settings
-    counts = s["batch_size"], state.step, s["iterations"]
-    sampler = data.PositionSampler(len(train_set), *counts, s["seed"], state.rank, world)
-    return DataLoader(train_set, batch_sampler=sampler, num_workers=s["workers"],
-                      collate_fn=data.collate, pin_memory=state.device.type == "cuda",
-                      worker_init_fn=data.own_session)  # fmt: skip
 
 
 def make_net(s, classes, resumes, device, world):
@@ -351,19 +274,16 @@ def make_net(s, classes, resumes, device, world):
 
 
 def initialise(net, path, classes):
-    """--init: every tensor of the checkpoint that fits. Returns words: how many do, and whether the
-    checkpoint is of other classes.
-    """
+    """--init: every tensor of the checkpoint that fits. Returns words about what does."""
     checkpoint, own = evaluate.read_checkpoint(path), net.state_dict()
     saved = checkpoint["net"].items()
     fitting = {k: v for k, v in saved if k in own and own[k].shape == v.shape}
     if not fitting:
-        expected = "expected a checkpoint of the same method and backbone"
-        raise UserError(f"nothing in '{path}' fits this network; {expected}")
+        raise UserError(f"nothing in '{path}' fits; expected the same method and backbone")
     net.load_state_dict(fitting, strict=False)
     new = "" if len(fitting) == len(own) else ", the others are new"
-    same = "" if checkpoint["classes"] == classes else "; its classes have other names or order"
-    return f"; {len(fitting)} of {len(own)} tensors from {path}{new}{same}"
+    other = "" if checkpoint["classes"] == classes else "; its classes have other names or order"
+    return f"; {len(fitting)} of {len(own)} tensors from {path}{new}{other}"
 
 
 def with_losses(net, s, num_classes, rank):
@@ -379,11 +299,7 @@ def with_losses(net, s, num_classes, rank):
 
 
 def make_optimizer(net, s):
-    """SGD, Adam or AdamW.
-
-    With decay_norms=False what has one dimension (norms, biases) is not decayed. All that is not in
-    net.backbone learns at head_lr · lr.
-    """
+    """SGD, Adam or AdamW, with groups of parameters for head_lr and decay_norms."""
     body, head = [], list(net.parameters())
     if s["head_lr"] != 1:
         if not hasattr(net, "backbone"):
@@ -403,9 +319,9 @@ def make_optimizer(net, s):
 
 
 class State:
-    """What the next step depends on; a checkpoint holds it. Random numbers are not in it, because
-    they follow from (seed, step).
-    """
+    """What the next step depends on, but random numbers, which follow from (seed, step)."""
+
+    COUNTS = ("step", "evaluated", "best", "labelled", "window", "seconds", "skipped", "in_a_row")
 
     def __init__(self, net, s, origin, device, rank):
         self.net, self.settings, self.origin = net, s, origin
@@ -418,20 +334,19 @@ class State:
         fp16 = evaluate.amp_dtype(s["amp"], device) is torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.step, self.evaluated, self.best = 0, 0, -1.0
+        self.labelled = False  # whether a pixel was, until now
         self.recent = []  # losses of steps, on the device, that no process has looked at
         self.window, self.seconds = [], 0.0  # of the steps since the last line of the log
         self.skipped, self.in_a_row = 0, 0  # steps that overflowed float16: since then; up to now
-        self.labelled = False  # whether a pixel was, until now
         self.recorded = False  # whether config.json is written
 
     def load(self, path, classes):
-        """The checkpoint's state. Nobody writes it now: the first process holds the lock."""
+        """The state in last.pt. Nobody writes it now: the first process holds the lock."""
         checkpoint = evaluate.read_checkpoint(path)
         if of_first(checkpoint["step"]) != checkpoint["step"]:
             raise UserError(f"'{path}' is older here; take a folder that all machines share")
         if checkpoint["classes"] != classes:
-            text = f"'{self.settings['data_root']}' has other classes than this run"
-            raise UserError(f"{text} (names, number or order); give the run's own --data-root")
+            raise UserError("the dataset has other classes than this run; give its own --data-root")
         evaluate.restore(self.net, checkpoint)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -439,27 +354,20 @@ class State:
             if checkpoint["scaler"]:  # empty where the run had no fp16 until now
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except (AttributeError, KeyError, TypeError, ValueError):
-            text = f"'{path}' has no state of this run's optimizer"
-            raise UserError(f"{text}; start a new run with --init {path}") from None
-        for name in ("step", "evaluated", "best"):
-            setattr(self, name, checkpoint[name])
-        for name in ("window", "seconds", "skipped", "in_a_row"):
+            raise UserError(f"'{path}' lacks the optimizer's state; take it as --init") from None
+        for name in self.COUNTS:
             setattr(self, name, checkpoint.get(name, getattr(self, name)))
-        self.labelled = self.step > 0
+        if self.rank == 0:
+            rewind_log(self.folder, self.step, self.evaluated)
 
     def save(self, name, dataset):
-        """Write the checkpoint `name`, but never one whose weights are not finite. best.pt holds
-        what evaluation and --init need, last.pt also what --resume needs.
-        """
+        """Write the checkpoint; best.pt is for evaluation and --init, last.pt for --resume too."""
         parts = ("net",) if name == "best.pt" else ("net", "optimizer", "schedule", "scaler")
         state = {part: getattr(self, part).state_dict() for part in parts}
         broken = [key for key, value in state["net"].items() if not value.isfinite().all()]
         if broken:
-            text = f"weights are not finite after step {self.step}, {broken[0]} the first of them"
-            raise UserError(f"{text}; {BEFORE}; try a lower --lr, or --amp off")
-        names = ("step", "evaluated", "best", "settings", "origin")
-        names += ("window", "seconds", "skipped", "in_a_row")
-        state |= {name: getattr(self, name) for name in names}
+            raise UserError(f"step {self.step}: {broken[0]} is not finite; {BEFORE}; lower --lr")
+        state |= {name: getattr(self, name) for name in ("settings", "origin", *self.COUNTS)}
         state |= dict(classes=dataset.classes, palette=[list(color) for color in dataset.palette])
         state |= dict(raw_ids=getattr(dataset, "raw_ids", None))
         evaluate.replace(self.folder / name, lambda temporary: torch.save(state, temporary))
@@ -469,12 +377,8 @@ class State:
 
 
 # ----------------------------------------------------------------------------------------- training
-
-
 def loop(model, state, batches, train_set, val_set, stop, bar):
-    """The steps that are left, with evaluations, log and checkpoints. Returns whether a signal
-    ended them.
-    """
+    """The steps that are left. Returns whether a signal ended them."""
     s, stopped = state.settings, False
     every = LOG_EVERY, s["eval_every"], s["save_every"]
     while True:
@@ -493,6 +397,7 @@ def loop(model, state, batches, train_set, val_set, stop, bar):
         train_step(model, state, *next(batches))
         bar.update()
         stopped, last = any_process(stop.signal), state.step == s["iterations"]
+        # before each line of the log, evaluation and checkpoint
         if stopped or last or state.step == 1 or any(state.step % n == 0 for n in every):
             look_at_losses(state)
         state.seconds += time.perf_counter() - start
@@ -501,14 +406,12 @@ def loop(model, state, batches, train_set, val_set, stop, bar):
 
 
 def train_step(model, state, images, labels):
-    """One step of the optimizer; its losses join state.recent. Nothing waits for the device, but
-    float16, whose scale decides on the step.
+    """One step of the optimizer; its losses join state.recent. Only float16 waits for the device.
 
     --accumulate N: this process's share is computed in N parts. A part's losses are weighted by its
-    labelled pixels, of all processes, over the step's. So the gradient of a cross entropy over
-    labelled pixels is that of the whole batch. What looks at a batch as a whole sees a part: hard
-    examples, relabelled and unity cells, CAR's class centres, and batch norm, whose running
-    statistics move N times.
+    labelled pixels over the step's. So the gradient of a cross entropy over labelled pixels is that
+    of the whole batch. What looks at a batch as a whole sees a part: hard examples, relabelled and
+    unity cells, CAR's class centres, and batch norm, whose running statistics move N times.
     """
     s, device, parts = state.settings, state.device, state.settings["accumulate"]
     state.labelled = state.labelled or bool((labels != data.IGNORE).any())
@@ -538,8 +441,7 @@ def train_step(model, state, images, labels):
     else:  # the step overflowed float16 and was skipped, as the first ones often are
         state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
     if state.in_a_row == 50 or scale < 1e-30:
-        text = f"float16 overflowed: {state.in_a_row} steps in a row were skipped; {BEFORE}"
-        raise UserError(f"{text}; try --amp bf16, --amp off, or a lower --lr")
+        raise UserError(f"float16 overflowed in {state.in_a_row} steps in a row; try --amp off")
     state.step += 1
     state.recent.append(total)
 
@@ -555,13 +457,7 @@ def shares(labels):
 
 
 def look_at_losses(state):
-    """Wait for the device, exchange the recent losses; UserError where one is not finite.
-
-    It is called before each line of the log, evaluation and checkpoint. So no checkpoint holds a
-    step whose loss was not finite.
-    """
-    if not state.recent:
-        return
+    """Wait for the device, exchange the recent losses; UserError where one is not finite."""
     names = list(dict.fromkeys(name for losses in state.recent for name in losses))
     zero = torch.zeros((), device=state.device)  # for a loss that a step does not have
     rows = [[losses.get(name, zero) for name in names] for losses in state.recent]
@@ -583,8 +479,7 @@ def log_losses(state, lr, bar):
     s, window = state.settings, state.window
     state.labelled = any_process(state.labelled)
     if not state.labelled:
-        text = f"no pixel of the first {state.step} steps has a label"
-        raise UserError(f"{text}; `python data.py` shows the ids of the labels")
+        raise UserError(f"no pixel of {state.step} steps has a label; see `python data.py`")
     means = {name: sum(losses[name] for losses in window) / len(window) for name in window[0]}
     loss, speed = sum(means.values()), s["batch_size"] * len(window) / state.seconds
     state.window, state.seconds = [], 0.0
@@ -601,42 +496,25 @@ def log_losses(state, lr, bar):
         print(f"step {state.step}/{s['iterations']} {text}, {left:.1f} min left", flush=True)
 
 
-def any_process(flag):
-    """Whether `flag` is true in any process. They wait for one another, on the CPU: for no GPU."""
-    flag = torch.tensor(float(bool(flag)))
-    if dist.is_initialized():
-        dist.all_reduce(flag)
-    return flag.item() > 0
-
-
-def of_first(value):
-    """The value that the first process has."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def validate(state, train_set, val_set, stop):
-    """Evaluate, log, draw, keep the best. Returns whether any process was told to stop: then
-    nothing is recorded.
-    """
+    """Evaluate, log, draw, keep the best. True if a signal came: then nothing is recorded."""
     s, net, device, folder = state.settings, state.net, state.device, state.folder
     net.eval()
-    for buffer in net.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)  # batch norm's statistics are each process's own on the CPU
+    if dist.is_initialized():
+        for buffer in net.buffers():  # batch norm's statistics are each process's own on the CPU
+            dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False  # it would tune for each size of image
     result = evaluate.evaluate(net, val_set, device, s["amp"], s["workers"], stop=stop)
     if any_process(stop.signal):
         return True
     labelled = result.pop("labelled")
-    if state.rank == 0 and state.evaluated == 0:
-        evaluate.warn_of_absent(labelled, val_set, f"{s['dataset']} val")
-    state.evaluated = state.step
+    first, state.evaluated = state.evaluated == 0, state.step
     better = result["mIoU"] > state.best  # never where nothing is labelled: mIoU is NaN
     if better:
         state.best = result["mIoU"]
     if state.rank == 0:
+        if first:
+            evaluate.warn_of_absent(labelled, val_set, f"{s['dataset']} val")
         append_log(folder, step=state.step, **result)
         draw_curves(folder)
         draw_samples(folder, net, val_set, device, s["amp"])
@@ -648,25 +526,37 @@ def validate(state, train_set, val_set, stop):
     return False
 
 
-class Stop:
-    """Remembers, while it is entered, that a signal came which ends jobs; a second Ctrl-C ends the
-    process at once.
+# --------------------------------------------------------------------------- processes and signals
+def any_process(value):
+    """Whether `value` is true in any process. They wait for one another, on the CPU: for no GPU."""
+    true = torch.tensor(float(bool(value)))
+    if dist.is_initialized():
+        dist.all_reduce(true)
+    return true.item() > 0
 
-    A second SIGTERM does not: launchers send it both to torchrun and, through that, to its
-    processes. SLURM can announce a job's end by SIGUSR1, which torchrun does not pass on.
-    """
+
+def of_first(value):
+    """The value that the first process has."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+class Stop:
+    """Remembers, while it is entered, a signal that ends jobs. A second Ctrl-C ends the process."""
 
     def __enter__(self):
-        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows lacks the last two
-        known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.signal, self.before = None, {which: signal.getsignal(which) for which in known}
-        for which, handler in self.before.items():
-            if handler is not signal.SIG_IGN:  # as nohup ignores SIGHUP
-                signal.signal(which, self)
+        self.signal, self.before = None, {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            which = getattr(signal, name, None)  # Windows lacks the last two
+            if which and signal.getsignal(which) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+                self.before[which] = signal.signal(which, self)
         return self
 
     def __call__(self, which, frame):
         self.signal = which
+        # A second SIGTERM changes nothing: torchrun passes on what each process got already.
         if signal.getsignal(signal.SIGINT) is self:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -675,54 +565,45 @@ class Stop:
             signal.signal(which, handler)
 
 
-# ----------------------------------------------------------------------------------- files of a run
-
-
-def lock_folder(output, settings, resume, resumes, rank):
-    """(the run's folder, its lock, which is held while it is open). The first process takes the
-    folder and tells the others. UserError where that is not possible.
-    """
-    answer, lock = None, None
+# --------------------------------------------------------------------- a run's folder and its files
+def lock_folder(output, settings, resumes, rank):
+    """(the run's folder, its lock, held while it is open); the first process tells the others."""
+    folder, lock, wrong = None, None, None
     if rank == 0:
         name = f"runs/{settings['method']}-{settings['dataset']}"
-        numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-        for folder in map(Path, [output] if output else numbered):
-            lock, wrong = take(folder, resume, resumes)
-            if wrong is None or lock is False:
-                break
-        answer = folder, wrong and f"'{folder}' {wrong}"
-    folder, wrong = of_first(answer)
+        numbered = [name, *(f"{name}-{n}" for n in range(2, 10_000))]
+        try:
+            for folder in map(Path, [output] if output else numbered):
+                lock, wrong = take(folder, resumes)
+                if not wrong:
+                    break
+        except OSError as error:
+            wrong = f"cannot be the folder of a run ({error.strerror}); take another --output"
+    folder, wrong = of_first((folder, wrong))
     if wrong:
-        raise UserError(wrong)
+        raise UserError(f"'{folder}' {wrong}")
     return folder, lock
 
 
-def take(folder, resume, resumes):
-    """(the lock of a run's folder, what is wrong or None); (False, …) if no other folder helps."""
-
-    def taken():
-        there = [name for name in FILES if (folder / name).exists() and not resumes]
-        advice = "add --resume to go on with a run that is there"
-        if resume:
-            advice = "there is no last.pt to resume: move it away"
-        return f"holds {there[0]} already; {advice}, or take another --output" if there else None
-
-    if taken() and not (folder / ".lock").exists():  # a folder that is no run's stays as it is
-        return None, taken()
-    try:
+def take(folder, resumes):
+    """(the lock of a run's folder, what is wrong or None)"""
+    lock, files = None, [folder / name for name in FILES if not resumes]
+    # A folder that is somebody else's stays as it is.
+    if (folder / ".lock").exists() or not any(map(Path.exists, files)):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
-    except OSError as error:
-        return False, f"cannot be the folder of a run ({error.strerror}); take another --output"
-    try:
-        # Loader processes, which outlive a killed run for a moment, do not inherit it.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return None, "belongs to a run that is training now; wait for it, or take another --output"
-    except (OSError, AttributeError):  # a file system without locks; a system without fcntl
-        text = f"warning: '{folder}' cannot be locked here: start no second run in it"
-        print(text, file=sys.stderr)
-    return lock, taken()
+        try:
+            # Loader processes, which outlive a killed run for a moment, do not inherit it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return None, "belongs to a run that is training now; wait, or take another --output"
+        except (OSError, AttributeError):  # a file system without locks; a system without fcntl
+            data.warn(f"'{folder}' cannot be locked here: start no second run in it")
+    found = [file.name for file in files if file.exists()]
+    if found:
+        advice = "--resume goes on where there is a last.pt; else move it away"
+        return None, f"holds {found[0]} already; {advice}, or take another --output"
+    return lock, None
 
 
 def write_config(state):
@@ -734,22 +615,48 @@ def write_config(state):
     with contextlib.suppress(OSError):  # no git on this machine
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         git = done.stdout.strip() or None
-    entries = state.settings.items()
-    kept = {name: {"value": value, "from": state.origin[name]} for name, value in entries}
-    config = dict(settings=kept, versions=versions, git=git)
+    settings = {k: {"value": v, "from": state.origin[k]} for k, v in state.settings.items()}
+    config = dict(settings=settings, versions=versions, git=git)
     config["processes"] = dist.get_world_size() if dist.is_initialized() else 1
     config["device"] = evaluate.device_name(state.device)
     text = json.dumps(config, indent=1) + "\n"
     evaluate.replace(state.folder / "config.json", lambda path: path.write_text(text))
 
 
-def print_settings(settings, origin):
-    """What is not a default first, and where it came from."""
-    chosen = [name for name in settings if origin[name] != "default"]
+def print_start(state, train_set, world, note, resume):
+    """The settings, what is not a default first; what trains, on what, in which folder."""
+    s, origin = state.settings, state.origin
+    chosen = [name for name in s if origin[name] != "default"]
     for name in sorted(chosen, key=lambda name: origin[name] != "command line"):
-        print(f"  {name:<14} {settings[name]!s:<40} {origin[name]}")
-    rest = [f"{name} {value}" for name, value in settings.items() if name not in chosen]
-    print(f"  defaults: {', '.join(rest)}")
+        print(f"  {name:<14} {s[name]!s:<40} {origin[name]}")
+    rest = ", ".join(f"{name} {value}" for name, value in s.items() if name not in chosen)
+    print(f"  defaults: {rest}")
+    parameters = sum(p.numel() for p in state.net.parameters()) / 1e6
+    images = f"{len(train_set)} training images, {world} x {state.device.type}"
+    print(f"{parameters:.2f} M parameters, {images}, {state.folder}{note}")
+    if s["train_split"] == "trainval":
+        print("val is trained on too: the mIoU on it says nothing about new images")
+    if state.step:
+        print(f"goes on after step {state.step} of {s['iterations']}")
+    elif resume:
+        print("there is nothing to resume yet: the run starts")
+
+
+def print_end(state, val_set, stopped):
+    """The result, and one command to look further; of a run that was stopped: to go on."""
+    folder = shlex.quote(str(state.folder))
+    if stopped:
+        again = f"python train.py --output {folder} --resume"
+        print(f"stopped after step {state.step}, checkpoint saved; go on with: {again}")
+        return
+    results = [line for line in read_log(state.folder) if "mIoU" in line]
+    if results:
+        print(evaluate.table(results[-1], val_set.classes))
+    found, file = f"best mIoU {state.best:.4f}", "best.pt"
+    if state.best < 0:
+        found, file = "no label in val, no best.pt", "last.pt"
+    print(f"{found}; {folder}/samples.png: image, truth and prediction of four images")
+    print(f"Look inside: python evaluate.py --checkpoint {folder}/{file} --figures figures")
 
 
 def append_log(folder, **line):
@@ -772,17 +679,19 @@ def rewind_log(folder, step, evaluated):
     text = ""
     for line in read_log(folder):
         last = evaluated if "mIoU" in line else step
-        text += json.dumps(line) + "\n" if line["step"] <= last else ""
+        if line["step"] <= last:
+            text += json.dumps(line) + "\n"
     evaluate.replace(folder / "log.jsonl", lambda path: path.write_text(text))
 
 
 def draw_curves(folder):
     """curves.png: the loss and its terms, the learning rate, and the metrics, over the steps."""
     log = read_log(folder)
-    steps, results = ([line for line in log if name in line] for name in ("loss", "mIoU"))
-    terms = [n for n in (steps[0] if steps else {}) if n not in OTHERS]
+    losses, results = ([line for line in log if name in line] for name in ("loss", "mIoU"))
+    others = ("step", "lr", "images_per_second", "skipped_steps")
+    terms = [name for name in (losses or [{}])[0] if name not in others]
     metrics = ("mIoU", "pixel_accuracy", "class_accuracy")
-    panels = ("loss", steps, terms), ("learning rate", steps, ["lr"]), ("val", results, metrics)
+    panels = ("loss", losses, terms), ("learning rate", losses, ["lr"]), ("val", results, metrics)
     picture = Image.new("RGB", (480 * len(panels), 340), "white")
     for i, (title, lines, names) in enumerate(panels):
         series = {n: [(x["step"], x[n]) for x in lines if x.get(n) is not None] for n in names}
