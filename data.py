@@ -91,6 +91,8 @@ LIMITS = {
     "free some space, or take another folder",
     r"InductorError|BackendCompilerFailed|CxxCompiler": "--compile: torch.compile does not work "
     "here; leave it out",
+    r"Expected to have finished reduction": "a parameter of the network gets no gradient; freeze "
+    "it by requires_grad_(False), or leave it out",
     r"more than 1 value": "batch norm needs more than one value per channel; take a "
     "--batch-size of at least 2 for each process, or larger crops",
 }

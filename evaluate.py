@@ -238,10 +238,10 @@ def network(method, num_classes, backbone, weights=None, output_stride=None, opt
 def read_checkpoint(path):
     """What train.py saved at `path`; UserError where it cannot be read."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file cut short, or another kind of file, fails in many ways
-        reason = _one_line(error, 160).partition(". ")[0]
-        text = f"checkpoint '{path}' cannot be read ({reason})"
+        checkpoint = backbones.load_file(path)
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        text = f"no checkpoint '{path}'" if missing else f"checkpoint {_one_line(error)}"
         raise UserError(f"{text}; expected a last.pt or best.pt that train.py wrote") from None
     parts = {"net", "settings", "step", "classes", "palette"}
     if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):

@@ -239,9 +239,8 @@ def run(given, output, resume):
         print_start(state, train_set, world, note, resume)
 
     if world > 1:
-        # Some weights never learn, as the norms of finer maps that nothing reads.
-        kwargs = dict(device_ids=[device] if device.type == "cuda" else None)
-        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, **kwargs)
+        ids = [device] if device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     if s["compile"]:
         model = torch.compile(model)
     kwargs = dict(total=s["iterations"], initial=state.step, desc="training", unit="step")

@@ -49,7 +49,7 @@ class Net(nn.Module):
         self.name = name
         setattr(self, name, nn.Conv2d(width, num_classes, 1))
         self.norm = nn.BatchNorm2d(width) if norm else None
-        self.idle = nn.Parameter(torch.ones(2)) if idle else None  # never learns
+        self.idle = nn.Parameter(torch.ones(2), requires_grad=idle == "free") if idle else None
 
     def forward(self, images, labels=None):
         x = self.conv(images).relu()
@@ -568,6 +568,14 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(
         assert log["pixels"] == pytest.approx(logs[0]["pixels"], rel=1e-5)
 
 
+def test_a_parameter_without_a_gradient_is_told_where_processes_exchange_gradients(
+    flags, method, tmp_path
+):
+    flags = [*flags, "--option", "idle=free", "--output", str(tmp_path / "a")]
+    process = start(flags, method, 2)
+    assert "a parameter of the network gets no gradient" in process.communicate(timeout=600)[1]
+
+
 def test_shares_of_a_step_are_those_of_its_labels():
     labels = torch.zeros(4, 2, 3, dtype=torch.int64)
     labels[1], labels[2, 0] = 255, 255
@@ -957,9 +965,7 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     assert "needs the run's folder" in mistake(capsys, "--resume")
     assert "nothing to resume" in mistake(capsys, "--resume", "--output", str(tmp_path))
     assert "fp16 needs a CUDA GPU" in mistake(capsys, *flags, "--amp", "fp16")
-    assert "checkpoint 'x.pt' cannot be read ([Errno 2] No such file" in mistake(
-        capsys, *flags, "--init", "x.pt"
-    )
+    assert "no checkpoint 'x.pt'" in mistake(capsys, *flags, "--init", "x.pt")
     assert "from 0 to" in mistake(capsys, *flags, "--seed", "-1")
     assert "--lr: expected a number from 0 to" in mistake(capsys, *flags, "--lr", "-1")
     assert "weights is not an --option" in mistake(capsys, *flags, "--option", "weights=imagenet")
