@@ -41,7 +41,7 @@ class Net(nn.Module):
     # no batch norm: two processes must equal one
     def __init__(
         self, num_classes, *, width=4, drop=0.5, fail_at=None, norm=False, name="classifier",
-        pair=(), idle=False
+        pair=(), idle=False, free=False
     ):
         super().__init__()
         self.conv, self.drop = nn.Conv2d(3, width, 3, padding=1), nn.Dropout(drop)
@@ -49,7 +49,7 @@ class Net(nn.Module):
         self.name = name
         setattr(self, name, nn.Conv2d(width, num_classes, 1))
         self.norm = nn.BatchNorm2d(width) if norm else None
-        self.idle = nn.Parameter(torch.ones(2), requires_grad=idle == "free") if idle else None
+        self.idle = nn.Parameter(torch.ones(2), requires_grad=free) if idle else None
 
     def forward(self, images, labels=None):
         x = self.conv(images).relu()
@@ -571,7 +571,15 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch(
 def test_a_parameter_without_a_gradient_is_told_where_processes_exchange_gradients(
     flags, method, tmp_path
 ):
-    flags = [*flags, "--option", "idle=free", "--output", str(tmp_path / "a")]
+    flags = [
+        *flags,
+        "--option",
+        "idle=true",
+        "--option",
+        "free=true",
+        "--output",
+        str(tmp_path / "a"),
+    ]
     process = start(flags, method, 2)
     assert "a parameter of the network gets no gradient" in process.communicate(timeout=600)[1]
 
