@@ -1,5 +1,6 @@
 """ksac.py against Algorithm 1 of the thesis, written here literally, in float64."""
 
+import doctest
 from itertools import product
 
 import pytest
@@ -71,6 +72,12 @@ def test_line_4_by_hand(form):
     assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
     # The rate exceeds the map: only the centre is inside.
     assert three[0, 0].tolist() == x[0, 0].tolist()
+
+
+@pytest.mark.equation
+def test_the_example_of_the_docstring_runs():
+    result = doctest.testmod(ksac)
+    assert result.failed == 0 and result.attempted > 0
 
 
 @pytest.mark.equation
@@ -463,7 +470,7 @@ def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="KSACNet has no option rate; .*rates=\\(6, 12, 18\\)"):
         ksac.build(3, "resnet18", rate=6)
-    with pytest.raises(ValueError, match="head='psp': it is 'ksac', 'aspp' or 'fcn'"):
+    with pytest.raises(ValueError, match="head='psp': it is one of 'ksac', 'aspp', 'fcn'"):
         ksac.build(3, "resnet18", head="psp")
     for rates in ((), (0, 6), (1.5,), 6, (True,)):
         with pytest.raises(ValueError, match=r"^rates=.*: expected whole numbers from 1 on"):
