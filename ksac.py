@@ -248,8 +248,7 @@ class FCN(nn.Sequential):
     """No context (Table 2.1's first row): a 1x1 convolution."""
 
     def __init__(self, in_channels, channels=256):
-        # Inferred: ASPP then adds 14.69 G. The table has 17.43, 2.73 of them padding
-        # (docs/results.md).
+        # Inferred (docs/results.md): ASPP then adds 14.69 G; the table has 17.43, 2.73 are padding.
         super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
 
 

@@ -411,6 +411,35 @@ def test_rates_are_scaled_with_the_output_stride(stride, rates, head):
 
 
 @pytest.mark.network
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_regularized_is_the_last_batch_norm(options):
+    net = settled(ksac.build(3, LIGHT, output_stride=32, **options))
+    norm, seen = net.get_submodule(net.regularized), []
+    for module in (norm, net.classifier):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(torch.randn(1, 3, 33, 33).double())
+    before, after = seen
+    assert before.min() < 0  # linear: a convolution's output
+    torch.testing.assert_close(normed(norm, before), after)
+
+
+@pytest.mark.usefixtures("meta")
+@pytest.mark.network
+@pytest.mark.parametrize("decoder, read", [(False, [0, 0, 0, 1]), (True, [1, 0, 0, 1])])
+def test_levels_that_are_not_read_are_frozen(decoder, read):
+    net = ksac.build(3, "swin_t", output_stride=32, decoder=decoder)
+    norms = [norm.weight.requires_grad for norm in net.backbone.norms]
+    assert norms == read
+
+
+@pytest.mark.network
+def test_a_label_that_is_not_a_class_is_refused():
+    images, labels = torch.randn(2, 3, 33, 33), torch.full((2, 33, 33), 3)
+    with pytest.raises(ValueError, match="label"):
+        ksac.build(3, LIGHT, output_stride=32)(images, labels)
+
+
+@pytest.mark.network
 def test_decoder_reads_the_features_of_stride_4():
     torch.manual_seed(0)
     net = ksac.build(3, "resnet18", decoder=True).eval()
