@@ -2,29 +2,37 @@
 
 Ye Huang, Qingqing Wang, Wenjing Jia, Yue Lu, Yuxin Li, Xiangjian He: "See more than once: On the
 kernel-sharing atrous convolution for semantic segmentation", Neurocomputing 2021,
-https://arxiv.org/abs/1908.09443. Algorithms, tables and sections have the numbers of Ye Huang's
-thesis "Context-aware Image Semantic Segmentation" (University of Technology Sydney, 2022), chapter
-2.
+https://arxiv.org/abs/1908.09443. Numbers of algorithms, tables and sections are those of Ye Huang's
+thesis "Context-aware Image Semantic Segmentation", University of Technology Sydney, 2022.
 
 The idea. ASPP looks at a map through parallel 3x3 convolutions of several atrous rates, and each
 has a kernel of its own. Small objects train the kernels of small rates, large objects those of
 large rates, and each kernel learns from a part of the objects only. KSAC has one kernel for all
-rates. It sees every object more than once, near and far, so it learns from all of them. With three
+rates. It sees every object more than once, with small and large receptive fields, so it learns from
+all of them. The thesis calls this feature augmentation inside the network (Sect. 2.2.2). With three
 rates two thirds of the 3x3 weights are saved.
 
-The mathematics, Algorithm 1. T [N, I, H, W] is the input map, K [C, I, 3, 3] the shared kernel with
-its nine taps K_k [C, I], k in {-1, 0, 1}². R are the rates, p is a position.
+The mathematics, Algorithm 1. T [N, I, H, W] is the input map, 0 outside its borders. K [C, I, 3, 3]
+is the shared kernel with its nine taps K_k [C, I], k in {-1, 0, 1}². R: rates, p: a position.
 
     T'_r[p] = Σ_k K_k T[p + r·k]          for every r in R     line 4    -> shared_atrous
     B_r = BatchNorm_r(T'_r)               [N, C, H, W]         line 5    -> KSAC.pyramid
     pyramid = Σ_r ReLU(B_r)               [N, C, H, W]         "Ensure"  -> KSAC.forward
 
-Fig. 2.3 joins three components, of which this pyramid is one -> KSAC.forward. Fig. 2.4 shows
-feature maps of each rate -> KSACNet.figures.
+513x513 pixels are 33x33 positions at output stride 16. The picture has the row of the middle
+position: x is a tap that reads the map, o is one that reads a 0 outside it. Columns are alike. At
+rate 18 the middle position reads the map with one tap of nine, no position with more than four.
+
+    rate  6      ..........x.....x.....x..........
+    rate 12      ....x...........x...........x....
+    rate 18    o ................x................ o
+
+Fig. 2.3 joins the pyramid with a 1x1 convolution and an image-level branch -> KSAC.forward. Fig.
+2.4 shows feature maps of each rate -> KSACNet.figures.
 
 Read first `separate`, then `rearranged`, which computes the same with the multiply-adds of one
 convolution, then KSAC. Tests: tests/test_ksac.py.
-To copy: this file and backbones.py. What is above KSACNet needs torch and torchvision alone.
+To copy: this file and backbones.py. The code above KSACNet needs torch and torchvision alone.
 """
 
 import torch
@@ -41,25 +49,26 @@ import backbones
 def separate(x, weight, rates):
     """Algorithm 1, line 4, as printed: one atrous convolution for each rate, with the same kernel.
 
-    x `[N, I, H, W]`, weight `[C, I, 3, 3]`, rates: whole numbers of at least 1 -> a list of maps
-    `[N, C, H, W]`, one for each rate.
+    x: T `[N, I, H, W]`, weight: K `[C, I, 3, 3]`, rates: R, whole numbers of at least 1 -> a list
+    of maps `[N, C, H, W]`, one for each rate.
     """
     return [F.conv2d(x, weight, padding=r, dilation=r) for r in rates]
 
 
 def rearranged(x, weight, rates):
-    """The same as `separate`, with the multiply-adds of one 3x3 convolution for any number of
-    rates.
+    """The same as `separate`. Its multiply-adds are those of one 3x3 convolution at any `rates`.
 
-    The products take N·9·C·H·W numbers. Under autocast they are rounded before they are summed.
+    Sect. 2.4.2 says that sharing needs 1x3x3 products for a pixel instead of 3x3x3. That is true of
+    this form only: `separate` computes all 3x3x3. The products take N·9·C·H·W numbers. Under
+    autocast they are rounded before they are summed.
 
     Derivation: the nine products K_k T do not depend on the rate,
 
         T'_r[p] = Σ_k K_k T[p + r·k] = Σ_k (K_k T)[p + r·k]
 
     so they are computed once, as 1x1 convolutions. Each rate then sums nine shifted maps, which is
-    what `fold` does. It adds a product at q to position q + r·k; the formula needs q - r·k, so the
-    kernel is flipped.
+    what `fold` does. The formula reads at p + r·k; `fold` writes to q + r·k. Reading at +k is
+    writing at -k, hence the flip of the kernel.
     """
     taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # [C·9, I], as fold wants it
     products = taps @ x.flatten(2)  # K_k T  [N, C·9, H·W]
@@ -67,14 +76,26 @@ def rearranged(x, weight, rates):
 
 
 # (rates - 1) · channels from which `rearranged` is faster in training: 768 channels for two rates,
-# 384 for three. Measured on two CPU cores at 128 to 2048 channels, see docs/results.md.
+# 384 for three. Measured on two CPU cores (docs/results.md), not on a GPU.
 REARRANGED_FROM = 768
 
 
 def shared_atrous(x, weight, rates):
-    """Algorithm 1, line 4: T'_r for every rate, by the faster one of the two forms above."""
-    faster = (len(rates) - 1) * x.shape[1] >= REARRANGED_FROM
-    return (rearranged if faster else separate)(x, weight, rates)
+    """Algorithm 1, line 4: T'_r for every rate, by the faster one of the two forms above.
+
+    A kernel with three taps, 100, 10 and 1, on a map of one row. Each digit of a result is what one
+    tap has read, and 0 is outside the map:
+
+    >>> x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0, 5.0]]]])
+    >>> weight = torch.tensor([[[[0.0, 0.0, 0.0], [100.0, 10.0, 1.0], [0.0, 0.0, 0.0]]]])
+    >>> for y in shared_atrous(x, weight, rates=(1, 2)):
+    ...     print(y.flatten().tolist())
+    [12.0, 123.0, 234.0, 345.0, 450.0]
+    [13.0, 24.0, 135.0, 240.0, 350.0]
+    """
+    if (len(rates) - 1) * x.shape[1] >= REARRANGED_FROM:
+        return rearranged(x, weight, rates)
+    return separate(x, weight, rates)
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -85,55 +106,35 @@ class KSAC(nn.Module):
 
     def __init__(self, in_channels, rates=(6, 12, 18), channels=256):
         super().__init__()
-        self.rates, self.channels = tuple(rates), channels
+        self.rates = tuple(rates)
         self.pointwise = Conv2dNormActivation(in_channels, channels, 1)
         pooled = Conv2dNormActivation(in_channels, channels, 1)
         self.image_level = nn.Sequential(nn.AdaptiveAvgPool2d(1), pooled)
         self.kernel = nn.Parameter(nn.Conv2d(in_channels, channels, 3).weight.detach())  # line 2
-        # One for each rate: line 2 makes K before the loop, line 5 calls BATCHNORM inside. Sect.
-        # 2.4.3 says that more rates add no parameters; these are 2·channels per rate.
+        # One for each rate: K is made before the loop, BATCHNORM is called inside it. Sect. 2.4.3
+        # says that more rates add no parameters; these are 2·channels per rate.
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in self.rates)
-        # Concatenated, projected, dropout 0.1: the thesis does not say; as in DeepLabv3+.
-        self.project = nn.Sequential(
-            Conv2dNormActivation(3 * channels, channels, 1), nn.Dropout(0.1)
-        )
+        # Concatenated, projected, dropout 0.1: the thesis does not say; as in DeepLabv3+. Table 2.1
+        # counts 5·channels into the projection, as ASPP has them; Algorithm 1 adds up the rates.
+        project = Conv2dNormActivation(3 * channels, channels, 1)
+        self.project = nn.Sequential(project, nn.Dropout(0.1))
 
     def pyramid(self, x):
         """ReLU(B_r), a list of maps `[N, channels, H, W]`, one for each rate."""
-        T = shared_atrous(x, self.kernel, self.rates)  # line 4
-        return [F.relu(norm(T_r)) for norm, T_r in zip(self.norms, T)]  # line 5
+        maps = shared_atrous(x, self.kernel, self.rates)  # T'_r  line 4
+        return [F.relu(norm(T_r)) for norm, T_r in zip(self.norms, maps)]  # B_r = norm(T_r)  line 5
 
     def forward(self, x):
-        y = sum(self.pyramid(x))  # Σ_r ReLU(B_r)  [N, channels, H, W]
-        return self.project(torch.cat([self.pointwise(x), y, self.image_level(x).expand_as(y)], 1))
-
-
-class ASPP(deeplabv3.ASPP):
-    """The baseline, a kernel for each rate (Sect. 2.2.1): torchvision's, with dropout 0.1."""
-
-    def __init__(self, in_channels, rates=(6, 12, 18), channels=256):
-        super().__init__(in_channels, rates, channels)
-        self.rates, self.channels = tuple(rates), channels
-        self.project[-1].p = 0.1
-
-    def pyramid(self, x):
-        """The branches of the rates, a list of maps `[N, channels, H, W]`."""
-        return [branch(x) for branch in self.convs[1:-1]]  # the first is 1x1, the last image-level
-
-
-class FCN(nn.Sequential):
-    """No context (Table 2.1's first row): a 1x1 convolution, which agrees with that row's cost."""
-
-    def __init__(self, in_channels, channels=256):
-        super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
-        self.channels = channels
+        pyramid = sum(self.pyramid(x))  # Σ_r ReLU(B_r)  [N, channels, H, W]
+        image_level = self.image_level(x).expand_as(pyramid)  # one value per channel and image
+        return self.project(torch.cat([self.pointwise(x), pyramid, image_level], 1))
 
 
 # ------------------------------------------------------------------------------------------ network
 
 
 class KSACNet(nn.Module):
-    """Backbone, KSAC, classifier, bilinear upsampling of the logits (Sect. 2.2).
+    """Backbone, KSAC, classifier, bilinear upsampling of the logits: DeepLab's frame (Sect. 2.2).
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar loss "cross_entropy".
@@ -141,52 +142,57 @@ class KSACNet(nn.Module):
 
     option          values                                default        thesis
     head            "ksac", "aspp", "fcn"                 "ksac"         Table 2.1
-    rates           of KSAC or ASPP, for output stride 16 (6, 12, 18)    Table 2.1
+    rates           of KSAC or ASPP, for output stride 16 (6, 12, 18)    Sect. 2.4.1
     extra_rates     further rates, KSAC only: (1, 24)     ()             Table 2.2
     decoder         True: DeepLabv3+'s                    False          Table 2.1 (D)
-    output_stride   of the backbone: 8, 16, 32            16             Table 2.1 (OS)
+    output_stride   of the backbone: 8, 16; ours: 32      16             Table 2.1 (OS)
     """
 
-    caption = "Each rate looks for a map's pattern at another size. KSAC's rates share one kernel."
+    caption = "KSAC's rates share one kernel: a map looks for the same pattern at every rate."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="ksac",
                  rates=(6, 12, 18), extra_rates=(), decoder=False, output_stride=16):  # fmt: skip
         super().__init__()
-        if head not in ("ksac", "aspp", "fcn"):
-            raise ValueError(f"head={head!r}: it is 'ksac', 'aspp' or 'fcn'")
-        for name, value in {"rates": rates, "extra_rates": extra_rates}.items():
-            whole = isinstance(value, (tuple, list)) and all(type(r) is int for r in value)
-            if not whole or min(value, default=1) < 1 or (name == "rates" and not value):
+        backbones.check_choices(head=(head, ("ksac", "aspp", "fcn")))
+        for name, value, fewest in ("rates", rates, 1), ("extra_rates", extra_rates, 0):
+            listed = isinstance(value, (tuple, list)) and len(value) >= fewest
+            if not listed or not all(type(rate) is int and rate >= 1 for rate in value):
                 raise ValueError(f"{name}={value!r}: expected whole numbers from 1 on: (6, 12, 18)")
-        # Multi-grid as in DeepLabv3+; the thesis does not say.
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None
+        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # DeepLabv3+'s; not stated
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
-        self.backbone.reads(*([0, 3] if decoder else [3]))
-        low, *_, high = self.backbone.channels
-        if head == "ksac":
+        low, high = self.backbone.channels[0], self.backbone.channels[-1]
+        if head == "ksac":  # Sect. 2.4.3: further rates help KSAC; rate 24 makes ASPP worse.
             rates = sorted([*rates, *extra_rates])
-        # In proportion to the map: at output stride 8 they double, as in DeepLabv3+ and Table 2.1.
+        # At output stride 8 they double, as in DeepLabv3+. Sect. 2.4.1 gives (6, 12, 18) for all of
+        # Table 2.1, but its 12.65 G saved there fit (12, 24, 36) alone: inferred, docs/results.md.
         rates = [max(1, rate * 16 // output_stride) for rate in rates]
-        self.head = FCN(high) if head == "fcn" else {"ksac": KSAC, "aspp": ASPP}[head](high, rates)
-        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
-        self.stride = 4 if decoder else self.backbone.strides[-1]
-        self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
-        # car.py acts on what enters the last batch norm.
-        last = {"ksac": "head.project.0.1", "aspp": "head.project.1", "fcn": "head.0.1"}[head]
-        self.regularized = "decoder.fuse.1.1" if decoder else last
+        # CAR acts on the input of `regularized`, the last batch norm.
+        if head == "ksac":
+            self.head, self.regularized = KSAC(high, rates), "head.project.0.1"
+        elif head == "aspp":
+            self.head, self.regularized = ASPP(high, rates), "head.project.1"
+        else:
+            self.head, self.regularized = FCN(high), "head.0.1"
+        if decoder:
+            self.backbone.reads(0, 3)
+            self.decoder = backbones.Decoder(256, low)
+            self.stride, self.regularized = 4, "decoder.fuse.1.1"
+        else:
+            self.backbone.reads(3)
+            self.decoder, self.stride = None, self.backbone.strides[-1]
+        self.classifier = nn.Conv2d(256, num_classes, 1)
 
     def forward(self, images, labels=None):
         if self.training and len(images) == 1 and not isinstance(self.head, FCN):
             if not any(isinstance(module, nn.SyncBatchNorm) for module in self.head.modules()):
                 raise ValueError(
-                    "the image-level branch has one value per channel and image, and batch norm "
-                    "needs more than 1 value per channel: take a batch of at least two images for "
-                    "each process, or head='fcn'"
+                    "batch norm of the image-level branch needs more than 1 value per channel: "
+                    "take a batch of at least two images for each process, or head='fcn'"
                 )
-        low, *_, high = self.backbone(images)
-        x = self.head(high)
+        maps = self.backbone(images)  # finest first
+        x = self.head(maps[-1])
         if self.decoder is not None:
-            x = self.decoder(x, low, self.backbone.resize)
+            x = self.decoder(x, maps[0], self.backbone.resize)
         logits = self.backbone.upsample(self.classifier(x), self.stride, images.shape[2:])
         if labels is None:
             return logits
@@ -197,16 +203,16 @@ class KSACNet(nn.Module):
     def figures(self, image):
         """Fig. 2.4 for one image `[3, H, W]` or `[1, 3, H, W]`: 25 feature maps of each rate.
 
-        Each picture `[5·(h + 1), 5·(w + 1)]` is a 5x5 grid of the first maps of that rate after
-        ReLU, each scaled to 0…1, with NaN between them. (The thesis does not say which 25 it
-        shows.) Keys name the rates at this output stride. Empty for head="fcn". ValueError in
-        training mode.
+        Each picture `[5·(h + 1), 5·(w + 1)]` is a 5x5 grid of maps, each scaled to 0…1, with NaN
+        between them. The first maps, after ReLU: the thesis does not say which it shows. Keys name
+        the rates at this output stride. Empty for head="fcn". ValueError in training mode.
         """
         image = backbones.one_image(self, image)
         if isinstance(self.head, FCN):
             return {}
-        figures, x = {}, self.backbone(image)[-1]
-        for rate, y in zip(self.head.rates, self.head.pyramid(x)):
+        figures = {}
+        pyramid = self.head.pyramid(self.backbone(image)[-1])
+        for rate, y in zip(self.head.rates, pyramid):
             name = f"rate {rate}: 25 feature maps | 0 | largest of each map"
             while name in figures:  # equal rates, as of a large output stride
                 name = f"once more {name}"
@@ -222,6 +228,30 @@ def tiled(maps):
     return maps.reshape(5, 5, h, w).transpose(1, 2).reshape(5 * h, 5 * w)
 
 
+# ------------------------------------------------------------------------ compared heads, recipes
+
+
+class ASPP(deeplabv3.ASPP):
+    """The baseline, a kernel for each rate (Sect. 2.2.1): torchvision's, with dropout 0.1."""
+
+    def __init__(self, in_channels, rates=(6, 12, 18), channels=256):
+        super().__init__(in_channels, rates, channels)
+        self.rates = tuple(rates)
+        self.project[-1].p = 0.1
+
+    def pyramid(self, x):
+        """The branches of the rates, a list of maps `[N, channels, H, W]`."""
+        return [branch(x) for branch in self.convs[1:-1]]  # the first is 1x1, the last image-level
+
+
+class FCN(nn.Sequential):
+    """No context (Table 2.1's first row): a 1x1 convolution."""
+
+    def __init__(self, in_channels, channels=256):
+        # Inferred (docs/results.md): ASPP then adds 14.69 G; the table has 17.43, 2.73 are padding.
+        super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
+
+
 _COMMON = dict(
     backbone="xception65",  # Table 2.1's best
     # Sect. 2.3.2 says ImageNet for ADE20K. torchvision has no weights of Xception: --weights PATH.
@@ -230,7 +260,7 @@ _COMMON = dict(
     option=dict(decoder=True),
     optimizer="sgd",  # Sect. 2.3.2
     batch_size=16,  # Sect. 2.3.2, with Xception; 32 with MobileNetV2
-    crop_size=513,  # Sect. 2.3.1.5. Sect. 2.4.5 says that ADE20K's images are resized to it.
+    crop_size=513,  # Sect. 2.3.1.5; cropped on ADE20K too, where Sect. 2.4.5 says "resize"
     scale=(0.5, 2.0),  # Sect. 2.3.1.5
     scale_step=0.25,  # Sect. 2.3.1.5
     color="none",  # Sect. 2.3.1.5

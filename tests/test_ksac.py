@@ -1,5 +1,6 @@
 """ksac.py against Algorithm 1 of the thesis, written here literally, in float64."""
 
+import doctest
 from itertools import product
 
 import pytest
@@ -71,6 +72,12 @@ def test_line_4_by_hand(form):
     assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
     # The rate exceeds the map: only the centre is inside.
     assert three[0, 0].tolist() == x[0, 0].tolist()
+
+
+@pytest.mark.equation
+def test_the_example_of_the_docstring_runs():
+    result = doctest.testmod(ksac)
+    assert result.failed == 0 and result.attempted > 0
 
 
 @pytest.mark.equation
@@ -404,6 +411,35 @@ def test_rates_are_scaled_with_the_output_stride(stride, rates, head):
 
 
 @pytest.mark.network
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_regularized_is_the_last_batch_norm(options):
+    net = settled(ksac.build(3, LIGHT, output_stride=32, **options))
+    norm, seen = net.get_submodule(net.regularized), []
+    for module in (norm, net.classifier):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(torch.randn(1, 3, 33, 33).double())
+    before, after = seen
+    assert before.min() < 0  # linear: a convolution's output
+    torch.testing.assert_close(normed(norm, before), after)
+
+
+@pytest.mark.usefixtures("meta")
+@pytest.mark.network
+@pytest.mark.parametrize("decoder, read", [(False, [0, 0, 0, 1]), (True, [1, 0, 0, 1])])
+def test_levels_that_are_not_read_are_frozen(decoder, read):
+    net = ksac.build(3, "swin_t", output_stride=32, decoder=decoder)
+    norms = [norm.weight.requires_grad for norm in net.backbone.norms]
+    assert norms == read
+
+
+@pytest.mark.network
+def test_a_label_that_is_not_a_class_is_refused():
+    images, labels = torch.randn(2, 3, 33, 33), torch.full((2, 33, 33), 3)
+    with pytest.raises(ValueError, match="label"):
+        ksac.build(3, LIGHT, output_stride=32)(images, labels)
+
+
+@pytest.mark.network
 def test_decoder_reads_the_features_of_stride_4():
     torch.manual_seed(0)
     net = ksac.build(3, "resnet18", decoder=True).eval()
@@ -463,7 +499,7 @@ def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="KSACNet has no option rate; .*rates=\\(6, 12, 18\\)"):
         ksac.build(3, "resnet18", rate=6)
-    with pytest.raises(ValueError, match="head='psp': it is 'ksac', 'aspp' or 'fcn'"):
+    with pytest.raises(ValueError, match="head='psp': it is one of 'ksac', 'aspp', 'fcn'"):
         ksac.build(3, "resnet18", head="psp")
     for rates in ((), (0, 6), (1.5,), 6, (True,)):
         with pytest.raises(ValueError, match=r"^rates=.*: expected whole numbers from 1 on"):
