@@ -26,14 +26,14 @@ h x w = H/4 x W/4. Up repeats each cell to the size h x w. 1[…] is 1 where it 
     unity head, Sect. 4.1: X [N, D, h, w] are the backbone's features, W_… are 1x1 convolutions
     X_u = W_u X                       [N, 64, h, w]
     X_centroid = W_e mean(X_u)        [N, 64, H/s_l, W/s_l]     the mean over each cell
-    X_diff = |W_e X_u - Up X_centroid|   [N, 64, h, w]                  ≠ print
+    X_diff = |W_e X_u - Up X_centroid|   [N, 64, h, w]                    ≠ print, the bars are ours
     Û_l = min over each cell of sigmoid(W_s X_diff)                       -> UnityHead
 
     semantic head, Sect. 4.2: X_L is a 1x1 convolution of X, [N, 512, h, w]
-    X_l = AvgPool(X_L, s_l / s_L)                                  (3)  ≠ print, SemanticHead
+    X_l = AvgPool(X_L, s_l / s_L)                                  (3)    ≠ print
     θ_0 = PyramidPool(X_L)  [N, 110, 512]  the context: 110 tokens (6)    -> PyramidPool
-    X'_l = CA(X_l, θ_{l-1}), θ_l = CU(X'_l, θ_{l-1})               (4) (5)  coarse to fine
-    Ŷ_l = Conv1x1(ReLU(BN(Conv1x1(X'_l))))                         (7)
+    X'_l = CA(X_l, θ_{l-1}), θ_l = CU(X'_l, θ_{l-1})          (4) (5)     from coarse to fine
+    Ŷ_l = Conv1x1(ReLU(BN(Conv1x1(X'_l))))                         (7)    -> SemanticHead
     CA(X, θ): X_att = softmax(query(X) key(θ)ᵀ / √512) value(θ)    (8)
               X' = ReLU(BN(W_agg concat(X_att, X)))                (9)    -> ContextAggregation
     CU(X', θ): ReLU(BN(W_upd concat(PyramidPool(X'), θ)))     (10) (11)   -> ContextUpdate
@@ -66,8 +66,8 @@ def pyramid_labels(labels, strides=(32, 16, 8, 4), finest="pixel"):
 
         the pixels of a cell                             semantic    unity
         all of one class                                 the class   1 (unity-cell)
-        two or more classes; ours: and 255               255         0 (mix-cell)
-        one class and 255; ours: 255 alone               255         255
+        two or more classes (and 255: ours)              255         0 (mix-cell)
+        one class and 255 (255 alone: ours)              255         255
 
     finest: a mix-cell's label is "ill-defined and ignored" (Sect. 3.1), but "all cells in the
     finest level L are assumed to be unity-cells" (Sect. 3.2). "pixel" follows Sect. 3.2: the label
@@ -127,7 +127,8 @@ def chosen_level(unity_prob, like, threshold=0.9):
     finest = len(unity_prob)
     level = torch.full(like.shape[:1] + like.shape[-2:], finest, device=like.device)
     for i in range(finest - 1, -1, -1):  # from fine to coarse: the coarser overrides
-        level = level.masked_fill(repeat_cells(unity_prob[i] >= threshold, like), i)
+        p = unity_prob[i]
+        level = level.masked_fill(repeat_cells(p >= threshold, like), i)
     return level
 
 
@@ -199,8 +200,8 @@ def resized_labels(labels, size):
 class UnityHead(nn.Module):
     """Sect. 4.1: X `[N, D, h, w]` -> Û's logits: float32 `[N, h/k, w/k]` for each k in `factors`.
 
-    factors: the side of a cell, counted on X, (8, 4, 2). All levels share the convolutions. In a
-    unity-cell all pixels are close to the centroid; one that is not is enough, hence the minimum.
+    factors: the side of a cell, counted on X, (8, 4, 2). All levels share the convolutions. The
+    embeddings of a unity-cell are close to its centroid. One that is far makes it a mix-cell: min.
 
     unity: our readings of "a shared Conv1x1" and "the difference". "difference": W_e for pixels and
     centroids, and an absolute value, so deviations of either sign count. It finds the most
@@ -213,7 +214,7 @@ class UnityHead(nn.Module):
         super().__init__()
         backbones.check_choices(unity=(unity, UNITIES))
         self.factors, self.unity = factors, unity
-        # No biases here: subtracted, they would only add a constant to that of W_s.
+        # Sect. 4.1 names neither norm nor ReLU. Biases would cancel, or add a constant to W_s's.
         self.reduce = nn.Conv2d(in_channels, channels, 1, bias=False)  # W_u
         self.embed = nn.Conv2d(channels, channels, 1, bias=False)  # W_e
         two = unity == "two"
@@ -317,7 +318,7 @@ class SemanticHead(nn.Module):
         x = self.reduce(x)  # X_L  [N, 512, h, w]
         if self.context == "anl":
             x = self.anl[0](x)
-        # Eq. (3). 2^(L-l) is printed: k too for four levels, but not for strides (32, 4).
+        # Eq. (3) prints 2^(L-l), which is k for the four strides, but not for (32, 4).
         levels = [F.avg_pool2d(x, k) if k > 1 else x for k in self.factors]
         if self.context == "anl_multi":
             levels = [block(level) for block, level in zip(self.anl, levels)]
@@ -443,8 +444,7 @@ class SpecializeAndFuse(nn.Module):
         if self.output == "single":
             return {"semantic": losses[-1]}
         # J: all coarser levels, as in App. C's text (Table A prints {4, 8, 16}). The mean is ours.
-        auxiliary = sum(losses[:-1]) / len(losses[:-1])
-        return {"semantic": losses[-1], "auxiliary": 0.4 * auxiliary}
+        return {"semantic": losses[-1], "auxiliary": 0.4 * sum(losses[:-1]) / len(losses[:-1])}
 
     @torch.no_grad()
     def figures(self, image):
@@ -491,9 +491,9 @@ class SpecializeAndFuse(nn.Module):
             found = [confusion(y, at, K) for y in predicted for at in at_level]
             counts = counts + torch.stack(found).view(L + 1, L, K, K)
         alone, fused = counts[:-1], counts[-1]
-        table = "levels: mIoU of the row's level where the column's is taken; best on the diagonal"
+        table = "levels: mIoU of the row's level on the column's pixels; its own should be the best"
         less = "levels alone: IoU of a level less that of the fused result; below 0, fusing helps"
-        share = "pixels: share taken from each level; more from coarse ones takes fewer labels"
+        share = "pixels: share taken from each level; more from coarse levels is more parsimonious"
         strides = ", ".join(f"stride {s}" for s in self.strides)
         return {
             f"{table} | {strides} | {strides}": iou(alone).nanmean(2),
@@ -539,9 +539,8 @@ class APNB(nn.Module):
         return self.drop(self.aggregate(torch.cat([self.out(y), x], dim=1)))
 
 
-# Sect. 5.1.1; iterations are epochs · images / 16. The paper follows HRNet-OCR: there scale 1 makes
-# the longer side 520 pixels, and for the last two datasets all but the backbone learns ten times as
-# fast. --weights: a path to HRNet's ImageNet weights, or with a ResNet "imagenet".
+# Sect. 5.1.1; iterations are epochs · images / 16. The paper follows HRNet-OCR's code, of which
+# base_size (the longer side at scale 1) and head_lr are. --weights: HRNet's file, or "imagenet".
 _COMMON = dict(
     backbone="hrnet_w48", optimizer="sgd", momentum=0.9, power=0.9, weight_decay=1e-4,
     batch_size=16, crop_size=512, scale=(0.5, 2.0), base_size=520, color="brightness",

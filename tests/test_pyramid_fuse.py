@@ -746,6 +746,7 @@ def test_hrnet_needs_no_decoder_and_has_720_channels():
     )
     assert net.semantic.reduce.out_channels == 512 and small.semantic.reduce.in_channels == 270
     assert net.threshold == 0.9 and net.strides == (32, 16, 8, 4)
+    assert net.regularized == "semantic.project.3.1"  # the finest level's norm
     forms = net.unity.unity, pf.UnityHead(4, (2,)).unity, net.finest, net.policy, net.output
     assert forms == ("difference", "difference", "pixel", "true_positive", "pyramid")
 
