@@ -1,5 +1,6 @@
 """pyramid_fuse.py against the definitions and equations of its paper, written here cell by cell."""
 
+import doctest
 import math
 from itertools import product
 
@@ -260,6 +261,12 @@ def test_thresholds_at_their_ends():
     assert pf.chosen_level(prob, semantic[-1], 1.01).unique().tolist() == [3]
 
 
+@pytest.mark.equation
+def test_the_example_in_the_docstring_runs():
+    failed, attempted = doctest.testmod(pf)
+    assert failed == 0 and attempted > 0
+
+
 # --------------------------------------------------------------------------------------------- loss
 
 
@@ -359,17 +366,6 @@ def same_with_gradients(found, expected, inputs):
         assert b.abs().max() > 0
 
 
-@pytest.mark.equation
-def test_a_convolution_of_maps_is_that_of_their_concatenation():
-    sizes = ((2, (8, 16)), (3, (4, 8)), (1, (1, 2)))
-    maps = [torch.randn(2, c, *s, dtype=torch.float64, requires_grad=True) for c, s in sizes]
-    weight, bias = torch.randn(5, 6, 1, 1).double().requires_grad_(), torch.randn(5).double()
-    kwargs = dict(size=(8, 16), mode="bilinear", align_corners=True)  # as in HRNet's modules
-    x = torch.cat([maps[0], *(F.interpolate(m, **kwargs) for m in maps[1:])], 1)
-    found, expected = pf.conv_of_maps(maps, weight, bias), F.conv2d(x, weight, bias)
-    same_with_gradients([found], [expected], [*maps, weight])
-
-
 # Two images of one cell of 2x2 positions and two channels. The first image has 1 3 5 7 (mean 4) and
 # 0 0 0 4 (mean 1), the second 2 2 2 2 and 1 1 1 1. W_u and W_e are the identity, W_s gives
 # w = y_1 - y_2 + 2.
@@ -390,7 +386,7 @@ def test_sect_4_1_unity_head_by_hand(unity, expected):
         head.same.weight.copy_(torch.tensor([[1.0, -1]])[..., None, None])
         head.same.bias.fill_(2)
     x = torch.tensor([[[[1.0, 3], [5, 7]], [[0, 0], [0, 4]]], [[[2, 2], [2, 2]], [[1, 1], [1, 1]]]])
-    (found,) = head([x])
+    (found,) = head(x)
     assert found.tolist() == [[[value]] for value in expected]
 
 
@@ -414,7 +410,7 @@ def test_unity_head_takes_the_pixel_least_like_its_centroid(unity):
             probabilities = torch.sigmoid(difference @ w.T + head.same.bias)
             unities.append(probabilities.min())
         expected.append(torch.stack(unities).view(2, 4 // k, 8 // k))
-    found = [u.sigmoid() for u in head([x])]
+    found = [u.sigmoid() for u in head(x)]
     same_with_gradients(found, expected, [x, *head.parameters()])
 
 
@@ -425,7 +421,7 @@ def test_unity_logits_of_half_precision_are_float32(dtype):
         head = pf.UnityHead(4, (2,), unity, channels=3)
         torch.nn.init.constant_(head.same.bias, 9.0)
         with torch.autocast("cpu", dtype):
-            found = head([torch.zeros(1, 4, 4, 4)])[0]
+            found = head(torch.zeros(1, 4, 4, 4))[0]
         assert found.dtype == torch.float32 and found.tolist() == [[[9, 9], [9, 9]]]
 
 
@@ -521,12 +517,10 @@ def test_eqs_10_11_update_joins_new_and_old_context():
 @pytest.mark.equation
 def test_eqs_3_to_7_coarse_to_fine():
     head = trained(pf.SemanticHead(6, (8, 4, 2, 1), channels=4))
-    maps = [torch.randn(1, 4, 8, 16), torch.randn(1, 2, 4, 8)]
-    kwargs = dict(size=(8, 16), mode="bilinear", align_corners=True)
-    x = torch.cat([maps[0], F.interpolate(maps[1], **kwargs)], 1)
+    x = torch.randn(1, 6, 8, 16)
     x4 = F.conv2d(x, head.reduce.weight, head.reduce.bias)  # neither norm nor activation
     theta = pf.PyramidPool()(x4)  # Eq. (6)
-    for i, (k, found) in enumerate(zip((8, 4, 2, 1), head(maps), strict=True)):
+    for i, (k, found) in enumerate(zip((8, 4, 2, 1), head(x), strict=True)):
         refined = head.aggregate[i](F.avg_pool2d(x4, k), theta)  # Eqs. (3), (4)
         if i < 3:
             theta = head.update[i](refined, theta)  # Eq. (5)
@@ -575,9 +569,9 @@ def test_anl_refines_the_finest_level_or_each():
     for block in [*one.anl, *each.anl]:
         torch.nn.init.normal_(block.out.weight)
     refined = one.anl[0](one.reduce(x))
-    for found, k, project in zip(one([x]), (2, 1), one.project, strict=True):
+    for found, k, project in zip(one(x), (2, 1), one.project, strict=True):
         torch.testing.assert_close(found, project(F.avg_pool2d(refined, k)))
-    for found, k, block, project in zip(each([x]), (2, 1), each.anl, each.project, strict=True):
+    for found, k, block, project in zip(each(x), (2, 1), each.anl, each.project, strict=True):
         level = F.avg_pool2d(each.reduce(x), k)
         torch.testing.assert_close(found, project(block(level)))
 
@@ -690,8 +684,8 @@ def test_logits_are_the_fused_levels_upsampled():
     maps = net.decoder(net.backbone(images, extend=False))
     kwargs = dict(size=(16, 24), mode="bilinear", align_corners=True)
     joint = torch.cat([F.interpolate(m, **kwargs) for m in maps], 1)
-    torch.testing.assert_close(unity, net.unity([joint]))
-    found = net.semantic([joint])
+    torch.testing.assert_close(unity, net.unity(joint))
+    found = net.semantic(joint)
     torch.testing.assert_close(semantic[3], net.classifier(found[3]))
     torch.testing.assert_close(semantic[1], net.coarse_classifiers[1](found[1]))
     single = pf.build(4, "resnet18", output="auxiliary").eval()
@@ -722,7 +716,7 @@ def test_auxiliary_levels_weigh_two_fifths_of_their_mean():
 def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted, narrow_decoder):
     net = pf.build(4, "resnet18", context=None).eval()
     images, labels = torch.randn(1, 3, *size), torch.randint(4, (1, *size))
-    assert net.fitted(images).shape[2:] == fitted
+    assert [4 * n for n in net.pyramids(images)[0][-1].shape[2:]] == list(fitted)
     logits = net(images)
     assert logits.shape == (1, 4, *size) and logits.dtype == torch.float32
     inner = F.interpolate(images, size=fitted, mode="bilinear")
@@ -736,12 +730,9 @@ def test_other_sizes_are_resized_to_the_nearest_multiple_and_back(size, fitted, 
 @pytest.mark.usefixtures("meta")
 @pytest.mark.network
 def test_sides_half_way_between_are_enlarged(narrow_decoder):
-    net = pf.build(4, "resnet18", output="single", context=None)
-    assert [net.fitted(torch.zeros(1, 3, side, 32)).shape[2] for side in (48, 80, 79)] == [
-        64,
-        96,
-        64,
-    ]
+    net = pf.build(4, "resnet18", output="single", context=None).eval()
+    for side, fitted in ((48, 64), (80, 96), (79, 64), (1, 32)):
+        assert net.pyramids(torch.zeros(1, 3, side, 32))[0][0].shape[2:] == (fitted // 4, 8)
 
 
 @pytest.mark.network
@@ -755,6 +746,7 @@ def test_hrnet_needs_no_decoder_and_has_720_channels():
     )
     assert net.semantic.reduce.out_channels == 512 and small.semantic.reduce.in_channels == 270
     assert net.threshold == 0.9 and net.strides == (32, 16, 8, 4)
+    assert net.regularized == "semantic.project.3.1"  # the finest level's norm
     forms = net.unity.unity, pf.UnityHead(4, (2,)).unity, net.finest, net.policy, net.output
     assert forms == ("difference", "difference", "pixel", "true_positive", "pyramid")
 
@@ -849,7 +841,7 @@ def test_fig_a_greys_what_is_done_by_coarser():
 def test_levels_are_those_of_eq_2_and_each_level_alone():
     images = torch.randn(1, 3, 64, 96)
     net = mixed(images)
-    taken, alone, fused = net.levels(images)
+    taken, (*alone, fused) = net.levels(images)
     assert torch.equal(fused, net(images).argmax(1))
     figures = net.figures(images)
     level = figures["level that is taken | stride 32 | stride 4"]
@@ -862,66 +854,78 @@ def test_levels_are_those_of_eq_2_and_each_level_alone():
         assert torch.equal(found, full.argmax(1))
 
 
-def written_out(alone, taken, labels, K):
-    """Table 9 by loops over the pixels: IoU of each (level, level that is taken, class)."""
-    L, found = len(alone), []
-    for y in alone:
-        for level in range(L):
-            ious = []
-            for k in range(K):
-                hit = either = 0
-                for true, pred, at in zip(labels.tolist(), y.tolist(), taken.tolist()):
-                    if true != 255 and at == level:
-                        hit += true == k and pred == k
-                        either += true == k or pred == k
-                ious.append(hit / either if either else math.nan)
-            found.append(ious)
-    return torch.tensor(found).view(L, L, K)
+def counted(predicted, labels, K):
+    """`confusion` by a loop over the pixels."""
+    counts = torch.zeros(K, K, dtype=torch.long)
+    for y, label in zip(predicted.flatten().tolist(), labels.flatten().tolist()):
+        if label != X:
+            counts[label, y] += 1
+    return counts
 
 
 @pytest.mark.equation
-def test_table_9_by_hand_and_by_loops():
-    # The left half is taken from the coarse level 0, the right half from level 1. All is class 0.
-    taken = (torch.arange(16) >= 8).long()
-    coarse = (torch.arange(16) >= 8).long()  # class 0 on the left, 1 on the right
-    fine = ((torch.arange(16) // 4) == 1).long()  # 0 1 0 0
-    labels = torch.zeros(16, dtype=torch.long)
-    labels[15] = 255
-    counts = pf.confusions([coarse, fine], taken, labels, 4)
-    assert counts.sum() == 2 * 15 and counts[1, 0, 0].tolist() == [4, 4, 0, 0]
-    # coarse: right on the left, wrong on the right. fine: half of the left half is wrong, IoU 1/2
-    # and 0, and the right half is right.
-    assert pf.iou(counts).nanmean(2).tolist() == [[1, 0], [0.25, 1]]
-    torch.manual_seed(0)
-    alone = [torch.randint(3, (40,)) for _ in range(3)]
-    taken, labels = torch.randint(3, (40,)), torch.randint(3, (40,))
-    labels[::7] = 255
-    found = pf.iou(pf.confusions(alone, taken, labels, 3))
-    expected = written_out(alone, taken, labels, 3)
-    torch.testing.assert_close(found, expected, equal_nan=True)
+def test_confusion_and_iou_by_hand_and_by_loops():
+    predicted, labels = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([0, 1, 1, 1, 1, X])
+    counts = pf.confusion(predicted, labels, 4)
+    assert counts.tolist() == [[1, 0, 0, 0], [1, 2, 1, 0], [0] * 4, [0] * 4]
+    assert pf.iou(counts).tolist()[:3] == [0.5, 0.5, 0] and pf.iou(counts)[3].isnan()
+    predicted, labels = torch.randint(3, (2, 4, 5)), torch.randint(3, (2, 4, 5))
+    labels[:, ::3] = X
+    both = [pf.confusion(y, labels, 3) for y in (predicted, 2 - predicted)]
+    for found, y in zip(both, (predicted, 2 - predicted)):
+        assert torch.equal(found, counted(y, labels, 3))
+        pixels = list(zip(y.flatten().tolist(), labels.flatten().tolist()))
+        for k, value in enumerate(pf.iou(found).tolist()):
+            hit = sum(a == k and b == k for a, b in pixels)
+            either = sum((a == k or b == k) and b != X for a, b in pixels)
+            assert value == pytest.approx(hit / either)
+    assert torch.equal(pf.iou(torch.stack(both)), torch.stack([pf.iou(c) for c in both]))
 
 
 @pytest.mark.network
-def test_analyse_is_table_9_and_fig_c_of_all_images():
+def test_analyse_is_table_9_and_fig_c_of_all_images(narrow_decoder):
     net, seen = pf.build(3, "resnet18", strides=(8, 4), context=None).eval(), []
     pairs = [(torch.randn(1, 3, 32, 48), torch.randint(3, (1, 32, 48))) for _ in range(2)]
+    pairs[1][1][:, :5] = X
     labels = torch.cat([label for _, label in pairs])
-    levels = (torch.arange(48) // 16).expand(2, 32, 48)
-    alone, fused = [levels, (levels + labels) % 3], labels.clone()
-    taken = (labels > 0).long()
+    predicted = [torch.randint(3, (2, 32, 48)) for _ in range(3)]  # coarse, fine, fused
+    taken = (torch.rand(2, 32, 48) > 0.3).long()
 
     def answers(images):
-        i = len(seen)
         seen.append(images)
-        part = slice(i, i + 1)
-        return taken[part], [a[part] for a in alone], fused[part]
+        part = slice(len(seen) - 1, len(seen))
+        return taken[part], [y[part] for y in predicted]
 
     net.levels = answers
-    table, difference = net.analyse(pairs).values()
-    counts = pf.confusions(alone, taken, labels, 3)
-    torch.testing.assert_close(table, pf.iou(counts).nanmean(2))
-    torch.testing.assert_close(difference, pf.iou(counts.sum(1)) - 1)  # what is fused is right
+    numbers = net.analyse(pairs)
+    names = [key.partition(":")[0] for key in numbers]
+    assert names == ["levels", "levels alone", "pixels"]
+    strides = "stride 8, stride 4"
+    axes = [f"{strides} | {strides}", strides, f"share | {strides}"]
+    assert [key.partition(" | ")[2] for key in numbers] == axes
+    table, difference, share = numbers.values()
+    for i, level in product(range(2), range(2)):
+        at = labels.where(taken == level, X)
+        expected = pf.iou(counted(predicted[i], at, 3)).mean()
+        torch.testing.assert_close(table[i, level], expected)
+    fused = pf.iou(counted(predicted[2], labels, 3))
+    for i in range(2):
+        expected = pf.iou(counted(predicted[i], labels, 3)) - fused
+        torch.testing.assert_close(difference[i], expected)
+    known = labels != X
+    expected = [(taken[known] == level).float().mean() for level in (0, 1)]
+    torch.testing.assert_close(share, torch.stack(expected)[None])
     assert pf.build(3, "resnet18", output="single").analyse(pairs) == {}
+
+
+@pytest.mark.network
+def test_mean_iou_leaves_out_classes_that_do_not_occur(narrow_decoder):
+    net = pf.build(3, "resnet18", strides=(8, 4), context=None).eval()
+    labels = torch.zeros(1, 32, 32, dtype=torch.int64)
+    net.levels = lambda images: (labels, 3 * [labels])
+    table, _, share = net.analyse([(torch.randn(1, 3, 32, 32), labels)]).values()
+    assert table[:, 0].tolist() == [1, 1] and table[:, 1].isnan().all()
+    assert share.tolist() == [[1, 0]]
 
 
 @pytest.mark.network
