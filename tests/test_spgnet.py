@@ -1,5 +1,6 @@
 """spgnet.py against the words and figures of its paper, written here over indices, in float64."""
 
+import doctest
 import math
 from itertools import product
 
@@ -74,6 +75,12 @@ def test_fig_3_by_hand_on_two_channels_and_two_images(excite, identity, expected
     out, x_l = module(x_d)
     assert x_l.tolist() == [[[[1, 3]], [[-1, -3]]], [[[0, 2]], [[0, -2]]]]
     torch.testing.assert_close(out.flatten(), torch.tensor(expected).double())
+
+
+@pytest.mark.equation
+def test_the_example_in_the_docstring_holds():
+    found = doctest.testmod(spgnet)
+    assert found.attempted > 0 and found.failed == 0
 
 
 def loop_guidance(module, x_d):
@@ -696,7 +703,7 @@ def test_one_small_image_is_a_clear_error_in_training_and_fine_in_evaluation():
     images, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.int64)
     net = spgnet.build(3, LIGHT, channels=16)
     for side in (2, 33):
-        with pytest.raises(ValueError, match="more than 1 value per channel; .* at least two im"):
+        with pytest.raises(ValueError, match="more than 1 value per channel: take at least two"):
             net(images[:1, :, :side, :side], labels[:1, :side, :side])
     assert net(images[:, :, :32, :32], labels[:, :32, :32]) and net(images[:1], labels[:1])
     assert net.eval()(images[:1, :, :32, :32]).shape == (1, 3, 32, 32)
