@@ -1,12 +1,11 @@
 """Semantic Prediction Guidance Network (SPGNet).
 
 Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xiong, Thomas S. Huang,
-Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798. Its equations have no
-numbers; sections, figures and tables have the paper's.
+Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798. No equation is numbered.
 
 The idea. An encoder-decoder sees the image once. SPGNet puts two of them in a row, so that the
 second one can look again. What should pass from the first to the second? Squeeze-and-excite pools
-over the image, weights whole channels, and no loss tells it about classes. Here the first decoder's
+over the image and weights whole channels; no loss tells it about classes. Here the first decoder's
 features are classified, and these predictions have a loss of their own. A 1x1 convolution turns
 them into a weight for every channel at every pixel: "supervise-and-excite". It needs no pooling,
 because the decoder's features already hold several scales (Sect. 3.4).
@@ -24,6 +23,7 @@ entry of the next encoder. W are 1x1 convolutions with biases. ⊙ multiplies el
     d_s = R_3(R_2(R_1(e_s) + up(d_2s)))    [N, D, H/s, W/s]  ≠ print: R_3 -> UpsampleModule
     x_d = 3x3 convolution of d_4           [N, D, H/4, W/4]  ≠ print -> EncoderDecoder
     R is a bottleneck of ResNet -> ResidualBlock. up is bilinear. At s = 32, v replaces d_2s.
+    ≠ print: Fig. 2 has neither R_3 nor the 3x3 convolution. The tables' costs need both.
 
     the encoder maps e' of the next stage, Fig. 2 (c)        -> CrossStageAggregation
     e'_s <- e'_s + A_s(e_s) + B_s(d_s)     At s = 4, x_d replaces d_4.
@@ -129,7 +129,7 @@ class UpsampleModule(nn.Module):
         super().__init__()
         self.reduce = ResidualBlock(encoder_channels, channels)  # R_1
         # R_2, R_3. Sect. 3.3 has one block. The tables' multiply-adds are reached only with two and
-        # a 3x3 convolution on the finest map. Their places are ours: the tables do not tell them.
+        # a 3x3 convolution on the finest map. Where they are is our choice.
         self.fuse = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(2)))
 
     def forward(self, encoder_map, decoder_map):
@@ -283,7 +283,7 @@ def check_values(names, weights, channels, guidance, excite, stage_weights):
     """ValueError for option values that SPGNet does not know."""
     several = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
     if not several or not names:
-        raise ValueError(f"backbones={names!r}: expected a name for each stage, as ('resnet50',)")
+        raise ValueError(f"backbones={names!r}: expected a name for each stage: ('resnet50',)")
     if weights not in (None, "imagenet") and len(set(names)) > 1:
         raise ValueError(f"weights '{weights}' cannot fit {' and '.join(names)}: give 'imagenet'")
     if not isinstance(channels, int) or channels < 16 or channels % 16:
