@@ -232,8 +232,12 @@ def test_losses_are_those_of_the_logits_at_the_images_size():
     first = backbones.upsample(net.guides[0].logits(x_d), 4, images.shape[2:])
     torch.testing.assert_close(losses["stage_1"], F.cross_entropy(first, labels, ignore_index=255))
     hard = tiny().eval()
+    with torch.no_grad():  # sure of class 0: its pixels are easy
+        net.guides[0].logits.bias[0] = net.classifier.bias[0] = 5
     hard.load_state_dict(net.state_dict())
+    first = backbones.upsample(net.guides[0].logits(x_d), 4, images.shape[2:])
     expected = spgnet.online_hard_example_loss(first, labels)
+    assert expected > 1.1 * F.cross_entropy(first, labels, ignore_index=255)
     torch.testing.assert_close(hard(images, labels)["stage_1"], expected)
     torch.testing.assert_close(
         hard(images, labels)["cross_entropy"], spgnet.online_hard_example_loss(net(images), labels)
@@ -420,6 +424,11 @@ def test_fig_2c_later_stages_have_no_stem_and_aggregate_at_each_stride():
         z = level(z) + normed(previous[0][i], *list(from_encoder)[:2])
         z = z + normed(previous[1][i], *list(from_decoder)[:2])
         torch.testing.assert_close(encoded[i], z)
+    y = z.mean((2, 3), keepdim=True)  # the decoder reads the sums as well
+    y = F.conv2d(y, second.image_level.weight, second.image_level.bias)
+    for i in (3, 2, 1, 0):
+        y = second.upsample[i](encoded[i], y)
+        torch.testing.assert_close(decoded[i], y if i else normed(y, *list(second.last)[:2]))
     assert [tuple(m.shape[2:]) for m in decoded] == [(17, 25), (9, 13), (5, 7), (3, 4)]
     assert all(m.shape[1] == 16 for m in decoded)
     gradients = torch.autograd.grad(decoded[0].sum(), previous[0] + previous[1])
