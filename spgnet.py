@@ -348,10 +348,9 @@ def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
     """
     # The paper does not state the rule. 15 % is DeeperLab's, which it cites; 0.7 is a common value.
     loss = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="none").flatten(1)
-    ignored = (labels == 255).flatten(1)
-    count = (~ignored).sum(1, keepdim=True)  # [N, 1]
-    # An ignored pixel has a loss of 0, and so may an easy one. With -1 it comes last.
-    order = loss.detach().masked_fill(ignored, -1).argsort(1, descending=True)
+    count = (labels != 255).flatten(1).sum(1, keepdim=True)  # [N, 1]
+    # An ignored pixel has a loss of 0, the lowest, so it comes last; among equals nothing changes.
+    order = loss.detach().argsort(1, descending=True)
     loss = loss.gather(1, order)  # [N, HW], the hardest first
     rank = torch.arange(loss.shape[1], device=loss.device)
     hard = loss.detach().neg().exp() < threshold
