@@ -1,44 +1,45 @@
 """Semantic Prediction Guidance Network (SPGNet).
 
 Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xiong, Thomas S. Huang,
-Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798.
-Sections, figures and tables have the paper's numbers. Its equations have none.
+Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798. No equation is numbered.
 
-The idea. An encoder-decoder sees the whole image once. SPGNet puts two of them in a row, so that
-the second one can look again. What should pass from the first to the second? Squeeze-and-excite
-computes a weight for each channel from its average, and no loss tells it about classes. Here the
-first decoder's features are classified, and these predictions have a loss of their own. A 1x1
-convolution turns them into a weight for every channel at every pixel: "supervise-and-excite".
+The idea. An encoder-decoder sees the image once. SPGNet puts two of them in a row, so that the
+second one can look again. What should pass from the first to the second? Squeeze-and-excite pools
+over the image and weights whole channels; no loss tells it about classes. Here the first decoder's
+features are classified, and these predictions have a loss of their own. A 1x1 convolution turns
+them into a weight for every channel at every pixel: "supervise-and-excite". It needs no pooling,
+because the decoder's features already hold several scales (Sect. 3.4).
 
 The mathematics. N images of H x W pixels, K classes, D channels in the decoder, E channels at the
 entry of the next encoder. W are 1x1 convolutions with biases. ⊙ multiplies element by element.
 
-    one stage, Fig. 2 (a): encoder maps e_s and decoder maps d_s, at strides s = 4, 8, 16, 32
-    d_64 = W_g mean(e_32)                  [N, D, 1, 1]      -> EncoderDecoder
-    d_s  = R_3(R_2( R_1(e_s) + up(d_2s) )) [N, D, H/s, W/s]  Fig. 2 (b) -> UpsampleModule
-    x_d  = 3x3 convolution of d_4          [N, D, H/4, W/4]  what the decoder gives
-    R is a bottleneck of ResNet -> ResidualBlock; up is bilinear, to the size of e_s
-
-    guidance, Fig. 3, Sect. 3.4                              -> SemanticPredictionGuidance
+    guidance, Fig. 3, Sect. 3.4: x_d comes from the decoder  -> SemanticPredictionGuidance
     x_l = W_l x_d                          [N, K, H/4, W/4]  logits, which have their own loss
     m   = sigmoid(W_m x_l)                 [N, D, H/4, W/4]  the guided attention
     out = W_o (x_d + m ⊙ W_t x_d)          [N, E, H/4, W/4]  the input of the next stage
 
-    the encoder maps e' of the next stage, Fig. 2 (c); its next level and its U read the sum
-    e'_s <- e'_s + A_s(e_s) + B_s(d_s)                       -> CrossStageAggregation
-    A and B are 1x1 convolutions with batch norm and ReLU
+    one stage, Fig. 2 (a, b): encoder maps e_s, decoder maps d_s, at strides s = 4, 8, 16, 32
+    v   = W_g mean(e_32)                   [N, D, 1, 1]      the image level -> EncoderDecoder
+    d_s = R_3(R_2(R_1(e_s) + up(d_2s)))    [N, D, H/s, W/s]  ≠ print: R_3 -> UpsampleModule
+    x_d = 3x3 convolution of d_4           [N, D, H/4, W/4]  ≠ print -> EncoderDecoder
+    R is a bottleneck of ResNet -> ResidualBlock. up is bilinear. At s = 32, v replaces d_2s.
+    ≠ print: Fig. 2 has neither R_3 nor the 3x3 convolution. The tables' costs need both.
 
-Fig. 2 with two stages; U is the upsample module, "+" is where e and d of stage 1 are added:
+    the encoder maps e' of the next stage, Fig. 2 (c)        -> CrossStageAggregation
+    e'_s <- e'_s + A_s(e_s) + B_s(d_s)     At s = 4, x_d replaces d_4.
+    A, B are 1x1 convolutions, batch norm, ReLU. The next level and U below read the sum.
+
+Fig. 2 with two stages. U is the upsample module; "+" adds A(e) and B(d) of stage 1:
 
     image --> stem --> e_4 --> e_8 --> e_16 --> e_32 --> mean, W_g
                         |       |        |        |          |
-                x_d <-- U <---- U <----- U <----- U <--------+
+                x_d <-- U <---- U <----- U <----- U <--- v --+
                  |
               guidance --> x_l --> loss "stage_1"
                  |
                 out --> e'_4+ --> e'_8+ --> e'_16+ --> e'_32+ --> mean, W_g
                          |         |          |          |            |
-                x'_d <-- U <------ U <------- U <------- U <----------+
+                x'_d <-- U <------ U <------- U <------- U <--- v' ---+
                  |
              classifier --> logits --> loss "cross_entropy"
 
@@ -57,28 +58,6 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 import backbones
 
 EXCITES = ("sigmoid", "softmax", "sum")
-
-# -------------------------------------------------------------------------------------------- loss
-
-
-def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
-    """Cross entropy, the mean over the hard pixels of all processes (Table 8): scalar, float32.
-
-    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1, 255 = ignored. A pixel is hard if
-    its true class has a probability below `threshold`. In each image at least a share `minimum` of
-    the labelled pixels is kept, the hardest. 0 where no pixel is labelled.
-    """
-    # The paper does not state the rule. 15 % is DeeperLab's, which it cites; 0.7 is a common value.
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="none").flatten(1)
-    ignored = (labels == 255).flatten(1)
-    count = (~ignored).sum(1, keepdim=True)  # [N, 1]
-    # An ignored pixel has a loss of 0, and so may an easy one. With -1 it comes last.
-    order = loss.detach().masked_fill(ignored, -1).argsort(1, descending=True)
-    loss = loss.gather(1, order)  # [N, HW], the hardest first
-    rank = torch.arange(loss.shape[1], device=loss.device)
-    hard = (rank < count) & ((loss.detach().neg().exp() < threshold) | (rank < minimum * count))
-    return backbones.joint_mean(loss, hard)
-
 
 # ------------------------------------------------------------------------------------------ layers
 
@@ -100,58 +79,40 @@ class SemanticPredictionGuidance(nn.Module):
         self.out = nn.Conv2d(channels, out_channels, 1)
 
     def mask(self, x_l):
-        """The guided attention m `[N, D, H, W]`; for "sum" W_m x_l."""
-        m = self.attention(x_l)
+        """The guided attention m `[N, D, H, W]` of the logits x_l; for "sum" W_m x_l.
+
+        Channel 0 follows class 0, channel 1 class 0 against 1. sigmoid(k ln 3) = 3^k / (3^k + 1).
+
+        >>> guide = SemanticPredictionGuidance(2, 2, 1).requires_grad_(False)
+        >>> guide.attention.weight[:, :, 0, 0] = torch.tensor([[1.0, 0], [1, -1]])  # W_m
+        >>> guide.attention.bias[:] = 0
+        >>> x_l = math.log(3) * torch.tensor([[1.0, 0], [-1, 1]])  # two classes at two pixels
+        >>> guide.mask(x_l.view(1, 2, 1, 2)).view(2, 2)  # two channels at two pixels
+        tensor([[0.7500, 0.5000],
+                [0.9000, 0.2500]])
+        """
+        w = self.attention(x_l)  # W_m x_l  [N, D, H, W]
+        if self.excite == "sigmoid":
+            return w.sigmoid()
         if self.excite == "softmax":
-            return m.flatten(2).softmax(2).view_as(m)
-        return m.sigmoid() if self.excite == "sigmoid" else m
+            return w.flatten(2).softmax(2).view_as(w)
+        return w
 
     def forward(self, x_d):
-        x_l = self.logits(x_d)
-        m, t = self.mask(x_l), self.transform(x_d)
+        x_l = self.logits(x_d)  # [N, K, H, W]
+        m = self.mask(x_l)  # [N, D, H, W]
+        t = self.transform(x_d)  # W_t x_d  [N, D, H, W]
         # Sect. 4.4 describes "sum" as x_d + W_m x_l. But Table 3 has the same multiply-adds for it
-        # as for "sigmoid", 218.0, so it contains W_t. It also has a tick for the identity.
+        # as for "sigmoid", 218.0e9, so it contains W_t. It also has a tick for the identity.
         y = m + t if self.excite == "sum" else m * t
         return self.out(x_d + y if self.identity else y), x_l
-
-
-class GatherExcite(nn.Module):
-    """Gather-Excite without weights (Hu et al., NeurIPS 2018, GE-θ⁻, extent 8): `[N, C, H, W]`.
-
-    x times the sigmoid of its averages over 15x15 windows, one at every eighth position, resized
-    bilinearly, as Sect. 4.2 resizes. The paper gives no extent; 8 is a choice.
-    """
-
-    def forward(self, x):
-        gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
-        return x * backbones.resize(gathered, x).sigmoid()
-
-
-class WithoutGuidance(nn.Module):
-    """What takes the guidance's place in Tables 3 and 4: x_d -> (out, x_l), of the same shapes.
-
-    gate: None passes x_d on unchanged; "se" and "ge" gate it. supervise=False: x_l is None.
-    """
-
-    def __init__(self, channels, num_classes, out_channels, gate=None, supervise=True):
-        super().__init__()
-        self.gate = GatherExcite() if gate == "ge" else nn.Identity()
-        if gate == "se":  # with SENet's reduction of 16, as the paper does not say
-            self.gate = SqueezeExcitation(channels, channels // 16)
-        # Table 3: 215.5e9 multiply-adds without guidance, 218.0e9 with it. The difference is the
-        # cost of W_m and W_t alone. So the row without guidance has the logits, and their loss.
-        self.logits = nn.Conv2d(channels, num_classes, 1) if supervise else None
-        self.out = nn.Conv2d(channels, out_channels, 1)
-
-    def forward(self, x_d):
-        return self.out(self.gate(x_d)), None if self.logits is None else self.logits(x_d)
 
 
 class ResidualBlock(Bottleneck):
     """`[N, in_channels, h, w] -> [N, channels, h, w]`, "same bottleneck module used in ResNet".
 
-    Its middle is a quarter as wide as its output (caption of Fig. 2). All layers of this file have
-    batch norm and ReLU. The paper has In-place ABN with a leaky ReLU (Sect. 4.2).
+    From this caption of Fig. 2 we infer that the middle has a quarter of the width, and the tables'
+    costs agree. Batch norm and ReLU replace In-place ABN (Sect. 4.2), which has a leaky ReLU.
     """
 
     def __init__(self, in_channels, channels):
@@ -166,9 +127,9 @@ class UpsampleModule(nn.Module):
 
     def __init__(self, encoder_channels, channels):
         super().__init__()
-        self.reduce = ResidualBlock(encoder_channels, channels)
-        # Sect. 3.3 names one block here. The multiply-adds of the tables are reached only with two,
-        # and a 3x3 convolution on the finest map. The tables do not tell where exactly they are.
+        self.reduce = ResidualBlock(encoder_channels, channels)  # R_1
+        # R_2, R_3. Sect. 3.3 has one block. The tables' multiply-adds are reached only with two and
+        # a 3x3 convolution on the finest map. Where they are is our choice.
         self.fuse = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(2)))
 
     def forward(self, encoder_map, decoder_map):
@@ -177,15 +138,13 @@ class UpsampleModule(nn.Module):
 
 
 class CrossStageAggregation(nn.Module):
-    """Fig. 2 (c): a stage's maps at one stride -> what the next stage adds, `[N, channels, H, W]`.
-
-    The paper cites MSPN (Li et al., 2019), which has a 1x1 convolution for each of the two maps.
-    """
+    """Fig. 2 (c): maps of one stride -> what the next stage adds there, `[N, channels, H, W]`."""
 
     def __init__(self, encoder_channels, decoder_channels, channels):
         super().__init__()
-        self.encoder = Conv2dNormActivation(encoder_channels, channels, 1)
-        self.decoder = Conv2dNormActivation(decoder_channels, channels, 1)
+        # The paper cites MSPN (Li et al., 2019), which has a 1x1 convolution for each of the two.
+        self.encoder = Conv2dNormActivation(encoder_channels, channels, 1)  # A
+        self.decoder = Conv2dNormActivation(decoder_channels, channels, 1)  # B
 
     def forward(self, encoder_map, decoder_map):
         return self.encoder(encoder_map) + self.decoder(decoder_map)
@@ -194,35 +153,40 @@ class CrossStageAggregation(nn.Module):
 class EncoderDecoder(nn.Module):
     """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), two lists of four.
 
-    Both are finest first, strides 4 to 32. The first stage has a stem and reads images
-    `[N, 3, H, W]`. A later one reads what the guidance gives, `[N, entry, H/4, W/4]`, and both
-    lists of the stage before. `entry` is what a stem would give, 64 channels for a ResNet.
-
+    Both are finest first, strides 4 to 32; x_d is the first decoder map. The first stage reads
+    images. A later one has no stem: it reads what the guidance gives, `[N, entry, H/4, W/4]`, and
+    both lists of the stage before. `entry` is what a stem would give, 64 channels for a ResNet.
     before: widths of the previous stage's encoder maps; None: no cross-stage aggregation.
     """
 
     def __init__(self, backbone, channels, weights=None, first=True, before=None):
         super().__init__()
-        stem, levels, (self.entry, *self.widths) = backbones.parts(backbone, weights)
-        self.stem, self.levels = stem if first else nn.Identity(), nn.ModuleList(levels)
+        stem, levels, sizes = backbones.parts(backbone, weights)
+        self.entry, self.widths = sizes[0], sizes[1:]
+        self.stem = stem if first else nn.Identity()
+        self.levels = nn.ModuleList(levels)
+        # W_g has no batch norm, because pooling leaves one value per channel and image.
         self.image_level = nn.Conv2d(self.widths[-1], channels, 1)
         self.upsample = nn.ModuleList(UpsampleModule(width, channels) for width in self.widths)
         self.last = Conv2dNormActivation(channels, channels, 3)  # see UpsampleModule
-        pairs = zip(before, self.widths) if before else ()
-        self.aggregate = nn.ModuleList(CrossStageAggregation(a, channels, b) for a, b in pairs)
+        self.aggregate = nn.ModuleList()
+        for i, width in enumerate(before or ()):
+            self.aggregate.append(CrossStageAggregation(width, channels, self.widths[i]))
 
     def forward(self, x, maps_before=None):
-        x, encoded = self.stem(x), []
+        x = self.stem(x)
+        encoded = []
         for i, level in enumerate(self.levels):
             x = level(x)
             if self.aggregate:
                 x = x + self.aggregate[i](maps_before[0][i], maps_before[1][i])
             encoded.append(x)
-        y, decoded = self.image_level(x.mean((2, 3), keepdim=True)), []
-        for upsample, e in zip(reversed(self.upsample), reversed(encoded)):
-            y = upsample(e, y)
-            decoded.insert(0, y)
-        return encoded, [self.last(y), *decoded[1:]]
+        d = self.image_level(encoded[3].mean((2, 3), keepdim=True))  # v  [N, D, 1, 1]
+        decoded = [None] * 4
+        for i in (3, 2, 1, 0):
+            d = decoded[i] = self.upsample[i](encoded[i], d)
+        decoded[0] = self.last(decoded[0])  # x_d
+        return encoded, decoded
 
 
 # ----------------------------------------------------------------------------------------- network
@@ -233,12 +197,12 @@ class SPGNet(nn.Module):
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "stage_1", … of the
-    logits between the stages, if they are supervised, and "cross_entropy" of the last stage's.
+    guidances' x_l, if supervised, and "cross_entropy" of the last stage's logits.
 
     option          values                             default         paper
     backbones       one for each stage, not `backbone` twice backbone  Tables 3, 5, 6, 7
     channels        D, a multiple of 16                256             Table 9; 3 to 8: 128
-    guidance        "spg"; None: x_d is passed on      "spg"           Table 3
+    guidance        "spg"; None: W_o alone             "spg"           Table 3
                     "se", "ge", with supervise=False                   Table 4
     excite          "sigmoid", "softmax", "sum"        "sigmoid"       Table 3
     identity        False: without x_d in out          True            Table 3 (Id.)
@@ -247,8 +211,8 @@ class SPGNet(nn.Module):
     aggregate       False: no cross-stage aggregation  True            Sect. 4.4
     hard_examples   False: losses of all pixels        True            Table 8; 3 to 7: False
 
-    excite and identity belong to "spg", all but the last of stage_weights to supervise. ValueError
-    for other values, and for a weights file with different backbones.
+    A third stage gains nothing (Table 5). Of two backbones the deeper should come first (Table 6).
+    excite and identity belong to "spg", all but the last of stage_weights to supervise.
     """
 
     caption = "The guidance of the first stage: bright where it expects the class."
@@ -257,7 +221,7 @@ class SPGNet(nn.Module):
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
                  stage_weights=None, aggregate=True, hard_examples=True):  # fmt: skip
         super().__init__()
-        names = (backbone, backbone) if backbones is None else backbones  # the option
+        names = (backbone, backbone) if backbones is None else backbones  # option, not module
         check_values(names, weights, channels, guidance, excite, stage_weights)
         self.stages = nn.ModuleList([EncoderDecoder(names[0], channels, weights)])
         self.guides = nn.ModuleList()
@@ -265,58 +229,49 @@ class SPGNet(nn.Module):
             before = self.stages[-1].widths if aggregate else None
             stage = EncoderDecoder(name, channels, weights, first=False, before=before)
             sizes = channels, num_classes, stage.entry
-            if guidance == "spg":
-                guide = SemanticPredictionGuidance(*sizes, excite, identity)
-            else:
-                guide = WithoutGuidance(*sizes, guidance, supervise)
             self.stages.append(stage)
-            self.guides.append(guide)
+            if guidance == "spg":
+                self.guides.append(SemanticPredictionGuidance(*sizes, excite, identity))
+            else:
+                self.guides.append(WithoutGuidance(*sizes, guidance, supervise))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.regularized = "classifier"  # the losses of car.py act on what enters it
         self.supervise, self.hard_examples = supervise, hard_examples
         self.stage_weights = [1.0] * len(names) if stage_weights is None else list(stage_weights)
 
     def forward(self, images, labels=None):
-        size, losses = images.shape[2:], {}
-        loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
         if labels is not None:
             backbones.check_labels(labels, images, self.classifier.out_channels)
-        x, maps = backbones.extended(images, 32), None
-        if self.training and len(x) == 1 and x.shape[2:] == (33, 33):
-            if not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
-                raise ValueError(
-                    "one image of at most 33x33 pixels has 2x2 positions at stride 32. Batch norm "
-                    "needs more than 1 value per channel; of 4 its gradients explode: take a batch "
-                    "of at least two images for each process, or larger crops"
-                )
-        for i, stage in enumerate(self.stages):
-            maps = stage(x, maps)
+        loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
+        size, losses, maps = images.shape[2:], {}, None
+        x = backbones.extended(images, 32)
+        check_positions(self, x)
+        for i, guide in enumerate(self.guides):
+            maps = self.stages[i](x, maps)
             x_d = maps[1][0]  # [N, D, H/4, W/4]
-            if i < len(self.guides):
-                x, x_l = self.guides[i](x_d)
-                if labels is not None and self.supervise:
-                    loss = loss_of(backbones.upsample(x_l, 4, size), labels)
-                    losses[f"stage_{i + 1}"] = self.stage_weights[i] * loss
-        logits = backbones.upsample(self.classifier(x_d), 4, size)
+            x, x_l = guide(x_d)
+            if labels is not None and self.supervise:
+                loss = loss_of(backbones.upsample(x_l, 4, size), labels)
+                losses[f"stage_{i + 1}"] = self.stage_weights[i] * loss
+        _, decoded = self.stages[-1](x, maps)
+        logits = backbones.upsample(self.classifier(decoded[0]), 4, size)
         if labels is None:
             return logits
         return losses | {"cross_entropy": self.stage_weights[-1] * loss_of(logits, labels)}
 
     @torch.no_grad()
     def figures(self, image):
-        """Sect. 4.5: the first guidance's attention of each class, for an image `[3, H, W]` or
-        `[1, 3, H, W]`.
+        """Sect. 4.5: the first guidance's attention of each class, for one image `[3, H, W]`.
 
         dict of class number -> map `[H, W]`: the l2 norm of the 15 channels of m to which the class
         has the largest weights, less its lowest value. Empty unless guidance="spg" multiplies by m.
-        ValueError in training mode.
         """
         image = backbones.one_image(self, image)
         guide = self.guides[0] if self.guides else None
         if not isinstance(guide, SemanticPredictionGuidance) or guide.excite == "sum":
             return {}
-        x_d = self.stages[0](backbones.extended(image, 32))[1][0]
-        m = guide.mask(guide.logits(x_d))[0]  # [D, h, w]
+        _, decoded = self.stages[0](backbones.extended(image, 32))
+        m = guide.mask(guide.logits(decoded[0]))[0]  # [D, h, w]
         weights = guide.attention.weight[:, :, 0, 0].T  # Fig. 4's matrix  [K, D]
         largest = weights.topk(15, dim=1).indices
         maps = torch.stack([m[channels].norm(dim=0) for channels in largest])  # [K, h, w]
@@ -327,36 +282,92 @@ class SPGNet(nn.Module):
 def check_values(names, weights, channels, guidance, excite, stage_weights):
     """ValueError for option values that SPGNet does not know."""
     several = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
-    if not (several and names):
-        one = "expected a name for each stage, as in ('resnet50',) for one"
-        raise ValueError(f"backbones={names!r}: {one}")
+    if not several or not names:
+        raise ValueError(f"backbones={names!r}: expected a name for each stage: ('resnet50',)")
     if weights not in (None, "imagenet") and len(set(names)) > 1:
-        kinds = f"weights '{weights}' cannot fit {' and '.join(names)}"
-        raise ValueError(f"{kinds}: give 'imagenet', or one kind of backbone")
+        raise ValueError(f"weights '{weights}' cannot fit {' and '.join(names)}: give 'imagenet'")
     if not isinstance(channels, int) or channels < 16 or channels % 16:
         raise ValueError(f"channels={channels!r}: expected a multiple of 16")
     guidances = ("spg", "se", "ge", None)
     backbones.check_choices(guidance=(guidance, guidances), excite=(excite, EXCITES))
-    if stage_weights is not None and (
-        not isinstance(stage_weights, (tuple, list))
-        or len(stage_weights) != len(names)
-        or not all(type(w) in (int, float) and 0 <= w < math.inf for w in stage_weights)
-    ):
-        expected = f"expected {len(names)} numbers of at least 0, one for each stage"
-        raise ValueError(f"stage_weights={stage_weights!r}: {expected}")
+    if stage_weights is None:
+        return
+    fits = isinstance(stage_weights, (tuple, list)) and len(stage_weights) == len(names)
+    if not fits or not all(type(w) in (int, float) and 0 <= w < math.inf for w in stage_weights):
+        raise ValueError(f"stage_weights={stage_weights!r}: expected {len(names)} numbers >= 0")
 
 
-_COMMON = dict(
-    # Sect. 4.2; Sect. 3.2 builds on ImageNet weights
+def check_positions(net, images):
+    """ValueError for 2x2 positions at stride 32: batch norm's gradients explode in training."""
+    few = net.training and len(images) == 1 and images.shape[2:] == (33, 33)
+    if few and not any(isinstance(module, nn.SyncBatchNorm) for module in net.modules()):
+        norm = "one image of at most 33x33 pixels; batch norm needs more than 1 value per channel"
+        raise ValueError(f"{norm}: take at least two images for each process, or larger crops")
+
+
+# -------------------------------------------------------------- what Tables 3, 4 and 8 compare with
+
+
+class WithoutGuidance(nn.Module):
+    """What takes the guidance's place in Tables 3 and 4: x_d -> (out, x_l), of the same shapes.
+
+    gate: None: out = W_o x_d; "se", "ge": out = W_o gate(x_d). supervise=False: x_l is None.
+    """
+
+    def __init__(self, channels, num_classes, out_channels, gate=None, supervise=True):
+        super().__init__()
+        self.gate = GatherExcite() if gate == "ge" else nn.Identity()
+        if gate == "se":  # with SENet's reduction of 16, as the paper does not say
+            self.gate = SqueezeExcitation(channels, channels // 16)
+        # Table 3: 215.5e9 multiply-adds without guidance, 218.0e9 with it. The difference is W_m
+        # and W_t alone, so the row without has W_l and W_o. That W_l has its loss is our reading.
+        self.logits = nn.Conv2d(channels, num_classes, 1) if supervise else None
+        self.out = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x_d):
+        out = self.out(self.gate(x_d))
+        return out, None if self.logits is None else self.logits(x_d)
+
+
+class GatherExcite(nn.Module):
+    """x `[N, C, H, W]` times the sigmoid of its averages around (Hu et al., NeurIPS 2018)."""
+
+    def forward(self, x):
+        # 15x15 windows, one at every eighth position. The paper names neither form nor extent: that
+        # it is the one without weights, GE-θ⁻, of extent 8, is our choice.
+        gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
+        return x * backbones.resize(gathered, x).sigmoid()
+
+
+def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
+    """Cross entropy, the mean over the hard pixels of all processes (Table 8): scalar, float32.
+
+    logits `[N, K, H, W]`, labels int64 `[N, H, W]` in 0 … K-1, 255 = ignored. A pixel is hard if
+    its true class has a probability below `threshold`. In each image at least a share `minimum` of
+    the labelled pixels is kept, the hardest. 0 where no pixel is labelled.
+    """
+    # The paper does not state the rule. 15 % is DeeperLab's, which it cites; 0.7 is a common value.
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="none").flatten(1)
+    count = (labels != 255).flatten(1).sum(1, keepdim=True)  # [N, 1]
+    # An ignored pixel has a loss of 0, the lowest, so it comes last; among equals nothing changes.
+    order = loss.detach().argsort(1, descending=True)
+    loss = loss.gather(1, order)  # [N, HW], the hardest first
+    rank = torch.arange(loss.shape[1], device=loss.device)
+    hard = loss.detach().neg().exp() < threshold
+    hardest = rank < minimum * count
+    return backbones.joint_mean(loss, (hard | hardest) & (rank < count))
+
+
+_COMMON = dict(  # Sect. 4.2; Sect. 3.2 has ImageNet weights; bn_momentum is not given in the paper
     backbone="resnet50", weights="imagenet", optimizer="sgd", lr=0.01, power=0.9, momentum=0.9,
-    weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none",
-    bn_momentum=0.1,  # not given in the paper
+    weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none", bn_momentum=0.1,
 )  # fmt: skip
 RECIPES = {
     # The paper gives no crop size; this is DeepLab's. Tables 1, 2: train and val together (Sect.
-    # 4.3), evaluated at the scales 0.75 1 1.25 1.5 1.75 2.
+    # 4.2, `--train-split trainval`), evaluated at the scales 0.75 1 1.25 1.5 1.75 2 (Sect. 4.3).
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
-    # Sect. 4.6, Table 10: "we follow the settings in [11]", DeepLabv3+, whose rate is 0.007.
+    # Sect. 4.6: "we follow the settings in [11]", DeepLabv3+, whose rate is 0.007. Weight decay,
+    # scale step and hard examples are those of Cityscapes here.
     "pascal_voc_aug": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),
     "pascal_person_part": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),
 }

@@ -1,5 +1,6 @@
 """spgnet.py against the words and figures of its paper, written here over indices, in float64."""
 
+import doctest
 import math
 from itertools import product
 
@@ -74,6 +75,12 @@ def test_fig_3_by_hand_on_two_channels_and_two_images(excite, identity, expected
     out, x_l = module(x_d)
     assert x_l.tolist() == [[[[1, 3]], [[-1, -3]]], [[[0, 2]], [[0, -2]]]]
     torch.testing.assert_close(out.flatten(), torch.tensor(expected).double())
+
+
+@pytest.mark.equation
+def test_the_example_in_the_docstring_holds():
+    found = doctest.testmod(spgnet)
+    assert found.attempted > 0 and found.failed == 0
 
 
 def loop_guidance(module, x_d):
@@ -225,8 +232,12 @@ def test_losses_are_those_of_the_logits_at_the_images_size():
     first = backbones.upsample(net.guides[0].logits(x_d), 4, images.shape[2:])
     torch.testing.assert_close(losses["stage_1"], F.cross_entropy(first, labels, ignore_index=255))
     hard = tiny().eval()
+    with torch.no_grad():  # sure of class 0: its pixels are easy
+        net.guides[0].logits.bias[0] = net.classifier.bias[0] = 5
     hard.load_state_dict(net.state_dict())
+    first = backbones.upsample(net.guides[0].logits(x_d), 4, images.shape[2:])
     expected = spgnet.online_hard_example_loss(first, labels)
+    assert expected > 1.1 * F.cross_entropy(first, labels, ignore_index=255)
     torch.testing.assert_close(hard(images, labels)["stage_1"], expected)
     torch.testing.assert_close(
         hard(images, labels)["cross_entropy"], spgnet.online_hard_example_loss(net(images), labels)
@@ -413,6 +424,11 @@ def test_fig_2c_later_stages_have_no_stem_and_aggregate_at_each_stride():
         z = level(z) + normed(previous[0][i], *list(from_encoder)[:2])
         z = z + normed(previous[1][i], *list(from_decoder)[:2])
         torch.testing.assert_close(encoded[i], z)
+    y = z.mean((2, 3), keepdim=True)  # the decoder reads the sums as well
+    y = F.conv2d(y, second.image_level.weight, second.image_level.bias)
+    for i in (3, 2, 1, 0):
+        y = second.upsample[i](encoded[i], y)
+        torch.testing.assert_close(decoded[i], y if i else normed(y, *list(second.last)[:2]))
     assert [tuple(m.shape[2:]) for m in decoded] == [(17, 25), (9, 13), (5, 7), (3, 4)]
     assert all(m.shape[1] == 16 for m in decoded)
     gradients = torch.autograd.grad(decoded[0].sum(), previous[0] + previous[1])
@@ -696,7 +712,7 @@ def test_one_small_image_is_a_clear_error_in_training_and_fine_in_evaluation():
     images, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.int64)
     net = spgnet.build(3, LIGHT, channels=16)
     for side in (2, 33):
-        with pytest.raises(ValueError, match="more than 1 value per channel; .* at least two im"):
+        with pytest.raises(ValueError, match="more than 1 value per channel: take at least two"):
             net(images[:1, :, :side, :side], labels[:1, :side, :side])
     assert net(images[:, :, :32, :32], labels[:, :32, :32]) and net(images[:1], labels[:1])
     assert net.eval()(images[:1, :, :32, :32]).shape == (1, 3, 32, 32)
