@@ -299,6 +299,114 @@ class ClassAwareRegularization(nn.Module):
         return mu
 
 
+# ------------------------------------------------------------------------------------------ network
+
+
+class CARNet(nn.Module):
+    """Backbone, head, last convolution, classifier, bilinear upsampling of the logits (Fig. 4.3).
+
+    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "cross_entropy";
+    with `auxiliary`, and always for OCR, "auxiliary"; CAR's "intra_c2p", "inter_c2c", "inter_c2p".
+
+    option          values                                         default           thesis
+    head            "self_attention"; "fcn"; "ocr"; "uper", whose  "self_attention"  Table 4.5
+                    features are averaged 2x2 for the losses
+    pointwise       "A": the last convolution is 1x1, else 3x3;    True              Table 4.1
+                    OCR's is always 1x1. (Sect. 4.4.2.3 calls it the leading convolution.)
+    channels        of the last convolution                        512               Sect. 4.4.2.3
+    pool_pointwise  UPer's convolution after the pooling is 1x1    False             Sect. 4.4.2.3
+    auxiliary       a loss on the last map, of weight 0.4          False             Table 4.6
+    output_stride   of the backbone; None: 8, UPer and HRNets 32   None              Sect. 4.4.1
+    place           the losses act on the last convolution's       "linear"          see below
+                    "input", on its "linear" output, after its batch "norm", after its "relu"
+    released        a 1x1 convolution (bias, no norm, no           False             authors' code
+                    activation) before the last one, also at inference; the losses act on its output
+    **terms         intra, inter_c2c, inter_c2p, centers, decay, epsilon_0, epsilon_1, literal of
+                    ClassAwareRegularization. Rows with § in Table 4.5 have epsilon_0=0.25.
+
+    Fig. 4.3 says of the place only "right before the logit prediction module". Table 4.4 rules out
+    an extra convolution at inference, but none of the four; "linear" is best in docs/results.md.
+    Others of Table 4.5: `--method caa --car`, `--method ksac --option head=aspp --car`, with the
+    settings of RECIPES below. CCNet, DANet, CPNet are not here. OCR has the last two maps, not
+    HRNet's four together.
+    """
+
+    caption = "Bright pixels have features like the marked one's: with CAR those of its class."
+
+    def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="self_attention",
+                 pointwise=True, channels=512, pool_pointwise=False, auxiliary=False,
+                 output_stride=None, place="linear", released=False, **terms):  # fmt: skip
+        super().__init__()
+        places = ["input", "linear", "norm", "relu"]
+        if place not in places or released and place != "linear":
+            raise ValueError(f"place={place!r}: it is one of {places}; released=True has its own")
+        if output_stride is None:
+            output_stride = 32 if head == "uper" or backbone.startswith("hrnet") else 8
+        # Multi-grid is the released configuration's.
+        grid = (1, 2, 4) if backbone.startswith("resnet") and output_stride < 32 else None
+        self.backbone = backbones.build(backbone, output_stride, weights, grid)
+        *_, before, high = self.backbone.channels
+        if head == "self_attention":
+            self.head, width = SelfAttention(high), 512
+        elif head == "fcn":
+            self.head, width = Conv2dNormActivation(high, 512, 3), 512
+        elif head == "uper":
+            self.head, width = UPer(self.backbone.channels, pool_pointwise), 4 * 512
+        elif head == "ocr":
+            self.head, width = OCR(high, before, num_classes), 2 * 512
+        else:
+            raise ValueError(f"head={head!r}: it is 'self_attention', 'fcn', 'uper' or 'ocr'")
+        self.backbone.reads(*{"uper": (0, 1, 2, 3), "ocr": (2, 3)}.get(head, (3,)))
+        self.stride = self.backbone.strides[0 if head == "uper" else -1]
+        self.released_conv = nn.Conv2d(width, 512, 1) if released else nn.Identity()
+        width = 512 if released else width
+        self.last = Conv2dNormActivation(width, channels, 1 if pointwise or head == "ocr" else 3)
+        self.last[2].inplace = False  # what enters it may be regularized
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
+        self.auxiliary = nn.Sequential(*layers) if auxiliary and head != "ocr" else None
+        self.place = 0 if released else places.index(place)  # the losses act on last[place]'s input
+        self.regularized = ["last.0", "last.1", "last.2", "classifier"][self.place]
+        channels = width if self.place == 0 else channels
+        self.car = ClassAwareRegularization(num_classes, channels, released=released, **terms)
+
+    def forward(self, images, labels=None):
+        size, strides, maps = images.shape[2:], self.backbone.strides, self.backbone(images)
+        coarse, coarse_stride = None, strides[-1]
+        if isinstance(self.head, OCR):
+            x, coarse = self.head(maps[-1], maps[-2], self.backbone.resize)
+            coarse_stride = strides[-2]
+        elif isinstance(self.head, UPer):
+            x = self.head(maps, self.backbone.resize)
+        else:
+            x = self.head(maps[-1])
+        steps = [self.released_conv(x)]
+        for layer in self.last:  # convolution, batch norm, ReLU
+            steps.append(layer(steps[-1]))
+        logits = self.backbone.upsample(self.classifier(steps[-1]), self.stride, size)
+        if labels is None:
+            return logits
+        backbones.check_labels(labels, images, self.car.num_classes)
+        losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
+        if self.auxiliary is not None:
+            coarse = self.auxiliary(maps[-1])
+        if coarse is not None:
+            coarse = self.backbone.upsample(coarse, coarse_stride, size)
+            losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(coarse, labels)
+        X = steps[self.place]
+        pixels = [self.backbone.positions(self.stride, n) for n in X.shape[2:]]
+        if isinstance(self.head, UPer):  # averaged to stride 8, as in the released code
+            X = F.avg_pool2d(X, 2, ceil_mode=True)
+            pixels = [p[::2] + self.stride // 2 for p in pixels]
+        return losses | self.car(X, labels_at(labels, X.shape[2:], pixels))
+
+    def figures(self, image, pixel=None):
+        """Fig. 4.4: the similarity of each pixel to `pixel` (pixel_relation), `[H, W]`."""
+        title = "similarity of each pixel's feature to that of the marked pixel"
+        return {title: pixel_relation(self, image, pixel, self.regularized)}
+
+
 # -------------------------------------------------------------------------------------- any network
 
 
@@ -491,7 +599,7 @@ def pixel_relation(net, image, pixel=None, classifier="classifier"):
     return similarity[rows[:, None], columns]
 
 
-# -------------------------------------------------------------------------------------------- heads
+# ------------------------------------------------------------------------------ other papers' heads
 
 
 class SelfAttention(nn.Module):
@@ -585,113 +693,7 @@ class OCR(nn.Module):
         return torch.cat([x, y], dim=1), coarse
 
 
-# ------------------------------------------------------------------------------------------ network
-
-
-class CARNet(nn.Module):
-    """Backbone, head, last convolution, classifier, bilinear upsampling of the logits (Fig. 4.3).
-
-    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
-    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "cross_entropy";
-    with `auxiliary`, and always for OCR, "auxiliary"; CAR's "intra_c2p", "inter_c2c", "inter_c2p".
-
-    option          values                                         default           thesis
-    head            "self_attention"; "fcn"; "ocr"; "uper", whose  "self_attention"  Table 4.5
-                    features are averaged 2x2 for the losses
-    pointwise       "A": the last convolution is 1x1, else 3x3;    True              Table 4.1
-                    OCR's is always 1x1. (Sect. 4.4.2.3 calls it the leading convolution.)
-    channels        of the last convolution                        512               Sect. 4.4.2.3
-    pool_pointwise  UPer's convolution after the pooling is 1x1    False             Sect. 4.4.2.3
-    auxiliary       a loss on the last map, of weight 0.4          False             Table 4.6
-    output_stride   of the backbone; None: 8, UPer and HRNets 32   None              Sect. 4.4.1
-    place           the losses act on the last convolution's       "linear"          see below
-                    "input", on its "linear" output, after its batch "norm", after its "relu"
-    released        a 1x1 convolution (bias, no norm, no           False             authors' code
-                    activation) before the last one, also at inference; the losses act on its output
-    **terms         intra, inter_c2c, inter_c2p, centers, decay, epsilon_0, epsilon_1, literal of
-                    ClassAwareRegularization. Rows with § in Table 4.5 have epsilon_0=0.25.
-
-    Fig. 4.3 says of the place only "right before the logit prediction module". Table 4.4 rules out
-    an extra convolution at inference, but none of the four; "linear" is best in docs/results.md.
-    Others of Table 4.5: `--method caa --car`, `--method ksac --option head=aspp --car`, with the
-    settings of RECIPES below. CCNet, DANet, CPNet are not here. OCR has the last two maps, not
-    HRNet's four together.
-    """
-
-    caption = "Bright pixels have features like the marked one's: with CAR those of its class."
-
-    def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="self_attention",
-                 pointwise=True, channels=512, pool_pointwise=False, auxiliary=False,
-                 output_stride=None, place="linear", released=False, **terms):  # fmt: skip
-        super().__init__()
-        places = ["input", "linear", "norm", "relu"]
-        if place not in places or released and place != "linear":
-            raise ValueError(f"place={place!r}: it is one of {places}; released=True has its own")
-        if output_stride is None:
-            output_stride = 32 if head == "uper" or backbone.startswith("hrnet") else 8
-        # Multi-grid is the released configuration's.
-        grid = (1, 2, 4) if backbone.startswith("resnet") and output_stride < 32 else None
-        self.backbone = backbones.build(backbone, output_stride, weights, grid)
-        *_, before, high = self.backbone.channels
-        if head == "self_attention":
-            self.head, width = SelfAttention(high), 512
-        elif head == "fcn":
-            self.head, width = Conv2dNormActivation(high, 512, 3), 512
-        elif head == "uper":
-            self.head, width = UPer(self.backbone.channels, pool_pointwise), 4 * 512
-        elif head == "ocr":
-            self.head, width = OCR(high, before, num_classes), 2 * 512
-        else:
-            raise ValueError(f"head={head!r}: it is 'self_attention', 'fcn', 'uper' or 'ocr'")
-        self.backbone.reads(*{"uper": (0, 1, 2, 3), "ocr": (2, 3)}.get(head, (3,)))
-        self.stride = self.backbone.strides[0 if head == "uper" else -1]
-        self.released_conv = nn.Conv2d(width, 512, 1) if released else nn.Identity()
-        width = 512 if released else width
-        self.last = Conv2dNormActivation(width, channels, 1 if pointwise or head == "ocr" else 3)
-        self.last[2].inplace = False  # what enters it may be regularized
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
-        self.auxiliary = nn.Sequential(*layers) if auxiliary and head != "ocr" else None
-        self.place = 0 if released else places.index(place)  # the losses act on last[place]'s input
-        self.regularized = ["last.0", "last.1", "last.2", "classifier"][self.place]
-        channels = width if self.place == 0 else channels
-        self.car = ClassAwareRegularization(num_classes, channels, released=released, **terms)
-
-    def forward(self, images, labels=None):
-        size, strides, maps = images.shape[2:], self.backbone.strides, self.backbone(images)
-        coarse, coarse_stride = None, strides[-1]
-        if isinstance(self.head, OCR):
-            x, coarse = self.head(maps[-1], maps[-2], self.backbone.resize)
-            coarse_stride = strides[-2]
-        elif isinstance(self.head, UPer):
-            x = self.head(maps, self.backbone.resize)
-        else:
-            x = self.head(maps[-1])
-        steps = [self.released_conv(x)]
-        for layer in self.last:  # convolution, batch norm, ReLU
-            steps.append(layer(steps[-1]))
-        logits = self.backbone.upsample(self.classifier(steps[-1]), self.stride, size)
-        if labels is None:
-            return logits
-        backbones.check_labels(labels, images, self.car.num_classes)
-        losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
-        if self.auxiliary is not None:
-            coarse = self.auxiliary(maps[-1])
-        if coarse is not None:
-            coarse = self.backbone.upsample(coarse, coarse_stride, size)
-            losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(coarse, labels)
-        X = steps[self.place]
-        pixels = [self.backbone.positions(self.stride, n) for n in X.shape[2:]]
-        if isinstance(self.head, UPer):  # averaged to stride 8, as in the released code
-            X = F.avg_pool2d(X, 2, ceil_mode=True)
-            pixels = [p[::2] + self.stride // 2 for p in pixels]
-        return losses | self.car(X, labels_at(labels, X.shape[2:], pixels))
-
-    def figures(self, image, pixel=None):
-        """Fig. 4.4: the similarity of each pixel to `pixel` (pixel_relation), `[H, W]`."""
-        title = "similarity of each pixel's feature to that of the marked pixel"
-        return {title: pixel_relation(self, image, pixel, self.regularized)}
-
+# ------------------------------------------------------------------------------------------ recipes
 
 # For Table 4.6's last row: --method caa --car --backbone convnext_large --optimizer adam
 # --iterations 40000 --lr 6e-5; the rate is open, and that of Swin's authors for segmentation.
