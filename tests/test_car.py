@@ -3,6 +3,7 @@ float64; its layers against literal compositions; `regularize` with networks of 
 """
 
 import copy
+import doctest
 import functools
 import math
 from collections import OrderedDict
@@ -513,6 +514,12 @@ def test_nothing_of_pixels_times_classes_times_channels_is_materialised(centers,
 
 
 @pytest.mark.equation
+def test_the_example_of_four_pixels():
+    failed, attempted = doctest.testmod(car)
+    assert failed == 0 and attempted > 0
+
+
+@pytest.mark.equation
 def test_module_gives_the_terms_that_are_on():
     features, labels = scene()
     centers, _ = car.class_centers(features, labels, 3)
@@ -616,8 +623,9 @@ def test_gradient_flows_through_the_new_part_of_the_moving_average():
     [
         (dict(num_classes=1), "expected 2 to 255"),
         (dict(num_classes=256), "expected 2 to 255"),
-        (dict(num_classes=2, centers="class"), "'batch', 'image' or 'moving'"),
+        (dict(num_classes=2, centers="class"), "'batch', 'image', 'moving'"),
         (dict(num_classes=2, decay=1.0), "below 1"),
+        (dict(num_classes=2, epsilon_1=-0.1), "at least 0"),
         (dict(num_classes=2, centers="moving"), "needs channels"),
         (dict(num_classes=2, literal=True, released=True), "exclude each other"),
     ],
@@ -901,17 +909,17 @@ def test_regularize_takes_the_losses_of_a_network_that_has_its_own(returned, exp
 @pytest.mark.parametrize(
     "returned, message",
     [
-        (lambda y: y, r"Tensor \[2, 4, 8, 12\]; expected a scalar"),
+        (lambda y: y, "Tensor; expected a scalar"),
         (
             lambda y: {"loss": y.mean(), "logits": y},
-            r"dict \{'loss': \[\], 'logits': \[2, 4, 8, 12\]",
+            "dict of loss, logits; expected a scalar",
         ),
-        (lambda y: (y.mean(), y), r"tuple \[\[\], \[2, 4, 8, 12\]\]"),
-        (lambda y: [y.mean()], r"list \[\[\]\]"),
-        (lambda y: ModelOutput(loss=None, logits=y), r"ModelOutput \{'loss': 'NoneType', 'logits'"),
+        (lambda y: (y.mean(), y), "tuple; expected a scalar"),
+        (lambda y: [y.mean()], "list; expected a scalar"),
+        (lambda y: ModelOutput(loss=None, logits=y), "ModelOutput of loss, logits;"),
         (lambda y: None, "NoneType"),
-        (lambda y: {}, r"dict \{\}"),
-        (lambda y: {"a": y.mean(), "b": []}, r"dict \{'a': \[\], 'b': \[\]\}"),
+        (lambda y: {}, "dict of ;"),
+        (lambda y: {"a": y.mean(), "b": []}, "dict of a, b;"),
     ],
 )
 def test_what_is_no_loss_is_refused_and_named(returned, message):
@@ -945,13 +953,14 @@ def test_regularize_finds_the_logits(returned):
     [
         (
             lambda y: [y, y],
-            r"list \[\[2, 4, 8, 12\], \[2, 4, 8, 12\]\]; expected logits \[N, 4, h, w\]",
+            r"list; expected logits \[N, 4, h, w\]",
         ),
-        (lambda y: {"logits": y}, r"dict \{'logits': \[2, 4, 8, 12\]\}"),
-        (lambda y: (), r"tuple \[\]"),
-        (lambda y: {"out": y[:, :3]}, r"dict \{'out': \[2, 3, 8, 12\]\}"),  # of other classes
-        (lambda y: (y[:, :3], y), r"tuple \[\[2, 3, 8, 12\], \[2, 4, 8, 12\]\]"),
-        (lambda y: y.mean(), r"Tensor \[\]"),
+        (lambda y: {"logits": y}, "dict of logits;"),
+        (lambda y: (), "tuple"),
+        (lambda y: {"out": y[:, :3]}, "dict of out;"),  # of other classes
+        (lambda y: {"out": y[:, :3], "aux": y}, "dict of out, aux;"),
+        (lambda y: (y[:, :3], y), "tuple; expected"),
+        (lambda y: y.mean(), "Tensor; expected"),
     ],
 )
 def test_what_is_no_logits_is_refused_and_named(returned, message):
@@ -975,18 +984,10 @@ class Staged(nn.Module):
 @pytest.mark.parametrize(
     "name, K, message",
     [
-        (
-            "dropout",
-            7,
-            "'dropout' gives 8 channels, but num_classes=7; layers that give 7: classifier",
-        ),
-        ("stage", 7, "'stage' gives 8 channels, but num_classes=7; layers that give 7: classifier"),
-        (
-            "stage.0",
-            7,
-            "'stage.0' gives 8 channels, but num_classes=7; layers that give 7: classifier",
-        ),
-        ("classifier", 21, "'classifier' gives 7 channels, but num_classes=21; .* 21: none"),
+        ("dropout", 7, "'dropout' gives 8 channels, but num_classes=7: name the submodule that"),
+        ("stage", 7, "'stage' gives 8 channels, but num_classes=7"),
+        ("stage.0", 7, "'stage.0' gives 8 channels, but num_classes=7"),
+        ("classifier", 21, "'classifier' gives 7 channels, but num_classes=21"),
     ],
 )
 def test_a_submodule_that_is_not_the_classifier_is_refused(name, K, message):
@@ -1009,9 +1010,9 @@ def test_regularize_says_what_it_expects():
     with pytest.raises(ValueError, match="no option epsilon"):
         car.regularize(Other(), "seg.cls", 4, epsilon=0.5)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (4, 1, 1)))
-    with pytest.raises(ValueError, match="'1' is a Linear: its input is no feature map"):
+    with pytest.raises(ValueError, match="the input of '1' is no feature map"):
         car.regularize(flat, "1", 4)
-    with pytest.raises(ValueError, match=r"what enters '2' is no feature map .* but \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"what enters '2' is \[2, 4\], no feature map"):
         car.regularize(flat, "2", 4)(images, labels)
     with pytest.raises(
         ValueError, match="regularize the network first, then wrap it in DataParallel"
@@ -1374,7 +1375,7 @@ def test_caa_with_car_on_swin_with_jpu_is_table_4_6s_network():
 
 @pytest.mark.network
 def test_options_that_do_not_exist_are_named():
-    with pytest.raises(ValueError, match="head='caa': it is 'self_attention', 'fcn'"):
+    with pytest.raises(ValueError, match="head='caa': it is one of 'self_attention', 'fcn'"):
         car.build(4, "resnet18", head="caa")
     with pytest.raises(ValueError, match="CARNet has no option intra_c2p; .*epsilon_0=0.5"):
         car.build(4, "resnet18", intra_c2p=False)
