@@ -225,12 +225,13 @@ class ClassAwareRegularization(nn.Module):
     >>> {k: round(loss.item(), 4) for k, loss in ClassAwareRegularization(3)(X, labels).items()}
     {'intra_c2p': 50.0, 'inter_c2c': 0.1968, 'inter_c2p': 0.27}
 
-    intra: 10 and 30 are 10 from their centre, 20; 40 and 0 are centres: (10² + 10²) / 4 pixels.
-    c2c: the rows of A are 0 1 0 (20·40 is more than 20·20), 0 1 0, and 1/3 1/3 1/3. Other classes
-    exceed 0.5/2 by 3/4; by nothing; by 1/12 twice: ((3/4)² + 0² + (1/6)²) / 3 classes.
-    c2p: the rows of A are 1/2 1/2 0 (10·40 equals 20², which replaces 10·20), 0 1 0, 0 1 0, and
-    1/3 1/3 1/3. They exceed 0.25/2 by 3/8; 7/8; nothing; 5/24 twice:
-    ((3/8)² + (7/8)² + 0² + (5/12)²) / 4 pixels.
+    intra  10 and 30 are 10 from their centre, 20; 40 and 0 are centres: (10² + 10²) / 4 = 50
+    c2c    μ 20: A is 0 1 0, because 20·40 exceeds 20·20; the other classes exceed 0.5/2 by 3/4
+           μ 40: A is 0 1 0; by 0.  μ 0: A is 1/3 1/3 1/3; by 1/12 + 1/12
+           ((3/4)² + 0² + (1/6)²) / 3 = 0.1968
+    c2p    X 10: A is 1/2 1/2 0, because 10·40 equals 20², which replaces 10·20; 0.25/2 by 3/8
+           X 30: A is 0 1 0; by 7/8.  X 40: 0 1 0; by 0.  X 0: 1/3 1/3 1/3; by 5/24 + 5/24
+           ((3/8)² + (7/8)² + 0² + (5/12)²) / 4 = 0.27
 
     num_classes: K, 2 to 255. channels: C, for "moving" alone. CARNet has a table of the others.
     ValueError for what does not fit, and as backbones.check_labels.
@@ -317,8 +318,7 @@ class CARNet(nn.Module):
     epsilon_0, epsilon_1  ε_0, ε_1; ε_0 = 0.25: Table 4.5, §       0.5, 0.25         Sect. 4.4.1
     literal          True: Eq. (4.11) as printed, without √C       False             Eq. (4.11)
     released         True: the authors' losses, on the output of   False             authors' code
-                     a 1x1 convolution (bias, no norm, no activation) before the last one, also at
-                     inference. What still differs is in docs/results.md.
+                     a 1x1 convolution (bias, no norm, no ReLU) that is kept at inference
 
     place: Fig. 4.3 says only "right before the logit prediction module", and Table 4.4 forbids an
     extra convolution at inference. All four are possible; "linear" is best in docs/results.md. OCR
@@ -408,7 +408,6 @@ def regularize(net, classifier, num_classes, regularized=None, **terms):
 
     Called with images `[N, 3, H, W]` and labels int64 `[N, H, W]`, 255 = ignored, it returns a dict
     of scalars: the losses of `net`, and CAR's. The original network is `.net`.
-
     classifier: name of the submodule that gives the logits, as in net.get_submodule(name)
     regularized: name of the submodule whose input the losses act on. Best is the batch norm after
     the last convolution ("classifier.2" of torchvision's DeepLabv3): features after ReLU did worse
@@ -490,9 +489,8 @@ class Regularized(nn.Module):
                 logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
                 losses[name] = weight * backbones.pixel_cross_entropy(logits, labels)
         if not losses:
-            called = "labels" if self.takes_labels else "images"
-            names = f" of {', '.join(output)}" if isinstance(output, dict) else ""
-            text = f"called with {called}, the network returned {type(output).__name__}{names}"
+            names = f" of {', '.join(map(str, output))}" if isinstance(output, dict) else ""
+            text = f"the network returned {type(output).__name__}{names}"
             raise ValueError(f"{text}; expected {expected}")
         return losses
 
@@ -648,10 +646,7 @@ _COMMON = dict(
     weights="imagenet", crop_size=513, scale=(0.5, 2.0), scale_step=0.1, color="brightness",
     power=0.9, momentum=0.9, bn_momentum=0.0003,
 )  # fmt: skip
-RECIPES = {
-    "pascal_context": _COMMON,  # Sect. 4.4.2
-    "coco_stuff10k": _COMMON,  # Sect. 4.4.3
-}
+RECIPES = {"pascal_context": _COMMON, "coco_stuff10k": _COMMON}  # Sects. 4.4.2, 4.4.3
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):

@@ -923,7 +923,7 @@ def test_regularize_takes_the_losses_of_a_network_that_has_its_own(returned, exp
     ],
 )
 def test_what_is_no_loss_is_refused_and_named(returned, message):
-    with pytest.raises(ValueError, match="called with labels, the network returned " + message):
+    with pytest.raises(ValueError, match="the network returned " + message):
         car.regularize(WithLosses(returned), "seg.cls", 4)(*batch())
 
 
@@ -964,7 +964,7 @@ def test_regularize_finds_the_logits(returned):
     ],
 )
 def test_what_is_no_logits_is_refused_and_named(returned, message):
-    with pytest.raises(ValueError, match="called with images, the network returned " + message):
+    with pytest.raises(ValueError, match="the network returned " + message):
         car.regularize(Other(returned), "seg.cls", 4)(*batch())
 
 
