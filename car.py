@@ -282,8 +282,8 @@ class ClassAwareRegularization(nn.Module):
 
         An absent class keeps its centre; one that is seen for the first time takes the batch's.
         """
-        # Cloned, because the buffers change before the backward pass.
-        old, known = self.mu.clone(), self.known.clone().unsqueeze(1)
+        # `known` is cloned, because the buffer changes before the backward pass, which reads it.
+        old, known = self.mu, self.known.clone().unsqueeze(1)
         mixed = torch.where(known, self.decay * old + (1 - self.decay) * mu, mu)
         mu = torch.where(present.unsqueeze(1), mixed, old)
         if self.training:

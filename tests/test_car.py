@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LIGHT
+from conftest import LIGHT, trained
 from torch import nn
 from torchvision.models import segmentation
 
@@ -1213,13 +1213,14 @@ PLACES = ["input", "linear", "norm", "relu"]
 def test_the_losses_act_where_place_says(place):
     images, labels = torch.randn(2, 3, 33, 41), torch.randint(4, (2, 33, 41))
     options = {None: {}, "released": dict(released=True)}.get(place, dict(place=place))
-    net = car.build(4, "resnet18", **options).eval()
+    net = trained(car.build(4, "resnet18", **options))
     x = net.head(net.backbone(images)[-1])
     if place == "released":
         assert net.released_conv.bias is not None and net.released_conv.out_channels == 512
         x = F.conv2d(x, net.released_conv.weight, net.released_conv.bias)
     linear = F.conv2d(x, net.last[0].weight)
-    norm = F.batch_norm(linear, net.last[1].running_mean, net.last[1].running_var)
+    bn = net.last[1]
+    norm = F.batch_norm(linear, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     steps = dict(zip(PLACES, (x, linear, norm, norm.relu())))
     X = steps[{None: "linear", "released": "input"}.get(place, place)]
     expected = net.car(X, labels[:, ::8, ::8])
@@ -1349,6 +1350,16 @@ def test_uper_level_by_level(patches):
 
 
 @pytest.mark.network
+def test_only_the_norms_of_levels_that_a_head_reads_learn(meta):
+    for head, levels in (("fcn", [3]), ("uper", [0, 1, 2, 3]), ("ocr", [2, 3])):
+        norms = car.build(4, "swin_t", head=head, output_stride=32).backbone.norms
+        learning = [
+            i for i, norm in enumerate(norms) if all(p.requires_grad for p in norm.parameters())
+        ]
+        assert learning == levels
+
+
+@pytest.mark.network
 def test_swin_tiny_with_uper_is_table_4_1s_second_network():
     net = car.build(4, "swin_t", head="uper").train()
     images, labels = torch.randn(2, 3, 65, 40), torch.randint(4, (2, 65, 40))
@@ -1414,6 +1425,8 @@ def test_fig_4_4_by_hand():
     assert car.pixel_relation(net, image, (0, 1)).tolist() == [[2, 5, 3]]
     assert car.pixel_relation(net, image[None], (0, 0)).tolist() == [[1, 2, 0]]
     assert car.pixel_relation(net, -image.flip(0), (0, 2)).tolist() == [[0, 3, 10]]
+    opposite = image * torch.tensor([1.0, -1, 1])  # the product with the pixel (-2 -1 0) is -2
+    assert car.pixel_relation(net, opposite, (0, 0)).tolist() == [[1, 0, 0]]
     with pytest.raises(ValueError, match="outside the image: it has 1 rows and 3 columns"):
         car.pixel_relation(net, image, (1, 0))
     with pytest.raises(ValueError, match="evaluation mode"):
