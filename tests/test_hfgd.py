@@ -2,6 +2,7 @@
 written here anew.
 """
 
+import doctest
 import functools
 import math
 from itertools import product
@@ -40,6 +41,12 @@ def seen_by(module):
     seen = []
     module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     return seen
+
+
+@pytest.mark.equation
+def test_the_example_of_the_file():
+    found = doctest.testmod(hfgd)
+    assert found.failed == 0 and found.attempted > 0
 
 
 # ---------------------------------------------------------------------------------- who learns what
@@ -136,7 +143,7 @@ def test_the_upsampler_is_fed_the_backbones_finer_maps_and_z(guided):
     fed, images = seen_by(net.upsampler), torch.randn(1, 3, 65, 65)
     net(images)
     maps = net.backbone(images)
-    z, _ = net.encoder(maps, net.backbone.resize)
+    z, _, _ = net.encoder(maps, net.backbone.resize)
     assert len(fed[0]) == 4 and z.shape[1] == 256
     assert all(torch.equal(a, b) for a, b in zip(fed[0], [*maps[:-1], z]))
 
@@ -523,7 +530,8 @@ def conv_norm_relu(layer, x):
 def test_ours_equals_its_words(leading):
     net = network(leading=leading).eval()
     maps = [torch.randn(1, c, 5, 4) for c in net.backbone.channels]
-    z, seen = net.encoder(maps, net.backbone.resize)
+    z, seen, regions = net.encoder(maps, net.backbone.resize)
+    assert regions is None
     body, x = net.encoder.body, maps[-1]
     for layer in body.reduce:
         x = conv_norm_relu(layer, x)
@@ -544,7 +552,7 @@ def test_ppm_equals_its_words():
         y = F.adaptive_avg_pool2d(x, n)
         y = F.relu(pool[0](y)) if n == 1 else conv_norm_relu(pool, y)
         parts.append(F.interpolate(y, size=(7, 5), mode="bilinear"))
-    z, _ = net.encoder(maps, net.backbone.resize)
+    z, _, _ = net.encoder(maps, net.backbone.resize)
     expected = conv_norm_relu(net.encoder.last, torch.cat(parts, dim=1))
     torch.testing.assert_close(z, expected, atol=1e-5, rtol=1e-4)
 
@@ -589,7 +597,7 @@ def test_every_encoder_stands_under_every_upsampler(encoder, upsampler):
 def test_identity_is_the_last_map_itself():
     net = network(encoder="identity", upsampler=None).eval()
     maps, seen = net.backbone(torch.randn(1, 3, 65, 65)), seen_by(net.classifier)
-    z, _ = net.encoder(maps, net.backbone.resize)
+    z, _, _ = net.encoder(maps, net.backbone.resize)
     assert z is maps[-1] and not list(net.encoder.parameters())
     images = torch.randn(1, 3, 65, 65)
     net(images)
@@ -783,16 +791,18 @@ def test_layer_norms_have_the_papers_epsilon():
     [
         (
             dict(encoder="psp"),
-            "encoder='psp': it is 'ours', 'identity', 'aspp', 'ppm', 'ocr' or 'self_attention'",
+            "encoder='psp': it is one of 'ours', 'identity', 'aspp', 'ppm', 'ocr', 'self_",
         ),
-        (dict(width=1), "width=1: expected a multiple of 8"),
+        (dict(width=1), "width=1: expected a multiple of 64"),
+        (dict(width=72), "width=72: expected a multiple of 64"),
+        (dict(width=1, axial=False), "width=1: expected a multiple of 8"),
         (dict(leading=[4]), r"leading=\[4\]: expected odd kernel sizes"),
         (dict(leading=[]), r"leading=\[\]: expected odd kernel sizes"),
         (dict(car=False, epsilon_0=0.1), "epsilon_0: only encoder='ours' with car=True"),
         (dict(epsilon_0=-1), "epsilon_0=-1, epsilon_1=0.25: expected at least 0"),
         (dict(output_stride=True), "output_stride=True: expected a number"),
-        (dict(upsampler="unet"), "upsampler='unet': it is 'usfpn', 'sfpn' or None"),
-        (dict(output_stride=8), "output_stride=8: it is 4, 2 or 1"),
+        (dict(upsampler="unet"), "upsampler='unet': it is one of 'usfpn', 'sfpn', None"),
+        (dict(output_stride=8), "output_stride=8: it is one of 4, 2, 1"),
         (dict(upsampler="sfpn", output_stride=2), "output_stride=2: upsampler='sfpn' has 4 alone"),
         (
             dict(guide=True),
