@@ -1,7 +1,7 @@
 """High-level Feature Guided Decoder (HFGD).
 
 Ye Huang, Di Kang, Shenghua Gao, Wen Li, Lixin Duan, 2023, https://arxiv.org/abs/2303.08646.
-Sections, figures and tables have the paper's numbers. It prints no equation; those below are ours.
+Sections, figures and tables have the paper's numbers. It prints no equations: these are ours.
 
 The idea. The last map of a backbone is coarse, but its features are close to the classes. The finer
 maps have the details, but their features are far from the classes. An upsampler that joins them
@@ -20,11 +20,11 @@ stride, 4, 2 or 1. W [K, 256] and b [K] are the class kernels. sg stops the grad
 
 Fig. 3; // is a stopped gradient. L = L_coarse + L_fine + CAR's three losses:
 
-    image --> backbone --B32--> CAE --Z------------> class kernels --> coarse logits --> L_coarse
-                 |               | +--> CAR            |
-                 //              //                    //
-                 |               |                     |
-                 +-B4,B8,B16-> U-SFPN --U--> U+AA(U) --> class kernels --> fine logits --> L_fine
+    image -> backbone -B32-> CAE ---Z-----------------> class kernels -> coarse logits -> L_coarse
+                |             |     |                        |
+                //           CAR    //                       //
+                |                   |                        |
+                +---B4,B8,B16---> U-SFPN --U--> U + AA(U) -> class kernels -> fine logits -> L_fine
 
 The example in `HFGD.forward` prints who learns from what. At inference the fine logits are the
 result. Read first `HighLevelFeatureGuidedModule`, then what follows it. Tests: tests/test_hfgd.py.
@@ -202,9 +202,8 @@ class HFGD(nn.Module):
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "fine", with an
-    upsampler; "coarse", if guided or without one; with "ours" CAR's "intra_c2p", "inter_c2c",
-    "inter_c2p"; with "ocr" "auxiliary", of weight 0.4. The others have weight 1; the paper does not
-    say.
+    upsampler; "coarse", if guided or without one; with "ours" CAR's three; with "ocr" "auxiliary",
+    of weight 0.4. The other weights are 1: the paper does not say.
 
     option         values                                           default  paper
     output_stride  of the fine logits: 4, 2, 1                      4        Tables 5, 8, 9, Sect. 9
@@ -221,10 +220,10 @@ class HFGD(nn.Module):
     released       True: as the code of CAR and CAA; HFGD's is announced, not published
     **terms        of car.ClassAwareRegularization: intra, inter_c2c, inter_c2p, centers, …
 
-    SemanticFPN of Tables 5, 8 and 10 is encoder="identity", upsampler="sfpn", guided=False. Table
-    10's ConvNeXt V2 is not in backbones.py. With stopped features the backbone learns from its last
-    map (with "ocr" two) alone. What is on the finer maps alone stays untrained: layer norms of Swin
-    and ConvNeXt, HRNet's last fusions.
+    SemanticFPN of Tables 5, 8, 10 is encoder="identity", upsampler="sfpn", guided=False. Table 10's
+    ConvNeXt V2 is not in backbones.py. With stopped features the backbone learns from its last map
+    alone, with "ocr" from the last two. What only the other maps read is frozen: layer norms of
+    Swin and ConvNeXt, HRNet's last fusions.
     """
 
     caption = "The same class kernels read coarse and fine features. Compare thin things."
@@ -238,7 +237,8 @@ class HFGD(nn.Module):
         upsamplers = "usfpn", "sfpn", None
         backbones.check_choices(encoder=(encoder, encoders), upsampler=(upsampler, upsamplers))
         backbones.check_choices(output_stride=(output_stride, (4, 2, 1)))
-        step = 64 if axial else 8  # the queries of the axial attention have 64 channels
+        self.guided, self.stop_features = guided and upsampler is not None, stop_features
+        step = 64 if self.guided and axial else 8  # the attention's queries have 64 channels
         if not isinstance(width, int) or width < step or width % step:
             raise ValueError(f"width={width!r}: expected a multiple of {step}")
         odd = isinstance(leading, (tuple, list)) and all(k in (1, 3, 5, 7, 9) for k in leading)
@@ -253,7 +253,6 @@ class HFGD(nn.Module):
         for module in self.backbone.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6  # Sect. 4
-        self.guided, self.stop_features = guided and upsampler is not None, stop_features
         if upsampler is None or (self.guided and stop_features):  # no gradient to the finer maps
             self.backbone.reads(*([2, 3] if encoder == "ocr" else [3]))
         # Without guidance "identity" is the last map as it is (Table 1).
@@ -280,17 +279,15 @@ class HFGD(nn.Module):
 
         >>> net = HFGD(2, "mobilenet_v2", width=64)
         >>> losses = net(torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33).long())
-        >>> for name, loss in losses.items():
+        >>> for name in ("coarse", "fine", "intra_c2p"):
         ...     net.zero_grad()
-        ...     loss.backward(retain_graph=True)
+        ...     losses[name].backward(retain_graph=True)
         ...     parts = net.backbone, net.encoder, net.classifier, net.upsampler, net.guide
         ...     learns = [any(p.grad is not None for p in part.parameters()) for part in parts]
         ...     print(f"{name:9}", *("yes" if yes else " no" for yes in learns))
-        fine       no  no  no yes yes
         coarse    yes yes yes  no  no
+        fine       no  no  no yes yes
         intra_c2p yes yes  no  no  no
-        inter_c2c yes yes  no  no  no
-        inter_c2p yes yes  no  no  no
         """
         size, resize, upsample = images.shape[2:], self.backbone.resize, self.backbone.upsample
         coarsest, maps, logits = self.backbone.strides[-1], self.backbone(images), {}
@@ -337,7 +334,7 @@ class HFGD(nn.Module):
 
 
 class SemanticFPN(UltraSemanticFPN):
-    """Leading 1x1 convolutions, stride 4 (Kirillov et al., CVPR 2019; here with batch norm)."""
+    """The baseline (Kirillov et al., CVPR 2019; here with batch norm): 1x1 ones lead, stride 4."""
 
     def __init__(self, channels, width=256):
         super().__init__(channels, 4, width, kernel=1)
@@ -377,15 +374,12 @@ def other_encoder(name, channels, num_classes):
 # Sect. 4, whose batch norm decay 0.9997 is bn_momentum 0.0003. Open are crops (but for Sect. 7.2),
 # scales, momentum, power, brightness: CAR's, by the same authors; and which checkpoint of ConvNeXt
 # or Swin: --weights takes a path.
-_ABLATION = dict(
-    backbone="resnet50", weights="imagenet", iterations=30_000, batch_size=16, optimizer="sgd",
-    lr=0.01, power=0.9, momentum=0.9, weight_decay=1e-4, bn_momentum=0.0003, crop_size=513,
-    scale=(0.5, 2.0), scale_step=0.1, color="brightness",
-)  # fmt: skip
-_SOTA = _ABLATION | dict(
-    backbone="convnext_large", iterations=40_000, optimizer="adamw", lr=4e-5, weight_decay=0.05,
-    color="photometric",
-)  # fmt: skip
+_ABLATION = dict(backbone="resnet50", weights="imagenet", iterations=30_000, batch_size=16,
+                 optimizer="sgd", lr=0.01, power=0.9, momentum=0.9, weight_decay=1e-4,
+                 bn_momentum=0.0003, crop_size=513, scale=(0.5, 2.0), scale_step=0.1,
+                 color="brightness")  # fmt: skip
+_SOTA = _ABLATION | dict(backbone="convnext_large", iterations=40_000, optimizer="adamw", lr=4e-5,
+                         weight_decay=0.05, color="photometric")  # fmt: skip
 RECIPES = {
     # Sects. 5.1 to 5.5; Swin-Large: --iterations 40000, its optimizer is open. Sect. 5.6, Table 6:
     # --backbone convnext_large --iterations 40000 --optimizer adamw --lr 4e-5 --weight-decay 0.05
