@@ -65,8 +65,8 @@ class HighLevelFeatureGuidedModule(nn.Module):
 
 
 class ContextAugmentedEncoder(nn.Module):
-    """Sect. 3.2: the backbone's maps -> Z `[N, width, h, w]` at the size of the last map; the
-    features before the trailing convolution; of OCR the logits of its regions, else None.
+    """Sect. 3.2: the backbone's maps -> three results: Z `[N, width, h, w]`, as large as the last
+    map; the features before the trailing convolution; the logits of OCR's regions, or None.
 
     "ours": leading convolutions, self-attention regularised by CAR, a trailing convolution. In the
     paper 1x1 is better than 3x3 (mIoU 50.76, 50.42), "possibly" as receptive fields are large
@@ -87,7 +87,7 @@ class ContextAugmentedEncoder(nn.Module):
         # In CAR's released code the losses act on the output of a 1x1 convolution.
         released = released and encoder == "ours"
         self.released_conv = nn.Conv2d(512, 512, 1) if released else nn.Identity()
-        fits = width is None or (encoder == "aspp" and width == channels)  # ASPP ends in one
+        fits = width is None or (encoder == "aspp" and width == channels)  # ASPP has this one
         self.last = nn.Identity() if fits else Conv2dNormActivation(channels, width, 1)
         self.channels = channels if fits else width
 
@@ -117,10 +117,10 @@ class UltraSemanticFPN(nn.Module):
 
     def __init__(self, channels, output_stride=4, width=256, kernel=3):
         super().__init__()
-        more = (4, 2, 1).index(output_stride)  # convolutions more in each branch
+        more = (4, 2, 1).index(output_stride)  # additional convolutions in each branch
         self.channels = width
         self.leading = nn.ModuleList(Conv2dNormActivation(c, width, kernel) for c in channels)
-        # FPN's 3x3 convolution on each sum would add 12.2·2^30 multiply-adds: too many for Table 5.
+        # No 3x3 convolution on each sum, as in FPN: 12.2·2^30 multiply-adds, too many for Table 5.
         self.branches = nn.ModuleList()
         for convs in (1, 1, 2, 3):
             branch = [Conv2dNormActivation(width, width, 3) for _ in range(convs + more)]
@@ -182,8 +182,8 @@ def attend(query, value):
     PyTorch's fused kernels do not materialise the `[N, W, H, H]` weights (measured on the CPU).
     They need values as wide as queries: v is split into C/c parts, as heads that share one query.
     """
-    (N, C, H, W), c = value.shape, query.shape[1]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    N, C, H, W = value.shape
+    c, dtype = query.shape[1], torch.promote_types(query.dtype, torch.float32)
     # Columns come first, channels last in memory, which the fused kernels ask for.
     q = query.to(dtype).permute(0, 3, 2, 1).contiguous()  # [N, W, H, c]
     v = value.to(dtype).permute(0, 3, 2, 1).contiguous()  # [N, W, H, C]
@@ -217,13 +217,13 @@ class HFGD(nn.Module):
     axial          False: without axial attention                   True     Table 2
     stop_features  False: L_fine trains backbone and CAE too        True     ours; Sect. 3.1
     stop_kernels   False: L_fine trains the class kernels too       True     ours; Sect. 3.1
-    released       True: as the code of CAR and CAA; HFGD's is announced, not published
-    **terms        of car.ClassAwareRegularization: intra, inter_c2c, inter_c2p, centers, …
+    released       True: as CAR's and CAA's code; HFGD's: announced  False
+    **terms        arguments of car.ClassAwareRegularization: intra, inter_c2c, centers, …
 
     SemanticFPN of Tables 5, 8, 10 is encoder="identity", upsampler="sfpn", guided=False. Table 10's
     ConvNeXt V2 is not in backbones.py. With stopped features the backbone learns from its last map
-    alone, with "ocr" from the last two. What only the other maps read is frozen: layer norms of
-    Swin and ConvNeXt, HRNet's last fusions.
+    alone, with "ocr" from the last two. Layers that lead to other maps alone are frozen: layer
+    norms of Swin and ConvNeXt, HRNet's last fusions.
     """
 
     caption = "The same class kernels read coarse and fine features. Compare thin things."
@@ -275,7 +275,7 @@ class HFGD(nn.Module):
             self.car = ClassAwareRegularization(num_classes, 512, released=released, **terms)
 
     def forward(self, images, labels=None):
-        """Who learns from what: backbone, CAE, class kernels, upsampler, guided module.
+        """Who learns from which loss: backbone, CAE, class kernels, upsampler, guided module.
 
         >>> net = HFGD(2, "mobilenet_v2", width=64)
         >>> losses = net(torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33).long())
@@ -334,7 +334,7 @@ class HFGD(nn.Module):
 
 
 class SemanticFPN(UltraSemanticFPN):
-    """The baseline (Kirillov et al., CVPR 2019; here with batch norm): 1x1 ones lead, stride 4."""
+    """Kirillov et al., CVPR 2019, here with batch norm: stride 4, leading 1x1 convolutions."""
 
     def __init__(self, channels, width=256):
         super().__init__(channels, 4, width, kernel=1)
@@ -355,7 +355,7 @@ class PPM(nn.Module):
 
 
 def other_encoder(name, channels, num_classes):
-    """What else Table 1 has, and PPM, by the backbone's channels: (encoder, its channels)."""
+    """Table 1's other encoders, and PPM: (layer, its channels). channels: the backbone's."""
     last = channels[-1]
     if name == "self_attention":
         return SelfAttention(last), 512

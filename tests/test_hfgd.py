@@ -574,6 +574,7 @@ def test_width_is_that_of_the_fine_and_of_the_guiding_features():
     plain = network(encoder="identity", upsampler="sfpn", guided=False, width=128)
     assert plain.upsampler.channels == 128 and plain.encoder.channels == 512
     assert network(encoder="aspp", width=128).encoder.channels == 128
+    assert network(width=72, guided=False).upsampler.channels == 72
 
 
 @pytest.mark.network
