@@ -343,6 +343,18 @@ def test_one_column_maps_have_the_right_gradient_through_batch_norm(size):
         assert found[index].item() == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-4)
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("size", [(9, 1), (1, 9), (3, 4)])
+def test_both_queries_receive_contiguous_gradients(size):
+    attention, contiguous = hfgd.AxialAttention(64), []
+    for query in (attention.theta, attention.phi):
+        query.register_full_backward_hook(
+            lambda module, inputs, outputs: contiguous.append(outputs[0].is_contiguous())
+        )
+    attention(torch.randn(2, 64, *size, requires_grad=True)).square().sum().backward()
+    assert contiguous == [True, True]
+
+
 @pytest.mark.equation
 def test_attention_maps_are_not_materialised(largest):
     N, c, C, H, W = 1, 8, 32, 256, 8
