@@ -276,6 +276,17 @@ def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
     )  # position i at pixel 4i
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("stride", [4, 2, 1])
+def test_fine_logits_of_position_i_are_at_pixel_i_times_the_stride(stride):
+    net, u = network(LIGHT, output_stride=stride, width=64, axial=False), []
+    net.upsampler.register_forward_hook(lambda module, inputs, output: u.append(output))
+    logits = net(torch.randn(2, 3, 33, 65))
+    fine = F.conv2d(u[0], net.classifier.weight, net.classifier.bias)
+    assert fine.shape[2:] == (32 // stride + 1, 64 // stride + 1) and fine.std() > 0.1
+    torch.testing.assert_close(logits[:, :, ::stride, ::stride], fine)
+
+
 @pytest.mark.usefixtures("meta")
 @pytest.mark.network
 @pytest.mark.parametrize("released", [False, True])
