@@ -801,6 +801,24 @@ def test_half_precision_gives_float32_losses_and_logits(dtype):
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 
+@pytest.mark.usefixtures("meta")
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "options, maps",
+    [
+        ({}, "012"),
+        (dict(encoder="ocr"), "01"),
+        (dict(upsampler=None), "012"),
+        (dict(guided=False), ""),
+        (dict(stop_features=False), ""),
+    ],
+)
+def test_norms_on_maps_that_no_loss_reaches_are_frozen(options, maps):
+    net = network("convnext_tiny", **options)
+    frozen = {name.split(".")[2] for name, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == set(maps)
+
+
 @pytest.mark.network
 def test_layer_norms_have_the_papers_epsilon():
     with torch.device("meta"):
