@@ -297,6 +297,15 @@ def test_queries_have_a_relu_in_the_released_form_alone(released):
 
 
 @pytest.mark.network
+@pytest.mark.parametrize("released", [False, True])
+def test_axial_attention_starts_near_a_multiple_of_its_input_equally_peaked(released):
+    attention = hfgd.AxialAttention(128, released)
+    assert torch.equal(attention.g[0].weight[:, :, 0, 0], torch.eye(128))
+    query = attention.theta(torch.randn(4, 128, 16, 16))
+    assert query.square().sum(1).mean().item() == pytest.approx(32, rel=0.05)
+
+
+@pytest.mark.network
 @pytest.mark.parametrize("axial", [False, True])
 def test_axial_attention_takes_the_gradient_of_one_pixel_to_all(axial):
     guide = hfgd.HighLevelFeatureGuidedModule(axial=axial).double()
