@@ -2,6 +2,7 @@
 written here anew.
 """
 
+import doctest
 import functools
 import math
 from itertools import product
@@ -40,6 +41,12 @@ def seen_by(module):
     seen = []
     module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     return seen
+
+
+@pytest.mark.equation
+def test_the_example_of_the_file():
+    found = doctest.testmod(hfgd)
+    assert found.failed == 0 and found.attempted > 0
 
 
 # ---------------------------------------------------------------------------------- who learns what
@@ -136,7 +143,7 @@ def test_the_upsampler_is_fed_the_backbones_finer_maps_and_z(guided):
     fed, images = seen_by(net.upsampler), torch.randn(1, 3, 65, 65)
     net(images)
     maps = net.backbone(images)
-    z, _ = net.encoder(maps, net.backbone.resize)
+    z, _, _ = net.encoder(maps, net.backbone.resize)
     assert len(fed[0]) == 4 and z.shape[1] == 256
     assert all(torch.equal(a, b) for a, b in zip(fed[0], [*maps[:-1], z]))
 
@@ -269,6 +276,17 @@ def test_fine_logits_are_the_class_kernels_on_the_upsamplers_features(axial):
     )  # position i at pixel 4i
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("stride", [4, 2, 1])
+def test_fine_logits_of_position_i_are_at_pixel_i_times_the_stride(stride):
+    net, u = network(LIGHT, output_stride=stride, width=64, axial=False), []
+    net.upsampler.register_forward_hook(lambda module, inputs, output: u.append(output))
+    logits = net(torch.randn(2, 3, 33, 65))
+    fine = F.conv2d(u[0], net.classifier.weight, net.classifier.bias)
+    assert fine.shape[2:] == (32 // stride + 1, 64 // stride + 1) and fine.std() > 0.1
+    torch.testing.assert_close(logits[:, :, ::stride, ::stride], fine)
+
+
 @pytest.mark.usefixtures("meta")
 @pytest.mark.network
 @pytest.mark.parametrize("released", [False, True])
@@ -276,6 +294,15 @@ def test_queries_have_a_relu_in_the_released_form_alone(released):
     attention = network(released=released).guide.attention
     for query in (attention.theta, attention.phi):
         assert any(isinstance(layer, nn.ReLU) for layer in query) == released
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("released", [False, True])
+def test_axial_attention_starts_near_a_multiple_of_its_input_equally_peaked(released):
+    attention = hfgd.AxialAttention(128, released)
+    assert torch.equal(attention.g[0].weight[:, :, 0, 0], torch.eye(128))
+    query = attention.theta(torch.randn(4, 128, 16, 16))
+    assert query.square().sum(1).mean().item() == pytest.approx(32, rel=0.05)
 
 
 @pytest.mark.network
@@ -334,6 +361,18 @@ def test_one_column_maps_have_the_right_gradient_through_batch_norm(size):
                 moved.append((attention(x) * pull).sum().item())
                 weight[index] -= h
         assert found[index].item() == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("size", [(9, 1), (1, 9), (3, 4)])
+def test_both_queries_receive_contiguous_gradients(size):
+    attention, contiguous = hfgd.AxialAttention(64), []
+    for query in (attention.theta, attention.phi):
+        query.register_full_backward_hook(
+            lambda module, inputs, outputs: contiguous.append(outputs[0].is_contiguous())
+        )
+    attention(torch.randn(2, 64, *size, requires_grad=True)).square().sum().backward()
+    assert contiguous == [True, True]
 
 
 @pytest.mark.equation
@@ -523,7 +562,8 @@ def conv_norm_relu(layer, x):
 def test_ours_equals_its_words(leading):
     net = network(leading=leading).eval()
     maps = [torch.randn(1, c, 5, 4) for c in net.backbone.channels]
-    z, seen = net.encoder(maps, net.backbone.resize)
+    z, seen, regions = net.encoder(maps, net.backbone.resize)
+    assert regions is None
     body, x = net.encoder.body, maps[-1]
     for layer in body.reduce:
         x = conv_norm_relu(layer, x)
@@ -544,7 +584,7 @@ def test_ppm_equals_its_words():
         y = F.adaptive_avg_pool2d(x, n)
         y = F.relu(pool[0](y)) if n == 1 else conv_norm_relu(pool, y)
         parts.append(F.interpolate(y, size=(7, 5), mode="bilinear"))
-    z, _ = net.encoder(maps, net.backbone.resize)
+    z, _, _ = net.encoder(maps, net.backbone.resize)
     expected = conv_norm_relu(net.encoder.last, torch.cat(parts, dim=1))
     torch.testing.assert_close(z, expected, atol=1e-5, rtol=1e-4)
 
@@ -566,6 +606,7 @@ def test_width_is_that_of_the_fine_and_of_the_guiding_features():
     plain = network(encoder="identity", upsampler="sfpn", guided=False, width=128)
     assert plain.upsampler.channels == 128 and plain.encoder.channels == 512
     assert network(encoder="aspp", width=128).encoder.channels == 128
+    assert network(width=72, guided=False).upsampler.channels == 72
 
 
 @pytest.mark.network
@@ -589,7 +630,7 @@ def test_every_encoder_stands_under_every_upsampler(encoder, upsampler):
 def test_identity_is_the_last_map_itself():
     net = network(encoder="identity", upsampler=None).eval()
     maps, seen = net.backbone(torch.randn(1, 3, 65, 65)), seen_by(net.classifier)
-    z, _ = net.encoder(maps, net.backbone.resize)
+    z, _, _ = net.encoder(maps, net.backbone.resize)
     assert z is maps[-1] and not list(net.encoder.parameters())
     images = torch.randn(1, 3, 65, 65)
     net(images)
@@ -769,6 +810,24 @@ def test_half_precision_gives_float32_losses_and_logits(dtype):
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 
+@pytest.mark.usefixtures("meta")
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "options, maps",
+    [
+        ({}, "012"),
+        (dict(encoder="ocr"), "01"),
+        (dict(upsampler=None), "012"),
+        (dict(guided=False), ""),
+        (dict(stop_features=False), ""),
+    ],
+)
+def test_norms_on_maps_that_no_loss_reaches_are_frozen(options, maps):
+    net = network("convnext_tiny", **options)
+    frozen = {name.split(".")[2] for name, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == set(maps)
+
+
 @pytest.mark.network
 def test_layer_norms_have_the_papers_epsilon():
     with torch.device("meta"):
@@ -783,16 +842,18 @@ def test_layer_norms_have_the_papers_epsilon():
     [
         (
             dict(encoder="psp"),
-            "encoder='psp': it is 'ours', 'identity', 'aspp', 'ppm', 'ocr' or 'self_attention'",
+            "encoder='psp': it is one of 'ours', 'identity', 'aspp', 'ppm', 'ocr', 'self_",
         ),
-        (dict(width=1), "width=1: expected a multiple of 8"),
+        (dict(width=1), "width=1: expected a multiple of 64"),
+        (dict(width=72), "width=72: expected a multiple of 64"),
+        (dict(width=1, axial=False), "width=1: expected a multiple of 8"),
         (dict(leading=[4]), r"leading=\[4\]: expected odd kernel sizes"),
         (dict(leading=[]), r"leading=\[\]: expected odd kernel sizes"),
         (dict(car=False, epsilon_0=0.1), "epsilon_0: only encoder='ours' with car=True"),
         (dict(epsilon_0=-1), "epsilon_0=-1, epsilon_1=0.25: expected at least 0"),
         (dict(output_stride=True), "output_stride=True: expected a number"),
-        (dict(upsampler="unet"), "upsampler='unet': it is 'usfpn', 'sfpn' or None"),
-        (dict(output_stride=8), "output_stride=8: it is 4, 2 or 1"),
+        (dict(upsampler="unet"), "upsampler='unet': it is one of 'usfpn', 'sfpn', None"),
+        (dict(output_stride=8), "output_stride=8: it is one of 4, 2, 1"),
         (dict(upsampler="sfpn", output_stride=2), "output_stride=2: upsampler='sfpn' has 4 alone"),
         (
             dict(guide=True),
