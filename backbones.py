@@ -511,6 +511,16 @@ def average_pool(x, size):
     return rows.mT @ x @ columns
 
 
+def contiguous_gradient(x):
+    """x `[N, C, H, W]`, unchanged; the layer that made it receives a contiguous gradient.
+
+    On the CPU, batch norm misreads a permuted gradient of a map one position wide or high.
+    """
+    if x.requires_grad:
+        x.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
+    return x
+
+
 def check_labels(labels, images, num_classes):
     """ValueError unless labels are int64 `[N, H, W]` in 0 … K-1 or 255 = ignored.
 

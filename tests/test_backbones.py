@@ -1137,6 +1137,27 @@ def test_average_pool_is_torchs_with_its_gradient(size):
 
 
 @pytest.mark.equation
+@pytest.mark.parametrize("size", [(2, 4, 7, 1), (2, 4, 1, 7), (2, 4, 3, 5)], ids=str)
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 2, 1)], ids=str)
+def test_a_contiguous_gradient_is_the_same_in_any_layout(size, layout):
+    x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    y = backbones.contiguous_gradient(nn.BatchNorm2d(4, dtype=torch.float64)(x))
+    pull, strides, back = torch.randn(size, dtype=torch.float64), [], torch.tensor(layout).argsort()
+    y.register_hook(lambda gradient: strides.append(gradient.stride()))  # after the function's
+    y.backward(pull.permute(layout).contiguous().permute(*back))
+    normal = (x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), False, True) + 1e-5).sqrt()
+    (expected,) = torch.autograd.grad(normal, x, pull)
+    torch.testing.assert_close(x.grad, expected)
+    assert strides == [torch.empty(size).stride()]
+
+
+@pytest.mark.equation
+def test_what_needs_no_gradient_stays_as_it_is():
+    x = torch.zeros(1, 2, 3, 4)
+    assert backbones.contiguous_gradient(x) is x and x._backward_hooks is None
+
+
+@pytest.mark.equation
 def test_upsampled_logits_are_float32():
     assert (
         backbones.upsample(torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16), 8, (17, 17)).dtype
