@@ -28,7 +28,7 @@ in row i and column j, m runs over the rows, n over the columns, ⊙ multiplies 
 
     row step, the same on exchanged axes: values from z, queries and keys from x
     A_row(ij, in) = softmax_n( φ(x_ij)ᵀ φ(x_in) )           [N, H, W, W]  (3.4) -> row_attention
-    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7) ≠ print: z not gated
+    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7) ≠ print: Σ_m α_ijmn
     gate_j = Sigmoid(ReLU( Σ_i,n β_ijn / (H·W) · ω_r1) ω_r2) [N, W, C]   (3.10) -> ChannelAttention
     y_ij   = Σ_n gate_j ⊙ β_ijn                             [N, C, H, W] (3.11) -> SpatialAttention
 
@@ -82,16 +82,17 @@ def column_step(attention, value, gate):
     axial attention, Eq. (3.5). For reading and comparing: α is h times as large as the values.
     """
     H, W = value.shape[2:]
-    # Eq. (3.6) prints g(x_mn), the values of each other column too: O(H²W²), not the O(HW² + H²W)
-    # of Sect. 3.3.1.2. Fig. 3.5 and the released code have the map's column.
-    alpha = attention.to(value.dtype)[:, None] * value.mT[:, :, :, None]  # [N, C, W, h, H]: j, i, m
+    # Eq. (3.6) prints g(x_mn), the values of all columns. That would cost O(H²W²), not the
+    # O(HW² + H²W) of Sect. 3.3.1.2. Fig. 3.5 and the released code have column j alone.
+    A = attention.to(value.dtype).permute(0, 2, 3, 1).contiguous()  # [N, h, H, W]: i, m, j
+    alpha = A[:, None] * value[:, :, None]  # Eq. (3.6)  [N, C, h, H, W]
     if gate is not None:
         # The sum leaves i: "each row has its own channel attention" (Sect. 3.3.2.2). The section's
         # "keeps a W dimension" is true of the row step ("W or H", Sect. 3.3.2.3).
-        average = alpha.sum(dim=(2, 4)) / (H * W)  # Σ_m,j α / HW  [N, C, h]
+        average = alpha.sum(dim=(3, 4)) / (H * W)  # Σ_m,j α / HW  [N, C, h]
         weight = gate(average.mT).mT.to(alpha.dtype)  # Eq. (3.9)  [N, C, h]
-        alpha = weight[:, :, None, :, None] * alpha
-    return alpha.sum(dim=4).mT  # Σ_m  [N, C, h, W]
+        alpha = weight[..., None, None] * alpha
+    return alpha.sum(dim=3)  # Σ_m  [N, C, h, W]
 
 
 def channelized_grouped(attention, value, gate, axis, groups):
@@ -127,7 +128,7 @@ def channelized(attention, value, gate, axis):
     [[3.0, 3.0], [1.0, 0.5], [0.25, 0.125]]
 
     Derivation: the gate of Eq. (3.9) does not depend on m, so it can leave the sum of Eq. (3.11).
-    With z_ij = Σ_m α_ijm, a matrix product, the gated sum and the gate's average are
+    With z_ij = Σ_m α_ijm (no gate yet), a matrix product, the gated sum and the gate's average are
 
         Σ_m gate_i ⊙ α_ijm = gate_i ⊙ z_ij,    Σ_m,j α_ijm / (H·W) = mean_j(z_ij) / H
     """
@@ -151,7 +152,7 @@ class ChannelAttention(nn.Module):
 
     `layers` hidden layers of `width` channels each. With layers=1, activation="relu" it is as
     printed: fc[0] is ω_c1 or ω_r1, fc[1] ω_c2 or ω_r2. Why deeper and leaky (Sect. 3.3.2.3): L rows
-    or columns hold more information than SENet's one vector; leaky ReLU loses less on its way.
+    or columns hold more information than SENet's one vector, and leaky ReLU loses less of it.
     """
 
     def __init__(self, channels, width=128, layers=5, activation="leaky_relu"):
@@ -204,8 +205,7 @@ class SpatialAttention(nn.Module):
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-        # Ours: a query's product with itself starts near 64 · 0.7² = 31, after a ReLU near 64 / 2,
-        # so that the softmax starts equally peaked.
+        # Ours. A query's square starts near 64 · 0.7² = 31 or, after ReLU, 64 / 2: equal softmaxes.
         nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
         return layer
 

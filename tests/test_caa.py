@@ -1093,6 +1093,16 @@ def test_gradients_of_spatial_attention_on_maps_one_position_wide(size, attentio
 
 
 @pytest.mark.network
+@pytest.mark.parametrize("attention, queries", [("axial", 2), ("self", 1)])
+def test_the_norms_of_the_queries_receive_contiguous_gradients(attention, queries):
+    net, strides = caa.SpatialAttention(4, attention, query_channels=3), []
+    for query in filter(None, (net.theta, net.phi)):
+        query[1].register_full_backward_pre_hook(lambda _, g: strides.append(g[0].stride()))
+    net(torch.randn(2, 4, 5, 7)).square().sum().backward()
+    assert strides == [(105, 35, 7, 1)] * queries
+
+
+@pytest.mark.network
 @pytest.mark.parametrize("activation, slope", [("leaky_relu", 0.2), ("relu", 0.0)])
 def test_activation_is_the_gates(activation, slope):
     net = settled(caa.SpatialAttention(6, query_channels=4, layers=2, activation=activation))
