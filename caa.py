@@ -205,7 +205,7 @@ class SpatialAttention(nn.Module):
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-        # Ours. A query's square starts near 64 · 0.7² = 31 or, after ReLU, 64 / 2: equal softmaxes.
+        # Ours. |query|² starts near 64 · 0.7² = 31 or, after ReLU, 32: equally peaked softmaxes.
         nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
         return layer
 
