@@ -7,35 +7,38 @@ Segmentation" (University of Technology Sydney, 2022), chapter 3.
 The idea. Spatial attention decides which positions a pixel reads, channel attention which channels
 count. Earlier networks compute the two apart, in parallel or in sequence, and their results can
 conflict: a channel that matters for a small object may not matter for the whole image. CAA puts
-channel attention inside spatial attention. Spatial attention is done in two steps, first along the
-columns, then along the rows. Each step multiplies features by attention weights and sums them. A
-gate acts on the channels between the multiplication and the sum. In the column step every row has
-its own gate, in the row step every column.
+channel attention inside spatial attention, which has two steps, along the columns and the rows:
+
+    . . r . . .      r r r r r r      o is (i, j), r what it has read. The column step reads its
+    . . o . . .  ->  r r o r r r      column. The row step reads its row, where each position has
+    . . r . . .      r r r r r r      read its own column. So after two steps it has read all.
+
+Each step multiplies features by attention weights and sums them. In between, a gate acts on the
+channels. In the column step every row has its own gate, in the row step every column.
 
 The mathematics. x [N, C, H, W] are the features. θ, φ and g are 1x1 convolutions: θ(x) and φ(x)
 [N, 64, H, W] are queries and keys at once, g(x) [N, C, H, W] are the values. (i, j) is the position
-in row i and column j, m is another row, n another column, ⊙ multiplies channel by channel.
+in row i and column j, m runs over the rows, n over the columns, ⊙ multiplies channel by channel.
 
-    column step
+    column step -> column_step
     A_col(ij, mj) = softmax_m( θ(x_ij)ᵀ θ(x_mj) )           [N, W, H, H]  (3.3) -> column_attention
-    α_ijm  = A_col(ij, mj) g(x_mj)                          [C] each      (3.6)
+    α_ijm  = A_col(ij, mj) g(x_mj)                          [C] each      (3.6) ≠ print: g(x_mn)
     gate_i = Sigmoid(ReLU( Σ_m,j α_ijm / (H·W) · ω_c1) ω_c2) [N, H, C]    (3.9) -> ChannelAttention
-    z_ij   = Σ_m gate_i ⊙ α_ijm                             [N, C, H, W]        -> channelized
+    z_ij   = Σ_m gate_i ⊙ α_ijm                             [N, C, H, W], a part of (3.11)
 
-    row step: values from z, queries and keys from x
+    row step, the same on exchanged axes: values from z, queries and keys from x
     A_row(ij, in) = softmax_n( φ(x_ij)ᵀ φ(x_in) )           [N, H, W, W]  (3.4) -> row_attention
-    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7), of the gated z
+    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7) ≠ print: Σ_m α_ijmn
     gate_j = Sigmoid(ReLU( Σ_i,n β_ijn / (H·W) · ω_r1) ω_r2) [N, W, C]   (3.10) -> ChannelAttention
     y_ij   = Σ_n gate_j ⊙ β_ijn                             [N, C, H, W] (3.11) -> SpatialAttention
 
-The weights ω_c1, ω_r1 are [C, 128], ω_c2, ω_r2 [128, C]. `channelized` computes the means of the
-gates. Others: self-attention, (3.1), (3.2) -> SpatialAttention(attention="self"); axial attention
-without gates, (3.5), (3.8) -> channelized(gate=None); Algorithm 2 -> channelized_grouped; the
-conflicts of Sect. 3.2 -> DualAttention.
+ω_c1, ω_r1 are [C, 128], ω_c2, ω_r2 [128, C]. The default gate is deeper: five hidden layers with
+leaky ReLU (Sect. 3.3.2.3). Others: self-attention, (3.1), (3.2) -> SpatialAttention; axial
+attention without gates, (3.5), (3.8) -> channelized(gate=None); Algorithm 2 -> channelized_grouped.
 
-Read first `column_attention`, then `channelized_grouped`, which is Algorithm 2 as it is printed,
-then `channelized`, which computes the same much faster. Tests: tests/test_caa.py.
-To copy: this file and backbones.py. What is above CAANet needs torch and torchvision alone.
+Read first `column_attention`, then `column_step`, the equations line by line, then `channelized`,
+which computes the same faster. Tests: tests/test_caa.py.
+To copy: this file and backbones.py; for the equations alone torch is enough.
 """
 
 import torch
@@ -51,13 +54,10 @@ import backbones
 def column_attention(query):
     """Eq. (3.3): how much each row attends to each other row, in every column.
 
-    query `[N, c, H, W]`, which is the key as well -> `[N, W, H, H]`, indexed [n, j, i, m]: in
-    column j, query row i attends to row m. Sums to 1 over m. Always float32 (float64 for float64),
-    under autocast too: a product over 64 channels can exceed float16's largest number.
+    query `[N, c, H, W]`, the key as well -> `[N, W, H, H]`, indexed [image, j, i, m]: in column j,
+    row i attends to row m. Float32 (float64 for float64), also under autocast: a product over 64
+    channels can exceed float16's largest number.
     """
-    if query.requires_grad:
-        # On the CPU, batch norm's backward pass misreads permuted gradients of one-column maps.
-        query.register_hook(lambda gradient: None if gradient is None else gradient.contiguous())
     with torch.autocast(query.device.type, enabled=False):
         query = query.to(torch.promote_types(query.dtype, torch.float32))
         q = query.permute(0, 3, 2, 1)  # [N, W, H, c]
@@ -65,81 +65,83 @@ def column_attention(query):
 
 
 def row_attention(query):
-    """Eq. (3.4): how much each column attends to each other column, in every row.
-
-    query `[N, c, H, W]` -> `[N, H, W, W]`: row i, column j of the query, attended column n.
-    """
-    return column_attention(query.mT)  # the same with rows and columns exchanged
+    """Eq. (3.4), the same in each row: query `[N, c, H, W]` -> `[N, H, W, W]`, [image, i, j, n]."""
+    return column_attention(query.mT)  # rows and columns exchanged
 
 
 def axial_attention(query, axis):
     """`column_attention` for axis="column", `row_attention` for axis="row"."""
-    return {"column": column_attention, "row": row_attention}[axis](query)
+    return row_attention(query) if axis == "row" else column_attention(query)
+
+
+def column_step(attention, value, gate):
+    """The column step, line by line: Eqs. (3.6), (3.9) and the sum over m of Eq. (3.11).
+
+    attention `[N, W, h, H]`: `column_attention`, or h of its query rows; value `[N, C, H, W]` ->
+    `[N, C, h, W]`. gate: a callable `[N, h, C] -> [N, h, C]` with values in 0…1; None is plain
+    axial attention, Eq. (3.5). For reading and comparing: α is h times as large as the values.
+    """
+    H, W = value.shape[2:]
+    # Eq. (3.6) prints g(x_mn), the values of all columns. That would cost O(H²W²), not the
+    # O(HW² + H²W) of Sect. 3.3.1.2. Fig. 3.5 and the released code have column j alone.
+    A = attention.to(value.dtype).permute(0, 2, 3, 1).contiguous()  # [N, h, H, W]: i, m, j
+    alpha = A[:, None] * value[:, :, None]  # Eq. (3.6)  [N, C, h, H, W]
+    if gate is not None:
+        # The sum leaves i: "each row has its own channel attention" (Sect. 3.3.2.2). The section's
+        # "keeps a W dimension" is true of the row step ("W or H", Sect. 3.3.2.3).
+        average = alpha.sum(dim=(3, 4)) / (H * W)  # Σ_m,j α / HW  [N, C, h]
+        weight = gate(average.mT).mT.to(alpha.dtype)  # Eq. (3.9)  [N, C, h]
+        alpha = weight[..., None, None] * alpha
+    return alpha.sum(dim=3)  # Σ_m  [N, C, h, W]
 
 
 def channelized_grouped(attention, value, gate, axis, groups):
-    """Algorithm 2: the column step, Eqs. (3.6), (3.9), (3.11), one group of query rows at a time.
+    """Algorithm 2: `column_step` for one group of query rows at a time, which takes less memory.
 
-    attention `[N, W, H, H]` of `column_attention`, value `[N, C, H, W]` -> `[N, C, H, W]`. gate: a
-    callable `[N, L, C] -> [N, L, C]` with values in 0…1, L the number of rows; None is plain axial
-    attention, Eq. (3.5). axis="row" is the row step, Eqs. (3.7), (3.10), (3.11): attention `[N, H,
-    W, W]` of `row_attention`, L the number of columns.
-
-    For reading and comparing: α takes N·H/groups·H·W·C numbers, in training groups times that.
+    Arguments and result are those of `channelized`. In training the α of all groups are kept.
     """
     if axis == "row":  # the algorithm is printed for columns
         return channelized_grouped(attention, value.mT, gate, "column", groups).mT
-    N, C, H, W = value.shape
+    H = value.shape[2]
     padding = -H % groups  # line 1 prints H % groups: of 5 rows and 3 groups 2, where 1 is missing
-    # Line 2: query row first. (The thesis' A is [N, H, H, W], the column last.)
-    A = attention.to(value.dtype).permute(2, 0, 3, 1)  # [H, N, H, W]
-    A = F.pad(A, (0, 0, 0, 0, 0, 0, 0, padding))  # lines 3, 4  [H+, N, H, W]
-    A = A.reshape(groups, -1, N, H, W)  # line 5  [G, H+/G, N, H, W]
-    Y = []
-    for A_g in A:  # lines 6 to 8: the channelization of one group
-        # Eq. (3.6) prints g(x_mn), values of another column than the map's. That would cost
-        # O(H²W²), not Sect. 3.3.1.2's O(H²W). Fig. 3.5 and the released code have one column.
-        alpha = A_g[:, :, None] * value  # [H+/G, N, C, H, W]
-        if gate is not None:
-            pooled = alpha.sum(dim=(3, 4)) / (H * W)  # Σ_m,j α / HW  [H+/G, N, C]
-            weight = gate(pooled.transpose(0, 1)).transpose(0, 1)  # Eq. (3.9)  [H+/G, N, C]
-            alpha = weight.to(alpha.dtype)[..., None, None] * alpha
-        Y.append(alpha.sum(dim=3))  # Σ_m  [H+/G, N, C, W]
-    Y = torch.cat(Y)[:H]  # lines 9 to 11; line 9 counts one group too many, 0 … G  [H, N, C, W]
-    return Y.permute(1, 2, 0, 3)  # line 12  [N, C, H, W]
+    A = F.pad(attention, (0, 0, 0, padding))  # lines 3, 4: query rows of zeros  [N, W, H+, H]
+    Y = [column_step(A_g, value, gate) for A_g in A.chunk(groups, dim=2)]  # lines 5 to 8
+    # Lines 9 to 11; line 9 counts one group too many, 0 … G. Lines 2 and 12 transpose: not needed.
+    return torch.cat(Y, dim=2)[:, :, :H]  # [N, C, H, W]
 
 
 def channelized(attention, value, gate, axis):
-    """The same as `channelized_grouped`, by one matrix product, without the weighted features.
+    """`column_step`, or for axis="row" the row step, by one matrix product, without α.
 
-    Derivation: in Eq. (3.9) the gate multiplies α_ijm and does not depend on m, the index of the
-    sum in Eq. (3.11). So it can be taken out of the sum. With z_ij = Σ_m α_ijm, a matrix product,
+    axis="column": attention `[N, W, H, H]`, value `[N, C, H, W]` -> `[N, C, H, W]`, gate `[N, H, C]
+    -> [N, H, C]` or None. "row", Eqs. (3.7), (3.10), (3.11): the same on exchanged axes.
 
-        Σ_m gate_i ⊙ α_ijm = gate_i ⊙ z_ij
+    Three rows, two columns, one channel. The α of row 0 are 4/2, 2/2, 0 in column 0 and 0, 3, 0 in
+    column 1. Their average is 6/6; rows 1 and 2 have 3/6 and 1.5/6. This gate returns the average.
 
-    The gate itself is computed from a sum over m, which is z again, averaged over the columns j:
+    >>> value = torch.tensor([[[[4.0, 2], [2, 3], [1, 0]]]])
+    >>> attention = torch.tensor([[[[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]],  # column 0
+    ...                            [[0, 1, 0], [0.5, 0, 0.5], [0.25, 0, 0.75]]]])  # column 1
+    >>> channelized(attention, value, None, "column")[0, 0].tolist()
+    [[3.0, 3.0], [2.0, 1.0], [1.0, 0.5]]
+    >>> channelized(attention, value, lambda average: average, "column")[0, 0].tolist()
+    [[3.0, 3.0], [1.0, 0.5], [0.25, 0.125]]
 
-        Σ_m,j α_ijm / (H·W) = Σ_j z_ij / (H·W) = mean_j(z_ij) / H
+    Derivation: the gate of Eq. (3.9) does not depend on m, so it can leave the sum of Eq. (3.11).
+    With z_ij = Σ_m α_ijm (no gate yet), a matrix product, the gated sum and the gate's average are
+
+        Σ_m gate_i ⊙ α_ijm = gate_i ⊙ z_ij,    Σ_m,j α_ijm / (H·W) = mean_j(z_ij) / H
     """
     if axis == "row":
         return channelized(attention, value.mT, gate, "column").mT
     value = value.permute(0, 3, 2, 1)  # [N, W, H, C]
+    # Sect. 3.7 expects CAA to be slow because it breaks up this product. Here it stays whole.
     z = attention.to(value.dtype) @ value  # Σ_m α  [N, W, H, C]
     if gate is not None:
         # The mean is float32: dividing half-precision features by H would underflow.
-        pooled = z.mean(dim=1, dtype=torch.promote_types(z.dtype, torch.float32)) / z.shape[2]
-        z = gate(pooled)[:, None].to(z.dtype) * z  # Eq. (3.9)  [N, 1, H, C] · [N, W, H, C]
+        average = z.mean(dim=1, dtype=torch.promote_types(z.dtype, torch.float32)) / z.shape[2]
+        z = gate(average)[:, None].to(z.dtype) * z  # Eq. (3.9)  [N, 1, H, C] · [N, W, H, C]
     return z.permute(0, 3, 2, 1)  # [N, C, H, W]
-
-
-def channel_map(x):
-    """The channel attention map of DANet (Sect. 3.1): x `[N, C, H, W]` -> `[N, C, C]`, float32.
-
-    softmax(X Xᵀ) as in its paper (Fu et al., CVPR 2019); its released code has softmax(max - X Xᵀ).
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
-        return torch.softmax(x @ x.mT, dim=-1)
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -148,9 +150,9 @@ def channel_map(x):
 class ChannelAttention(nn.Module):
     """The gate of Eqs. (3.9), (3.10): `[N, L, C] -> [N, L, C]` in 0…1, in its weights' precision.
 
-    `layers` hidden layers of `width` channels each; activation "leaky_relu" or "relu".
-    With layers=1, activation="relu" it is as printed: fc[0] is ω_c1 or ω_r1, fc[1] ω_c2 or ω_r2.
-    Raises ValueError for other values.
+    `layers` hidden layers of `width` channels each. With layers=1, activation="relu" it is as
+    printed: fc[0] is ω_c1 or ω_r1, fc[1] ω_c2 or ω_r2. Why deeper and leaky (Sect. 3.3.2.3): L rows
+    or columns hold more information than SENet's one vector, and leaky ReLU loses less of it.
     """
 
     def __init__(self, channels, width=128, layers=5, activation="leaky_relu"):
@@ -163,8 +165,7 @@ class ChannelAttention(nn.Module):
         self.fc = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
         self.slope = 0.2 if activation == "leaky_relu" else 0.0
         for fc in self.fc:
-            # PyTorch's smaller weights would shrink the signal a hundredfold. The gates are near
-            # 1/2 at the start in any case: Σα/HW carries a factor 1/H.
+            # Ours. PyTorch's smaller weights would shrink the signal a hundredfold.
             nn.init.kaiming_normal_(fc.weight, a=self.slope)
 
     def forward(self, x):
@@ -179,50 +180,51 @@ class SpatialAttention(nn.Module):
     """Attention over positions, `[N, C, H, W] -> [N, C, H, W]`.
 
     attention: "axial", Eq. (3.11), or "self", Eq. (3.1) with one gate for each pixel.
-    channelization: use gates, **gate are keywords of ChannelAttention. released: see CAANet. The
-    sizes here and in CAA are the released code's.
+    channelization: use gates, **gate are keywords of ChannelAttention. released: see CAANet.
     """
 
     def __init__(self, channels=512, attention="axial", channelization=True, query_channels=64,
                  released=False, **gate):  # fmt: skip
         super().__init__()
-        if attention not in ("axial", "self"):
-            raise ValueError(f"attention={attention!r}: it is 'axial' or 'self'")
+        backbones.check_choices(attention=(attention, ("axial", "self")))
         self.axial = attention == "axial"
         self.theta = self.query(channels, query_channels, released)
         self.phi = self.query(channels, query_channels, released) if self.axial else None
         self.g = Conv2dNormActivation(channels, channels, 1)  # its ReLU is the released code's
-        nn.init.dirac_(self.g[0].weight)  # so the output starts near a multiple of x
-        gates = channelization, channelization and self.axial
-        gates = [ChannelAttention(channels, **gate) if wanted else None for wanted in gates]
-        self.gate_col, self.gate_row = gates
+        nn.init.dirac_(self.g[0].weight)  # ours: the output starts near a multiple of x
+        self.gate_col = self.gate_row = None
+        if channelization:
+            self.gate_col = ChannelAttention(channels, **gate)
+            self.gate_row = ChannelAttention(channels, **gate) if self.axial else None
 
     @staticmethod
     def query(channels, query_channels, released):
-        """θ or φ: "a 1x1 convolution layer" (Sect. 3.3.1.1), into which its batch norm folds."""
-        # After the released code's ReLU all products are at least 0, so a position with a large
-        # norm attracts attention from unrelated positions.
+        """θ or φ: "a 1 × 1 convolution layer" (Sect. 3.3.1.1), into which its batch norm folds."""
+        # After the released code's ReLU no product is below 0, so a position with a large norm
+        # attracts attention from unrelated positions.
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-        # A query's product with itself starts near 64 · 0.7² = 31; after a ReLU it is 32.
+        # Ours. |query|² starts near 64 · 0.7² = 31 or, after ReLU, 32: equally peaked softmaxes.
         nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
         return layer
 
     def maps(self, x):
         """(column map `[N, W, H, H]`, row map `[N, H, W, W]`); self: (`[N, 1, HW, HW]`, None)."""
-        if self.axial:
-            return column_attention(self.theta(x)), row_attention(self.phi(x))
-        return column_attention(self.theta(x).flatten(2)[..., None]), None  # Eq. (3.2)
+        theta = backbones.contiguous_gradient(self.theta(x))
+        if not self.axial:  # Eq. (3.2): one column that holds all positions
+            return column_attention(theta.flatten(2)[..., None]), None
+        phi = backbones.contiguous_gradient(self.phi(x))
+        return column_attention(theta), row_attention(phi)
 
     def forward(self, x):
-        col, row = self.maps(x)
-        if self.axial:
-            z = channelized(col, self.g(x), self.gate_col, "column")  # the inner sum of Eq. (3.11)
-            return channelized(row, z, self.gate_row, "row")  # the outer sum
-        # Eq. (3.1): the column step of one column that holds all positions  [N, C, HW, 1]
-        y = channelized(col, self.g(x).flatten(2)[..., None], self.gate_col, "column")
-        return y.reshape(x.shape)
+        (col, row), g = self.maps(x), self.g(x)
+        if not self.axial:  # Eq. (3.1): the column step of that column  [N, C, HW, 1]
+            y = channelized(col, g.flatten(2)[..., None], self.gate_col, "column")
+            return y.reshape(x.shape)
+        z = channelized(col, g, self.gate_col, "column")  # the inner sum of Eq. (3.11)
+        # The row step reads the gated z: Eq. (3.11) has Σ_m C_col(α) where Eq. (3.7) has Σ_m α.
+        return channelized(row, z, self.gate_row, "row")  # the outer sum
 
 
 class CAA(nn.Module):
@@ -231,14 +233,15 @@ class CAA(nn.Module):
     def __init__(self, in_channels, attention="axial", channelization=True, se=False,
                  released=False, **gate):  # fmt: skip
         super().__init__()
+        # Chapter 3 describes the attention alone; layers and sizes are the released code's.
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
         self.attention = nn.Identity()
         if attention is not None:
             self.attention = SpatialAttention(512, attention, channelization, 64, released, **gate)
-        # Table 3.2, "+ SE": with SENet's reduction of 16, as the thesis does not say.
+        # Table 3.2, "+ SE". The reduction is open; SENet's is 16.
         self.se = SqueezeExcitation(512, 512 // 16) if se else nn.Identity()
         self.after = Conv2dNormActivation(512, 512, 1)
-        nn.init.dirac_(self.after[0].weight)
+        nn.init.dirac_(self.after[0].weight)  # ours, as in SpatialAttention
         # No batch norm: after pooling there is one value per channel and image.
         self.image_level = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(512, 512, 1), nn.ReLU())
         self.project, self.channels = Conv2dNormActivation(1024, 256, 1), 256
@@ -249,26 +252,144 @@ class CAA(nn.Module):
         return self.project(torch.cat([y, self.image_level(x).expand_as(x)], dim=1))
 
 
+# ------------------------------------------------------------------------------------------ network
+
+
+class CAANet(nn.Module):
+    """Backbone, CAA, classifier, bilinear upsampling of the logits (Sects. 3.4.1.1, 3.4.1.2).
+
+    net(images): `[N, 3, H, W]` -> logits float32 `[N, K, H, W]`. net(images, labels), int64 `[N, H,
+    W]`, 255 = ignored -> dict of losses: cross entropy, auxiliary, those of `dual` of weight 1.
+
+    option           values                           default        thesis
+    attention        "axial", "self", None: without   "axial"        Table 3.3, Figs. 3.6 to 3.8
+    channelization   False: without the gates         True           Tables 3.1 to 3.3, 3.5
+    channel_layers   hidden layers of a gate          5              Table 3.1
+    channel_width    their channels                   128            Table 3.1
+    activation       "relu": as Eq. (3.9) prints it   "leaky_relu"   Sect. 3.3.2.3
+    se               True: SE after the attention     False          Table 3.2, no channelization
+    dual             "parallel", "sequential"         None           Fig. 3.1 (a), (b), without CAA
+    auxiliary        True: a loss on the last map     True           Table 3.4 (Aux)
+    decoder          True: DeepLabv3+'s               False          Table 3.7
+    output_stride    of the backbone: 8, 16, 32       8              Tables 3.3 to 3.6
+    released         True: ReLU after the queries     False          the authors' code
+    """
+
+    caption = "The marked pixel takes features from the bright positions."
+
+    def __init__(self, num_classes, backbone="resnet50", weights=None, *, attention="axial",
+                 channelization=True, channel_layers=5, channel_width=128, activation="leaky_relu",
+                 se=False, dual=None, auxiliary=True, decoder=False, output_stride=8,
+                 released=False):  # fmt: skip
+        super().__init__()
+        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # the released code's
+        self.backbone = backbones.build(backbone, output_stride, weights, grid)
+        self.backbone.reads(0 if decoder else 3, 3)
+        low, high = self.backbone.channels[0], self.backbone.channels[3]
+        if dual is None:
+            gate = dict(layers=channel_layers, width=channel_width, activation=activation)
+            self.head = CAA(high, attention, channelization, se, released, **gate)
+        elif attention is None or se:
+            raise ValueError("dual has attention='axial' or 'self', and no se")
+        else:
+            self.head = DualAttention(high, num_classes, dual, attention, released)
+            self.caption, self.about_pixel = "What each branch predicts alone.", False
+        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
+        self.stride, self.drop = self.backbone.strides[3], nn.Dropout(0.1)
+        last = self.decoder if decoder else self.head
+        self.classifier = nn.Conv2d(last.channels, num_classes, 1)
+        # CAR (car.py) acts on the input of this layer: what the last convolution, or `dual`, gives.
+        head = "drop" if dual else "head.project.1"
+        self.regularized = "decoder.fuse.1.1" if decoder else head
+        layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
+        self.auxiliary = nn.Sequential(*layers) if auxiliary else None
+
+    def forward(self, images, labels=None):
+        maps, branches = self.backbone(images), {}
+        features, stride = self.head(maps[3]), self.stride
+        if isinstance(self.head, DualAttention):
+            features, branches = features
+        if self.decoder is not None:
+            features, stride = self.decoder(features, maps[0], self.backbone.resize), 4
+        upsample, size = self.backbone.upsample, images.shape[2:]
+        logits = upsample(self.classifier(self.drop(features)), stride, size)
+        if labels is None:
+            return logits
+        backbones.check_labels(labels, images, self.classifier.out_channels)
+        losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
+        for name, branch in branches.items():
+            logits = upsample(branch, self.stride, size)
+            losses[name] = backbones.pixel_cross_entropy(logits, labels)
+        if self.auxiliary is not None:  # its weight is the released code's
+            logits = upsample(self.auxiliary(maps[3]), self.stride, size)
+            losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(logits, labels)
+        return losses
+
+    @torch.no_grad()
+    def figures(self, image, pixel=None):
+        """Pictures `[H, W]` of one image `[3, H, W]` or `[1, 3, H, W]`: how much the position at
+        `pixel` (row, column; None: the centre) attends to each, before the gates. Dual attention:
+        the label maps of Figs. 3.3, 3.4. ValueError in training mode, and for a pixel outside.
+        """
+        image = backbones.one_image(self, image)
+        size, x = image.shape[2:], self.backbone(image)[3]
+        row, column = backbones.one_pixel(pixel, size)
+        if isinstance(self.head, DualAttention):
+            pictures = {}
+            for name, logits in self.head(x)[1].items():
+                logits = self.backbone.upsample(logits, self.stride, size)
+                pictures[f"prediction, {name} branch"] = logits.argmax(1)[0]
+            return pictures | {"prediction": self(image).argmax(1)[0]}
+        if not isinstance(self.head.attention, SpatialAttention):
+            return {}
+        # For each row and column of the image the nearest one of the map.
+        rows = backbones.nearest(self.backbone.positions(self.stride, x.shape[2]), size[0])
+        columns = backbones.nearest(self.backbone.positions(self.stride, x.shape[3]), size[1])
+        maps = attended(self.head.attention, self.head.reduce(x), rows[row], columns[column])
+        return {f"{k} of the marked pixel": m[rows[:, None], columns] for k, m in maps.items()}
+
+
+def attended(attention, x, i, j):
+    """What position (i, j) of x `[1, C, H, W]` attends to in a SpatialAttention: maps `[H, W]`."""
+    H, W = x.shape[2:]
+    col, row = attention.maps(x)
+    if row is None:
+        return {"attention": col[0, 0, i * W + j].reshape(H, W)}
+    column, across = col.new_zeros(H, W), col.new_zeros(H, W)
+    column[:, j], across[i] = col[0, j, i], row[0, i, j]
+    both = row[0, i, j] * col[0, :, i].T  # at (m, n) A_row(ij, in) · A_col(in, mn)
+    return {"column step: attention": column, "row step: attention": across,
+            "both steps: attention": both}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- comparisons
+
+
+def channel_map(x):
+    """DANet's channel attention map (Sect. 3.1): x `[N, C, H, W]` -> `[N, C, C]`, float32."""
+    # As in its paper (Fu et al., CVPR 2019). Its released code has softmax(max - X Xᵀ).
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+        return torch.softmax(x @ x.mT, dim=-1)
+
+
 class DualAttention(nn.Module):
-    """The two earlier designs of Fig. 3.1, whose branches can conflict (Sect. 3.2).
+    """The earlier designs of Fig. 3.1, whose results can conflict (Sect. 3.2): "parallel", (a):
+    spatial + channel attention; "sequential", (b): channel attention, then spatial.
 
-    "parallel", (a): spatial + channel attention; "sequential", (b): channel, then spatial
-    attention. `[N, in_channels, H, W]` -> (features `[N, 512, H, W]`, the branches' logits by name,
-    `[N, K, H, W]`): "spatial" and "channel" (Sect. 3.2.1); of "sequential" "channel" alone.
-
-    The layout is DANet's, the spatial attention this file's: the designs differ in the place of
-    channel attention alone. (DANet has separate queries and keys, and no norms.)
+    `[N, in_channels, H, W]` -> features `[N, 512, H, W]`, {branch: logits `[N, K, H, W]`}. Layout
+    of DANet; spatial attention of this file. (DANet's has separate queries and keys, no norms.)
     """
 
     def __init__(self, in_channels, num_classes, design="parallel", attention="axial",
                  released=False):  # fmt: skip
         super().__init__()
-        if design not in ("parallel", "sequential"):
-            raise ValueError(f"dual={design!r}: it is None, 'parallel' or 'sequential'")
+        backbones.check_choices(dual=(design, ("parallel", "sequential")))
         self.design, self.channels = design, 512
         self.reduce = Conv2dNormActivation(in_channels, 512, 3)
         self.attention = SpatialAttention(512, attention, channelization=False, released=released)
-        self.gamma_spatial, self.gamma_channel = (nn.Parameter(torch.zeros(())) for _ in range(2))
+        self.gamma_spatial = nn.Parameter(torch.zeros(()))
+        self.gamma_channel = nn.Parameter(torch.zeros(()))
         self.after = Conv2dNormActivation(512, 512, 3)
         self.channel_logits = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(512, num_classes, 1))
         if design == "parallel":
@@ -286,7 +407,7 @@ class DualAttention(nn.Module):
     def forward(self, x):
         if self.design == "sequential":
             channel = self.channel(self.reduce(x))
-            logits = self.channel_logits(channel.detach())  # Sect. 3.2.1: it trains no more
+            logits = self.channel_logits(channel.detach())  # Sect. 3.2.1: trains nothing else
             return self.after(self.spatial(channel)), {"channel": logits}
         spatial = self.after(self.spatial(self.reduce(x)))
         channel = self.after_channel(self.channel(self.reduce_channel(x)))
@@ -294,119 +415,11 @@ class DualAttention(nn.Module):
         return spatial + channel, logits
 
 
-# ------------------------------------------------------------------------------------------ network
-
-
-class CAANet(nn.Module):
-    """Backbone, CAA, classifier, bilinear upsampling of the logits (Sects. 3.4.1.1, 3.4.1.2).
-
-    net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
-    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "cross_entropy",
-    "auxiliary", and with `dual` those of the branches (of weight 1, as DANet's).
-
-    option           values                           default        thesis
-    attention        "axial", "self", None: without   "axial"        Table 3.3, Figs. 3.6 to 3.8
-    channelization   False: without the gates         True           Tables 3.1 to 3.3, 3.5
-    channel_layers   hidden layers of a gate          5              Table 3.1
-    channel_width    their channels                   128            Table 3.1
-    activation       "relu": as Eq. (3.9) prints it   "leaky_relu"   Sect. 3.3.2.3
-    se               True: SE after the attention     False          Table 3.2, no channelization
-    dual             "parallel", "sequential"         None           Fig. 3.1 (a), (b), without CAA
-    auxiliary        True: a loss on the last map     True           Table 3.4 (Aux)
-    decoder          True: DeepLabv3+'s               False          Table 3.7
-    output_stride    of the backbone: 8, 16, 32       8              Tables 3.1 to 3.6
-    released         True: ReLU after the queries     False          the authors' code
-    """
-
-    caption = "The marked pixel takes features from the bright positions."
-
-    def __init__(self, num_classes, backbone="resnet50", weights=None, *, attention="axial",
-                 channelization=True, channel_layers=5, channel_width=128, activation="leaky_relu",
-                 se=False, dual=None, auxiliary=True, decoder=False, output_stride=8,
-                 released=False):  # fmt: skip
-        super().__init__()
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # the released code's
-        self.backbone = backbones.build(backbone, output_stride, weights, grid)
-        self.backbone.reads(*([0, 3] if decoder else [3]))
-        low, *_, high = self.backbone.channels
-        if dual is not None:
-            if attention is None or se:
-                raise ValueError("dual has attention='axial' or 'self', and no se")
-            self.head = DualAttention(high, num_classes, dual, attention, released)
-            self.caption, self.about_pixel = "What each branch predicts alone.", False
-        else:
-            gate = dict(layers=channel_layers, width=channel_width, activation=activation)
-            self.head = CAA(high, attention, channelization, se, released, **gate)
-        self.decoder = backbones.Decoder(self.head.channels, low) if decoder else None
-        self.stride, self.drop = self.backbone.strides[-1], nn.Dropout(0.1)
-        self.classifier = nn.Conv2d((self.decoder or self.head).channels, num_classes, 1)
-        self.regularized = "decoder.fuse.1.1" if decoder else "drop" if dual else "head.project.1"
-        layers = Conv2dNormActivation(high, 256, 1), nn.Dropout(0.1), nn.Conv2d(256, num_classes, 1)
-        self.auxiliary = nn.Sequential(*layers) if auxiliary else None
-
-    def forward(self, images, labels=None):
-        low, *_, high = self.backbone(images)
-        features, branches, stride = self.head(high), {}, self.stride
-        if isinstance(self.head, DualAttention):
-            features, branches = features
-        if self.decoder is not None:
-            features, stride = self.decoder(features, low, self.backbone.resize), 4
-        upsample, size = self.backbone.upsample, images.shape[2:]
-        logits = upsample(self.classifier(self.drop(features)), stride, size)
-        if labels is None:
-            return logits
-        backbones.check_labels(labels, images, self.classifier.out_channels)
-        losses = {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
-        for name, branch in branches.items():
-            logits = upsample(branch, self.stride, size)
-            losses[name] = backbones.pixel_cross_entropy(logits, labels)
-        if self.auxiliary is not None:  # its weight is the released code's
-            logits = upsample(self.auxiliary(high), self.stride, size)
-            losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(logits, labels)
-        return losses
-
-    @torch.no_grad()
-    def figures(self, image, pixel=None):
-        """The pictures of one image `[3, H, W]` or `[1, 3, H, W]`, each `[H, W]`: how much the
-        position at `pixel` (row, column; None: the centre) attends to each, before the gates. Dual
-        attention: label maps of its branches and the prediction (Figs. 3.3, 3.4). Empty for
-        attention=None. ValueError in training mode, and for a pixel outside.
-        """
-        image = backbones.one_image(self, image)
-        size, x = image.shape[2:], self.backbone(image)[-1]
-        row, column = backbones.one_pixel(pixel, size)
-        if isinstance(self.head, DualAttention):
-            logits = {f"prediction, {name} branch": y for name, y in self.head(x)[1].items()}
-            logits = {k: self.backbone.upsample(y, self.stride, size) for k, y in logits.items()}
-            return {k: y.argmax(1)[0] for k, y in (logits | {"prediction": self(image)}).items()}
-        if not isinstance(self.head.attention, SpatialAttention):
-            return {}
-        positions = [self.backbone.positions(self.stride, n) for n in x.shape[2:]]
-        rows, columns = map(backbones.nearest, positions, size)
-        maps = attended(self.head.attention, self.head.reduce(x), rows[row], columns[column])
-        return {f"{k} of the marked pixel": m[rows[:, None], columns] for k, m in maps.items()}
-
-
-def attended(attention, x, i, j):
-    """What position (i, j) of x `[1, C, H, W]` attends to in a SpatialAttention: maps `[H, W]`.
-
-    "both steps" is A_row(ij, in) · A_col(in, mn) at (m, n): together they reach every position.
-    """
-    (H, W), (col, row) = x.shape[2:], attention.maps(x)
-    if row is None:
-        return {"attention": col[0, 0, i * W + j].reshape(H, W)}
-    column, across = col.new_zeros(H, W), col.new_zeros(H, W)
-    column[:, j], across[i] = col[0, j, i], row[0, i, j]
-    maps = {"column step": column, "row step": across, "both steps": row[0, i, j] * col[0, :, i].T}
-    return {f"{name}: attention": m for name, m in maps.items()}
-
-
 _COMMON = dict(
-    # Sect. 3.4.1.1; stride 8 to compare with others, 16 for the ablations
-    backbone="resnet101", weights="imagenet", output_stride=8,
+    backbone="resnet101", weights="imagenet", output_stride=8,  # Sect. 3.4.1.1; 16 for ablations
     # Sect. 3.4.1.3; augmentation is "the most basic"
     optimizer="sgd", lr=0.01, power=0.9, batch_size=16, color="none",
-    # Open; the released configuration's. Its decay of 0.9997 is PyTorch's momentum 0.0003.
+    # Open; the released configuration's. Its batch norm decays by 0.9997.
     crop_size=513, scale=(0.5, 2.0), scale_step=0.1, momentum=0.9, weight_decay=1e-4,
     bn_momentum=0.0003,
 )  # fmt: skip

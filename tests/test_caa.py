@@ -2,6 +2,7 @@
 m, n, in float64.
 """
 
+import doctest
 import math
 from itertools import product
 
@@ -136,6 +137,12 @@ def assert_same(fast, literal, wanted):
 
 
 # ------------------------------------------------------------------------------------------ by hand
+
+
+@pytest.mark.equation
+def test_the_example_in_the_docstring_holds():
+    failed, attempted = doctest.testmod(caa)
+    assert failed == 0 and attempted >= 1
 
 
 @pytest.mark.equation
@@ -323,6 +330,16 @@ def test_eq_3_9_and_3_10_gated_equal_loops(axis):
         (query, value), gate = inputs(*size), strong_gate(3)
         fast = caa.channelized(map_of(query, axis), value, gate, axis)
         assert_same(fast, loop_axis(query, value, gate, axis), (query, value, *gate.parameters()))
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("gated", [True, False])
+def test_column_step_equals_the_loop_for_all_rows_and_for_some(gated):
+    for rows in (slice(None), slice(1, None), slice(1)):
+        (query, value), gate = inputs(3, 4), strong_gate(3) if gated else None
+        step = caa.column_step(map_of(query, "column")[:, :, rows], value, gate)
+        literal = loop_axis(query, value, gate, "column")[:, :, rows]
+        assert_same(step, literal, (query, value, *gate.parameters()) if gated else (query, value))
 
 
 @pytest.mark.equation
@@ -1073,6 +1090,16 @@ def test_gradients_of_spatial_attention_on_maps_one_position_wide(size, attentio
         return torch.func.functional_call(net, dict(zip(names, parameters)), (x,))
 
     assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("attention, queries", [("axial", 2), ("self", 1)])
+def test_the_norms_of_the_queries_receive_contiguous_gradients(attention, queries):
+    net, strides = caa.SpatialAttention(4, attention, query_channels=3), []
+    for query in filter(None, (net.theta, net.phi)):
+        query[1].register_full_backward_pre_hook(lambda _, g: strides.append(g[0].stride()))
+    net(torch.randn(2, 4, 5, 7)).square().sum().backward()
+    assert strides == [(105, 35, 7, 1)] * queries
 
 
 @pytest.mark.network
