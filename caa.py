@@ -7,7 +7,7 @@ Segmentation" (University of Technology Sydney, 2022), chapter 3.
 The idea. Spatial attention decides which positions a pixel reads, channel attention which channels
 count. Earlier networks compute the two apart, in parallel or in sequence, and their results can
 conflict: a channel that matters for a small object may not matter for the whole image. CAA puts
-channel attention inside spatial attention, which has two steps, along the columns and the rows:
+channel attention inside axial attention, which reads first a column, then a row:
 
     . . r . . .      r r r r r r      o is (i, j), r what it has read. The column step reads its
     . . o . . .  ->  r r o r r r      column. The row step reads its row, where each position has
@@ -24,7 +24,7 @@ in row i and column j, m runs over the rows, n over the columns, ⊙ multiplies 
     A_col(ij, mj) = softmax_m( θ(x_ij)ᵀ θ(x_mj) )           [N, W, H, H]  (3.3) -> column_attention
     α_ijm  = A_col(ij, mj) g(x_mj)                          [C] each      (3.6) ≠ print: g(x_mn)
     gate_i = Sigmoid(ReLU( Σ_m,j α_ijm / (H·W) · ω_c1) ω_c2) [N, H, C]    (3.9) -> ChannelAttention
-    z_ij   = Σ_m gate_i ⊙ α_ijm                             [N, C, H, W], a part of (3.11)
+    z_ij   = Σ_m gate_i ⊙ α_ijm, in print Σ_m C_col(α)      [N, C, H, W], a part of (3.11)
 
     row step, the same on exchanged axes: values from z, queries and keys from x
     A_row(ij, in) = softmax_n( φ(x_ij)ᵀ φ(x_in) )           [N, H, W, W]  (3.4) -> row_attention
@@ -33,8 +33,8 @@ in row i and column j, m runs over the rows, n over the columns, ⊙ multiplies 
     y_ij   = Σ_n gate_j ⊙ β_ijn                             [N, C, H, W] (3.11) -> SpatialAttention
 
 ω_c1, ω_r1 are [C, 128], ω_c2, ω_r2 [128, C]. The default gate is deeper: five hidden layers with
-leaky ReLU (Sect. 3.3.2.3). Others: self-attention, (3.1), (3.2) -> SpatialAttention; axial
-attention without gates, (3.5), (3.8) -> channelized(gate=None); Algorithm 2 -> channelized_grouped.
+leaky ReLU (Table 3.1, Sect. 3.3.2.3). Others: self-attention, (3.1), (3.2), and axial attention
+without gates, (3.5), (3.8) -> SpatialAttention; Algorithm 2 -> channelized_grouped.
 
 Read first `column_attention`, then `column_step`, the equations line by line, then `channelized`,
 which computes the same faster. Tests: tests/test_caa.py.
@@ -78,8 +78,8 @@ def column_step(attention, value, gate):
     """The column step, line by line: Eqs. (3.6), (3.9) and the sum over m of Eq. (3.11).
 
     attention `[N, W, h, H]`: `column_attention`, or h of its query rows; value `[N, C, H, W]` ->
-    `[N, C, h, W]`. gate: a callable `[N, h, C] -> [N, h, C]` with values in 0…1; None is plain
-    axial attention, Eq. (3.5). For reading and comparing: α is h times as large as the values.
+    `[N, C, h, W]`. gate: a callable `[N, h, C] -> [N, h, C]` with values in 0…1; None is the
+    inner sum of Eq. (3.5). To read, not to train with: α is h times as large as `value`.
     """
     H, W = value.shape[2:]
     # Eq. (3.6) prints g(x_mn), the values of all columns. That would cost O(H²W²), not the
@@ -87,8 +87,8 @@ def column_step(attention, value, gate):
     A = attention.to(value.dtype).permute(0, 2, 3, 1).contiguous()  # [N, h, H, W]: i, m, j
     alpha = A[:, None] * value[:, :, None]  # Eq. (3.6)  [N, C, h, H, W]
     if gate is not None:
-        # The sum leaves i: "each row has its own channel attention" (Sect. 3.3.2.2). The section's
-        # "keeps a W dimension" is true of the row step ("W or H", Sect. 3.3.2.3).
+        # i remains: "each row has its own channel attention" (Sect. 3.3.2.2). The section's "keeps a
+        # W dimension" fits the row step alone ("W or H", Sect. 3.3.2.3).
         average = alpha.sum(dim=(3, 4)) / (H * W)  # Σ_m,j α / HW  [N, C, h]
         weight = gate(average.mT).mT.to(alpha.dtype)  # Eq. (3.9)  [N, C, h]
         alpha = weight[..., None, None] * alpha
@@ -103,7 +103,7 @@ def channelized_grouped(attention, value, gate, axis, groups):
     if axis == "row":  # the algorithm is printed for columns
         return channelized_grouped(attention, value.mT, gate, "column", groups).mT
     H = value.shape[2]
-    padding = -H % groups  # line 1 prints H % groups: of 5 rows and 3 groups 2, where 1 is missing
+    padding = -H % groups  # line 1 prints H % groups: 2 for 5 rows and 3 groups; 1 is needed
     A = F.pad(attention, (0, 0, 0, padding))  # lines 3, 4: query rows of zeros  [N, W, H+, H]
     Y = [column_step(A_g, value, gate) for A_g in A.chunk(groups, dim=2)]  # lines 5 to 8
     # Lines 9 to 11; line 9 counts one group too many, 0 … G. Lines 2 and 12 transpose: not needed.
@@ -127,7 +127,7 @@ def channelized(attention, value, gate, axis):
     >>> channelized(attention, value, lambda average: average, "column")[0, 0].tolist()
     [[3.0, 3.0], [1.0, 0.5], [0.25, 0.125]]
 
-    Derivation: the gate of Eq. (3.9) does not depend on m, so it can leave the sum of Eq. (3.11).
+    Derivation: the gate of Eq. (3.9) does not depend on m, so it can move out of the sum of (3.11).
     With z_ij = Σ_m α_ijm (no gate yet), a matrix product, the gated sum and the gate's average are
 
         Σ_m gate_i ⊙ α_ijm = gate_i ⊙ z_ij,    Σ_m,j α_ijm / (H·W) = mean_j(z_ij) / H
@@ -179,7 +179,7 @@ class ChannelAttention(nn.Module):
 class SpatialAttention(nn.Module):
     """Attention over positions, `[N, C, H, W] -> [N, C, H, W]`.
 
-    attention: "axial", Eq. (3.11), or "self", Eq. (3.1) with one gate for each pixel.
+    attention: "axial", Eq. (3.11), or "self", Eq. (3.1), gated per pixel as Table 3.3 compares.
     channelization: use gates, **gate are keywords of ChannelAttention. released: see CAANet.
     """
 
@@ -205,7 +205,7 @@ class SpatialAttention(nn.Module):
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-        # Ours. |query|² starts near 64 · 0.7² = 31 or, after ReLU, 32: equally peaked softmaxes.
+        # Ours. |θ(x_ij)|² starts near 64 · 0.7² = 31, with ReLU near 64 / 2: equally peaked.
         nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
         return layer
 
@@ -223,7 +223,7 @@ class SpatialAttention(nn.Module):
             y = channelized(col, g.flatten(2)[..., None], self.gate_col, "column")
             return y.reshape(x.shape)
         z = channelized(col, g, self.gate_col, "column")  # the inner sum of Eq. (3.11)
-        # The row step reads the gated z: Eq. (3.11) has Σ_m C_col(α) where Eq. (3.7) has Σ_m α.
+        # Eq. (3.7) prints Σ_m α_ijmn. The row step reads the gated sum at (i, n), as in Eq. (3.11).
         return channelized(row, z, self.gate_row, "row")  # the outer sum
 
 
@@ -271,7 +271,7 @@ class CAANet(nn.Module):
     dual             "parallel", "sequential"         None           Fig. 3.1 (a), (b), without CAA
     auxiliary        True: a loss on the last map     True           Table 3.4 (Aux)
     decoder          True: DeepLabv3+'s               False          Table 3.7
-    output_stride    of the backbone: 8, 16, 32       8              Tables 3.3 to 3.6
+    output_stride    of the backbone: 8, 16; ours: 32 8              Tables 3.3 to 3.6
     released         True: ReLU after the queries     False          the authors' code
     """
 
@@ -327,7 +327,7 @@ class CAANet(nn.Module):
 
     @torch.no_grad()
     def figures(self, image, pixel=None):
-        """Pictures `[H, W]` of one image `[3, H, W]` or `[1, 3, H, W]`: how much the position at
+        """Pictures (ours) `[H, W]` of one image `[3, H, W]` or `[1, 3, H, W]`: how much the position at
         `pixel` (row, column; None: the centre) attends to each, before the gates. Dual attention:
         the label maps of Figs. 3.3, 3.4. ValueError in training mode, and for a pixel outside.
         """
@@ -429,7 +429,7 @@ RECIPES = {
                    iterations=340, scale=(1.0, 1.0), option=dict(decoder=True)),
     "pascal_context": _COMMON | dict(iterations=40_000),  # Sect. 3.4.2
     "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3; its "172 classes" are 171
-    "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),  # 3.4.4
+    "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),  # 3.4.4, 3.4.1.3
     # Sect. 3.4.5 names the backbone. Iterations are open; SegFormer's.
     "coco_stuff164k": _COMMON | dict(iterations=80_000, backbone="efficientnet_b5"),
 }  # fmt: skip

@@ -20,7 +20,7 @@ index. The code adds a leading N for the images, and f_mse averages over them to
 thesis prints another form; the line of code says why.
 
     class centres, of all images of the batch
-    μ = Yᵀ·X / N_non-zero                                [K, C]    (4.1) -> class_centers
+    μ = Yᵀ·X / N_non-zero    Sect. 4.3.1                 [K, C]    (4.1) -> class_centers
 
     pixels to the centre of their class
     D_intra = (1 - σ) |Y·μ - X|                         [HW, C]    (4.3)
@@ -40,7 +40,7 @@ thesis prints another form; the line of code says why.
     L_inter-c2p = f_mse( (1 - σ) f_sum( max(D_c2p - ε_1 / (K-1), 0) ) )
                                                     f_sum: [HW]    (4.13), (4.14)    ≠ print
                                                                    -> inter_center_to_pixel
-μ is a constant everywhere but for the left μ of (4.4). Also here: moving centres, Sect. 4.4.2.3 ->
+As in the released code, gradients reach μ only as the left μ of (4.4). Also here: moving centres, Sect. 4.4.2.3 ->
 ClassAwareRegularization; Fig. 4.4 -> pixel_relation. Fig. 4.5 is in evaluate.py. Read first
 `ClassAwareRegularization` with its example of four pixels, then `class_centers` and the losses. To
 use them on your network: `regularize`. Tests: tests/test_car.py. To copy: this file, backbones.py.
@@ -70,8 +70,8 @@ def class_centers(features, labels, num_classes, scope="batch"):
     """Eq. (4.1): (μ, N_non-zero), the mean feature and the number of pixels of each class.
 
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored -> float32 `[K, C]`, `[K]` over
-    the batch, because single images are noisy (Sect. 4.3.1); scope="image": `[N, K, C]`, `[N, K]`.
-    An absent class has centre 0. In distributed training the batch is that of all processes: each
+    the batch, because some images are noisy (Sect. 4.3.1); scope="image": `[N, K, C]`, `[N, K]`.
+    An absent class has centre 0 (ours). In distributed training the batch is that of all processes: each
     must call this. Below too, float64 stays float64. Raises ValueError as backbones.check_labels.
     """
     Y = one_hot(labels, num_classes, features)  # [N, HW, K]
@@ -108,8 +108,8 @@ def intra_center_to_pixel(features, labels, centers, released=False):
 def inter_center_to_center(centers, epsilon=0.5, released=False):
     """L_inter-c2c, Eqs. (4.4)-(4.7): how far a class's similarities to others exceed ε_0/(K-1).
 
-    centers `[K, C]` or `[N, K, C]`, K at least 2 -> scalar in 0…1. epsilon: ε_0. The threshold is a
-    margin. The reasons of Sect. 4.3.3.2 are the size of the feature space and wrong labels.
+    centers `[K, C]` or `[N, K, C]`, K at least 2 -> scalar in 0…1. epsilon: ε_0. Why there is
+    a threshold (Sect. 4.3.3.2): the size of the feature space, and wrong labels.
     """
     K, C = centers.shape[-2:]
     mu = centers.to(torch.promote_types(centers.dtype, torch.float32))
@@ -138,9 +138,8 @@ def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=Fals
     mu = centers.detach().to(X.dtype)  # stopped as in the released code; the thesis does not say
     energy = X @ mu.mT  # Λ_c2p, Eq. (4.8)  [N, HW, K]
     diagonal = mu.square().sum(-1).unsqueeze(-2)  # Λ_c, Eq. (4.9)  [1, K] or [N, 1, K]
-    # Why it replaces: ideally a pixel has the feature of its class's centre; its product with it
-    # takes this ideal value. Erratum: the print adds Λ_c without Y, so to all classes. The text and
-    # the released code replace.
+    # A pixel's product with its own centre is replaced by μ·μ, its ideal value (Sect. 4.3.3.3).
+    # Erratum: the print adds Λ_c without Y, so to all classes; text and released code replace.
     energy = (1 - Y) * energy + Y * diagonal  # Λ', Eq. (4.10)  [N, HW, K]
     # Erratum: Eq. (4.11) prints no √C. Eq. (4.4) and the released code have it. Without it this
     # loss's gradient is as large as the cross entropy's; the network learns less (docs/results.md).
@@ -226,11 +225,11 @@ class ClassAwareRegularization(nn.Module):
     {'intra_c2p': 50.0, 'inter_c2c': 0.1968, 'inter_c2p': 0.27}
 
     intra  10 and 30 are 10 from their centre, 20; 40 and 0 are centres: (10² + 10²) / 4 = 50
-    c2c    μ 20: A is 0 1 0, because 20·40 exceeds 20·20; the other classes exceed 0.5/2 by 3/4
-           μ 40: A is 0 1 0; by 0.  μ 0: A is 1/3 1/3 1/3; by 1/12 + 1/12
+    c2c    excess: what other classes have above 0.5/2. μ 20: A is 0 1 0, excess 3/4
+           μ 40: A is 0 1 0, excess 0.  μ 0: A is 1/3 1/3 1/3, excess 1/12 + 1/12
            ((3/4)² + 0² + (1/6)²) / 3 = 0.1968
-    c2p    X 10: A is 1/2 1/2 0, because 10·40 equals 20², which replaces 10·20; 0.25/2 by 3/8
-           X 30: A is 0 1 0; by 7/8.  X 40: 0 1 0; by 0.  X 0: 1/3 1/3 1/3; by 5/24 + 5/24
+    c2p    X 10: A is 1/2 1/2 0, as 10·40 = 20², which replaces 10·20; above 0.25/2: 3/8
+           X 30: A is 0 1 0, 7/8.  X 40: 0 1 0, 0.  X 0: 1/3 1/3 1/3, 5/24 + 5/24
            ((3/8)² + (7/8)² + 0² + (5/12)²) / 4 = 0.27
 
     num_classes: K, 2 to 255. channels: C, for "moving" alone. CARNet has a table of the others.
@@ -304,11 +303,11 @@ class CARNet(nn.Module):
 
     option           values                                        default           thesis
     head             "self_attention", "fcn", "uper", "ocr"        "self_attention"  Table 4.5
-    pointwise        "A": the last convolution is 1x1, else 3x3,   True              Table 4.1
-                     which mixes classes at borders (Sect. 4.4.2.3); OCR's is always 1x1
-    channels         of the last convolution                       512               Sect. 4.4.2.3
+    pointwise        "A": the last convolution (the thesis's       True              Table 4.1
+                     "leading") is 1x1, else 3x3, which mixes classes at borders; OCR's is 1x1
+    channels         of the last convolution; the thesis tries 256 512               Sect. 4.4.2.3
     pool_pointwise   UPer's convolution after the pooling is 1x1   False             Sect. 4.4.2.3
-    auxiliary        a loss on the last map, of weight 0.4         False             Table 4.6
+    auxiliary        a loss on the last map, of weight 0.4 (ours)  False             Table 4.6
     output_stride    None: 8; for UPer and HRNets 32 (ours)        None              Sect. 4.4.1
     place            the losses act on the last convolution's      "linear"          ours
                      "input", on its "linear" output, after its batch "norm", after its "relu"
@@ -320,8 +319,8 @@ class CARNet(nn.Module):
     released         True: the authors' losses, on the output of   False             authors' code
                      a 1x1 convolution (bias, no norm, no ReLU) that is kept at inference
 
-    place: Fig. 4.3 says only "right before the logit prediction module", and Table 4.4 forbids an
-    extra convolution at inference. All four are possible; "linear" is best in docs/results.md. OCR
+    place: Fig. 4.3 says only "right before the logit prediction module", and Table 4.4 has
+    no extra cost at inference. All four places fit both; "linear" is best in docs/results.md. OCR
     has the last two maps, not HRNet's four together.
     """
 
@@ -415,10 +414,10 @@ def regularize(net, classifier, num_classes, regularized=None, **terms):
     the classifier. Features are taken before Dropout, because noise cannot be trained away.
     terms: keywords of ClassAwareRegularization
 
-    what `net` returns, called with labels if its forward takes `labels`, else with images alone
-    labels: a scalar, or an object with .loss (Hugging Face): "loss"; a dict of scalars: the same
-    images: logits `[N, K, h, w]`, or a tuple that starts with them: "cross_entropy"; a dict with
-            "out", perhaps "aux" (torchvision): "cross_entropy", "auxiliary" of weight 0.5
+    `net` is called with labels if its forward takes `labels`. Its losses, by what it returns:
+    with labels   a scalar, or an object with .loss: "loss"; a dict of scalars: the same
+    images alone  logits `[N, K, h, w]`, or a tuple that starts with them: "cross_entropy"; a dict
+                  with "out", perhaps "aux": "cross_entropy", "auxiliary" of weight 0.5
     ValueError for all else. First `regularize`, then DistributedDataParallel or torch.compile.
     """
     return Regularized(net, classifier, num_classes, regularized, terms)

@@ -56,7 +56,7 @@ def separate(x, weight, rates):
 
 
 def rearranged(x, weight, rates):
-    """The same as `separate`. Its multiply-adds are those of one 3x3 convolution at any `rates`.
+    """The same as `separate`, with the multiply-adds of one 3x3 convolution. The form is ours.
 
     Sect. 2.4.2 says that sharing needs 1x3x3 products for a pixel instead of 3x3x3. That is true of
     this form only: `separate` computes all 3x3x3. The products take N·9·C·H·W numbers. Under
@@ -67,8 +67,8 @@ def rearranged(x, weight, rates):
         T'_r[p] = Σ_k K_k T[p + r·k] = Σ_k (K_k T)[p + r·k]
 
     so they are computed once, as 1x1 convolutions. Each rate then sums nine shifted maps, which is
-    what `fold` does. The formula reads at p + r·k; `fold` writes to q + r·k. Reading at +k is
-    writing at -k, hence the flip of the kernel.
+    what `fold` does. The formula reads at p + r·k and adds at p. `fold` reads at q and adds at
+    q + r·k. Its k is our -k, hence the flipped kernel.
     """
     taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)  # [C·9, I], as fold wants it
     products = taps @ x.flatten(2)  # K_k T  [N, C·9, H·W]
@@ -114,8 +114,8 @@ class KSAC(nn.Module):
         # One for each rate: K is made before the loop, BATCHNORM is called inside it. Sect. 2.4.3
         # says that more rates add no parameters; these are 2·channels per rate.
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in self.rates)
-        # Concatenated, projected, dropout 0.1: the thesis does not say; as in DeepLabv3+. Table 2.1
-        # counts 5·channels into the projection, as ASPP has them; Algorithm 1 adds up the rates.
+        # The rates are summed, as in Algorithm 1. Table 2.1's cost fits a projection of five
+        # branches (inferred). Concatenation, projection and dropout 0.1 are DeepLabv3's.
         project = Conv2dNormActivation(3 * channels, channels, 1)
         self.project = nn.Sequential(project, nn.Dropout(0.1))
 
@@ -158,10 +158,10 @@ class KSACNet(nn.Module):
             listed = isinstance(value, (tuple, list)) and len(value) >= fewest
             if not listed or not all(type(rate) is int and rate >= 1 for rate in value):
                 raise ValueError(f"{name}={value!r}: expected whole numbers from 1 on: (6, 12, 18)")
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # DeepLabv3+'s; not stated
+        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # DeepLabv3's; not stated
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, high = self.backbone.channels[0], self.backbone.channels[-1]
-        if head == "ksac":  # Sect. 2.4.3: further rates help KSAC; rate 24 makes ASPP worse.
+        if head == "ksac":  # ASPP ignores extra_rates: rate 24 makes it worse (Sect. 2.4.3)
             rates = sorted([*rates, *extra_rates])
         # At output stride 8 they double, as in DeepLabv3+. Sect. 2.4.1 gives (6, 12, 18) for all of
         # Table 2.1, but its 12.65 G saved there fit (12, 24, 36) alone: inferred, docs/results.md.
@@ -174,7 +174,7 @@ class KSACNet(nn.Module):
         else:
             self.head, self.regularized = FCN(high), "head.0.1"
         if decoder:
-            self.backbone.reads(0, 3)
+            self.backbone.reads(0, 3)  # what only other levels need does not learn
             self.decoder = backbones.Decoder(256, low)
             self.stride, self.regularized = 4, "decoder.fuse.1.1"
         else:
@@ -214,7 +214,7 @@ class KSACNet(nn.Module):
         pyramid = self.head.pyramid(self.backbone(image)[-1])
         for rate, y in zip(self.head.rates, pyramid):
             name = f"rate {rate}: 25 feature maps | 0 | largest of each map"
-            while name in figures:  # equal rates, as of a large output stride
+            while name in figures:  # at output stride 32 the rates 1 and 2 both become 1
                 name = f"once more {name}"
             figures[name] = tiled(y[0, :25])
         return figures
@@ -248,7 +248,7 @@ class FCN(nn.Sequential):
     """No context (Table 2.1's first row): a 1x1 convolution."""
 
     def __init__(self, in_channels, channels=256):
-        # Inferred (docs/results.md): ASPP then adds 14.69 G; the table has 17.43, 2.73 are padding.
+        # Inferred from the costs of Table 2.1, see docs/results.md.
         super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
 
 
@@ -278,7 +278,8 @@ RECIPES = {
     "pascal_voc": _VOC | dict(iterations=30_000, lr=2e-4),  # iterations are open; DeepLabv3's
     # Sect. 2.3.2: "manually reduced in half about every 30K iterations"; how many is open.
     "ade20k": _COMMON | dict(iterations=150_000, lr=2e-3, halve_every=30_000),
-    # Sect. 2.3.1.5 gives the crop size only. Iterations and lr are DeepLabv3's, its lr that of VOC.
+    # Of Cityscapes' training the thesis gives the crop size alone (Sect. 2.3.1.5); iterations and
+    # lr are DeepLabv3's.
     "cityscapes": _COMMON | dict(iterations=90_000, lr=7e-3, crop_size=769),
 }
 

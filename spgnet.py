@@ -3,15 +3,16 @@
 Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xiong, Thomas S. Huang,
 Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798. No equation is numbered.
 
-The idea. An encoder-decoder sees the image once. SPGNet puts two of them in a row, so that the
-second one can look again. What should pass from the first to the second? Squeeze-and-excite pools
+The idea. SPGNet puts two encoder-decoders in a row, so that the second refines the features of the
+first. What should pass from the first to the second? Squeeze-and-excite pools
 over the image and weights whole channels; no loss tells it about classes. Here the first decoder's
 features are classified, and these predictions have a loss of their own. A 1x1 convolution turns
 them into a weight for every channel at every pixel: "supervise-and-excite". It needs no pooling,
 because the decoder's features already hold several scales (Sect. 3.4).
 
-The mathematics. N images of H x W pixels, K classes, D channels in the decoder, E channels at the
-entry of the next encoder. W are 1x1 convolutions with biases. ⊙ multiplies element by element.
+The mathematics. N images of H x W pixels, K classes (the paper's C), D channels in the decoder, E
+channels at the entry of the next encoder. W are 1x1 convolutions with biases (ours). ⊙ multiplies
+element by element.
 
     guidance, Fig. 3, Sect. 3.4: x_d comes from the decoder  -> SemanticPredictionGuidance
     x_l = W_l x_d                          [N, K, H/4, W/4]  logits, which have their own loss
@@ -26,8 +27,8 @@ entry of the next encoder. W are 1x1 convolutions with biases. ⊙ multiplies el
     ≠ print: Fig. 2 has neither R_3 nor the 3x3 convolution. The tables' costs need both.
 
     the encoder maps e' of the next stage, Fig. 2 (c)        -> CrossStageAggregation
-    e'_s <- e'_s + A_s(e_s) + B_s(d_s)     At s = 4, x_d replaces d_4.
-    A, B are 1x1 convolutions, batch norm, ReLU. The next level and U below read the sum.
+    e'_s <- e'_s + A_s(e_s) + B_s(d_s)     at s = 4 with x_d for d_4 (ours)
+    A, B are 1x1 convolutions, batch norm, ReLU. The next encoder level and R_1 read this sum.
 
 Fig. 2 with two stages. U is the upsample module; "+" adds A(e) and B(d) of stage 1:
 
@@ -63,7 +64,7 @@ EXCITES = ("sigmoid", "softmax", "sum")
 
 
 class SemanticPredictionGuidance(nn.Module):
-    """Fig. 3: x_d `[N, D, H, W]` -> (out `[N, out_channels, H, W]`, x_l `[N, K, H, W]`).
+    """Fig. 3: x_d `[N, D, h, w]` -> (out `[N, out_channels, h, w]`, x_l `[N, K, h, w]`).
 
     excite: "sigmoid", or "softmax" over the positions: out = W_o (x_d + m ⊙ W_t x_d); "sum":
     out = W_o (x_d + W_m x_l + W_t x_d). identity=False leaves x_d out.
@@ -79,9 +80,9 @@ class SemanticPredictionGuidance(nn.Module):
         self.out = nn.Conv2d(channels, out_channels, 1)
 
     def mask(self, x_l):
-        """The guided attention m `[N, D, H, W]` of the logits x_l; for "sum" W_m x_l.
+        """The guided attention m `[N, D, h, w]` of the logits x_l; for "sum" W_m x_l.
 
-        Channel 0 follows class 0, channel 1 class 0 against 1. sigmoid(k ln 3) = 3^k / (3^k + 1).
+        Channel 0 reads class 0, channel 1 class 0 minus class 1. sigmoid(k ln 3) = 3^k / (3^k + 1).
 
         >>> guide = SemanticPredictionGuidance(2, 2, 1).requires_grad_(False)
         >>> guide.attention.weight[:, :, 0, 0] = torch.tensor([[1.0, 0], [1, -1]])  # W_m
@@ -91,7 +92,7 @@ class SemanticPredictionGuidance(nn.Module):
         tensor([[0.7500, 0.5000],
                 [0.9000, 0.2500]])
         """
-        w = self.attention(x_l)  # W_m x_l  [N, D, H, W]
+        w = self.attention(x_l)  # W_m x_l  [N, D, h, w]
         if self.excite == "sigmoid":
             return w.sigmoid()
         if self.excite == "softmax":
@@ -99,9 +100,9 @@ class SemanticPredictionGuidance(nn.Module):
         return w
 
     def forward(self, x_d):
-        x_l = self.logits(x_d)  # [N, K, H, W]
-        m = self.mask(x_l)  # [N, D, H, W]
-        t = self.transform(x_d)  # W_t x_d  [N, D, H, W]
+        x_l = self.logits(x_d)  # [N, K, h, w]
+        m = self.mask(x_l)  # [N, D, h, w]
+        t = self.transform(x_d)  # W_t x_d  [N, D, h, w]
         # Sect. 4.4 describes "sum" as x_d + W_m x_l. But Table 3 has the same multiply-adds for it
         # as for "sigmoid", 218.0e9, so it contains W_t. It also has a tick for the identity.
         y = m + t if self.excite == "sum" else m * t
@@ -111,8 +112,8 @@ class SemanticPredictionGuidance(nn.Module):
 class ResidualBlock(Bottleneck):
     """`[N, in_channels, h, w] -> [N, channels, h, w]`, "same bottleneck module used in ResNet".
 
-    From this caption of Fig. 2 we infer that the middle has a quarter of the width, and the tables'
-    costs agree. Batch norm and ReLU replace In-place ABN (Sect. 4.2), which has a leaky ReLU.
+    The quote is from Fig. 2. Inferred: the middle has a quarter of the width; the tables' costs
+    agree. Batch norm and ReLU replace In-place ABN (Sect. 4.2), which has a leaky ReLU.
     """
 
     def __init__(self, in_channels, channels):
@@ -200,9 +201,9 @@ class SPGNet(nn.Module):
     guidances' x_l, if supervised, and "cross_entropy" of the last stage's logits.
 
     option          values                             default         paper
-    backbones       one for each stage, not `backbone` twice backbone  Tables 3, 5, 6, 7
+    backbones       a name for each stage              backbone twice  Tables 3, 5, 6, 7
     channels        D, a multiple of 16                256             Table 9; 3 to 8: 128
-    guidance        "spg"; None: W_o alone             "spg"           Table 3
+    guidance        "spg"; None: W_o and W_l alone     "spg"           Table 3
                     "se", "ge", with supervise=False                   Table 4
     excite          "sigmoid", "softmax", "sum"        "sigmoid"       Table 3
     identity        False: without x_d in out          True            Table 3 (Id.)
@@ -212,10 +213,10 @@ class SPGNet(nn.Module):
     hard_examples   False: losses of all pixels        True            Table 8; 3 to 7: False
 
     A third stage gains nothing (Table 5). Of two backbones the deeper should come first (Table 6).
-    excite and identity belong to "spg", all but the last of stage_weights to supervise.
+    Only "spg" uses excite and identity. Without supervise only the last stage weight counts.
     """
 
-    caption = "The guidance of the first stage: bright where it expects the class."
+    caption = "The first stage's attention for a class: its objects and what occurs with them."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
@@ -263,8 +264,9 @@ class SPGNet(nn.Module):
     def figures(self, image):
         """Sect. 4.5: the first guidance's attention of each class, for one image `[3, H, W]`.
 
-        dict of class number -> map `[H, W]`: the l2 norm of the 15 channels of m to which the class
-        has the largest weights, less its lowest value. Empty unless guidance="spg" multiplies by m.
+        dict of class number -> map `[H, W]`: the l2 norm over the 15 channels of m with the class's
+        largest weights in W_m. Ours: its lowest value is subtracted. Empty without "spg" or with
+        excite="sum".
         """
         image = backbones.one_image(self, image)
         guide = self.guides[0] if self.guides else None
@@ -298,10 +300,10 @@ def check_values(names, weights, channels, guidance, excite, stage_weights):
 
 
 def check_positions(net, images):
-    """ValueError for 2x2 positions at stride 32: batch norm's gradients explode in training."""
+    """ValueError in training for one image of 2x2 positions: batch norm's gradients explode."""
     few = net.training and len(images) == 1 and images.shape[2:] == (33, 33)
     if few and not any(isinstance(module, nn.SyncBatchNorm) for module in net.modules()):
-        norm = "one image of at most 33x33 pixels; batch norm needs more than 1 value per channel"
+        norm = "33x33 pixels are too few: batch norm needs far more than 1 value per channel"
         raise ValueError(f"{norm}: take at least two images for each process, or larger crops")
 
 
@@ -317,7 +319,7 @@ class WithoutGuidance(nn.Module):
     def __init__(self, channels, num_classes, out_channels, gate=None, supervise=True):
         super().__init__()
         self.gate = GatherExcite() if gate == "ge" else nn.Identity()
-        if gate == "se":  # with SENet's reduction of 16, as the paper does not say
+        if gate == "se":  # reduction 16 as in SENet; the paper gives none
             self.gate = SqueezeExcitation(channels, channels // 16)
         # Table 3: 215.5e9 multiply-adds without guidance, 218.0e9 with it. The difference is W_m
         # and W_t alone, so the row without has W_l and W_o. That W_l has its loss is our reading.
@@ -330,7 +332,7 @@ class WithoutGuidance(nn.Module):
 
 
 class GatherExcite(nn.Module):
-    """x `[N, C, H, W]` times the sigmoid of its averages around (Hu et al., NeurIPS 2018)."""
+    """x `[N, C, H, W]` times the sigmoid of its local averages (Hu et al., NeurIPS 2018)."""
 
     def forward(self, x):
         # 15x15 windows, one at every eighth position. The paper names neither form nor extent: that
@@ -358,7 +360,7 @@ def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
     return backbones.joint_mean(loss, (hard | hardest) & (rank < count))
 
 
-_COMMON = dict(  # Sect. 4.2; Sect. 3.2 has ImageNet weights; bn_momentum is not given in the paper
+_COMMON = dict(  # Sect. 4.2; ResNet-50: Sect. 4.3; ImageNet weights are inferred from Sect. 3.2
     backbone="resnet50", weights="imagenet", optimizer="sgd", lr=0.01, power=0.9, momentum=0.9,
     weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none", bn_momentum=0.1,
 )  # fmt: skip
