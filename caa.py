@@ -87,8 +87,8 @@ def column_step(attention, value, gate):
     A = attention.to(value.dtype).permute(0, 2, 3, 1).contiguous()  # [N, h, H, W]: i, m, j
     alpha = A[:, None] * value[:, :, None]  # Eq. (3.6)  [N, C, h, H, W]
     if gate is not None:
-        # i remains: "each row has its own channel attention" (Sect. 3.3.2.2). The section's "keeps a
-        # W dimension" fits the row step alone ("W or H", Sect. 3.3.2.3).
+        # i remains: "each row has its own channel attention" (Sect. 3.3.2.2). The section's "keeps
+        # a W dimension" fits the row step alone ("W or H", Sect. 3.3.2.3).
         average = alpha.sum(dim=(3, 4)) / (H * W)  # Σ_m,j α / HW  [N, C, h]
         weight = gate(average.mT).mT.to(alpha.dtype)  # Eq. (3.9)  [N, C, h]
         alpha = weight[..., None, None] * alpha
@@ -327,9 +327,9 @@ class CAANet(nn.Module):
 
     @torch.no_grad()
     def figures(self, image, pixel=None):
-        """Pictures (ours) `[H, W]` of one image `[3, H, W]` or `[1, 3, H, W]`: how much the position at
-        `pixel` (row, column; None: the centre) attends to each, before the gates. Dual attention:
-        the label maps of Figs. 3.3, 3.4. ValueError in training mode, and for a pixel outside.
+        """Ours: pictures `[H, W]` of one image `[3, H, W]` or `[1, 3, H, W]`, how much the position
+        at `pixel` (row, column; None: the centre) attends to each, before the gates. Dual
+        attention: label maps as in Figs. 3.3, 3.4. ValueError in training mode, for a pixel outside.
         """
         image = backbones.one_image(self, image)
         size, x = image.shape[2:], self.backbone(image)[3]

@@ -40,10 +40,11 @@ thesis prints another form; the line of code says why.
     L_inter-c2p = f_mse( (1 - σ) f_sum( max(D_c2p - ε_1 / (K-1), 0) ) )
                                                     f_sum: [HW]    (4.13), (4.14)    ≠ print
                                                                    -> inter_center_to_pixel
-As in the released code, gradients reach μ only as the left μ of (4.4). Also here: moving centres, Sect. 4.4.2.3 ->
-ClassAwareRegularization; Fig. 4.4 -> pixel_relation. Fig. 4.5 is in evaluate.py. Read first
-`ClassAwareRegularization` with its example of four pixels, then `class_centers` and the losses. To
-use them on your network: `regularize`. Tests: tests/test_car.py. To copy: this file, backbones.py.
+As in the released code, gradients reach μ only as the left μ of (4.4). Also here: moving centres,
+Sect. 4.4.2.3 -> ClassAwareRegularization; Fig. 4.4 -> pixel_relation. Fig. 4.5 is in evaluate.py.
+Read first `ClassAwareRegularization` with its example of four pixels, then `class_centers` and the
+losses. To use them on your network: `regularize`. Tests: tests/test_car.py. To copy: this file and
+backbones.py.
 """
 
 import inspect
@@ -71,8 +72,8 @@ def class_centers(features, labels, num_classes, scope="batch"):
 
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored -> float32 `[K, C]`, `[K]` over
     the batch, because some images are noisy (Sect. 4.3.1); scope="image": `[N, K, C]`, `[N, K]`.
-    An absent class has centre 0 (ours). In distributed training the batch is that of all processes: each
-    must call this. Below too, float64 stays float64. Raises ValueError as backbones.check_labels.
+    An absent class has centre 0 (ours). In distributed training the batch is that of all processes:
+    each must call this. Below too, float64 stays float64. ValueError as backbones.check_labels.
     """
     Y = one_hot(labels, num_classes, features)  # [N, HW, K]
     X = flat(features, labels)  # [N, HW, C]

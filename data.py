@@ -163,9 +163,9 @@ class Stream:
     def _go_on(self, work, *text):
         try:
             return work(*text)
-        except BrokenPipeError:
+        except OSError as error:  # no reader, no terminal, a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            text = "nobody reads the output any more; the work goes on without it"
+            text = f"the output cannot be written ({error.strerror}); the work goes on without it"
             print(f"{self.script}: {text}", file=sys.stderr)
 
 
@@ -244,6 +244,8 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
         return Shapes(split, switches, transform, seed)
     if kind not in LAYOUTS or switches:
         raise UserError(f"unknown dataset '{name}'; there are shapes, {', '.join(LAYOUTS)}")
+    if Path(split).name != split or not split:
+        raise UserError(f"--split '{split}': expected the name of a split, such as val")
     layout, root = LAYOUTS[kind], Path(root or default_root(kind))
     known = dict.fromkeys([*layout.counts, "trainval"])
     if layout.counts and split not in known:
@@ -288,8 +290,12 @@ def _key(path, folder):
 
 
 def _keyed(folder, kinds):
-    """Key -> picture of a folder."""
-    return {_key(path, folder): path for path in images_in(folder, kinds)}
+    """Key -> picture of a folder. UserError for two of one key."""
+    found = {}
+    for path in images_in(folder, kinds):
+        if (other := found.setdefault(_key(path, folder), path)) != path:
+            raise UserError(f"'{path}' and '{other}' have one name; rename or remove one")
+    return found
 
 
 def default_root(name):
@@ -884,11 +890,7 @@ def _lut(known, rest=UNKNOWN, length=256):
 
 def _pairs(name, split, root, images, labels):
     """The images of a folder, each with the PNG of its name in another."""
-    found = {}
-    for path in images_in(images):
-        if (other := found.setdefault(_key(path, images), path)) != path:
-            raise UserError(f"'{path}' and '{other}' share the label of one name; rename one")
-    files = _keyed(labels, {".png"})
+    found, files = _keyed(images, None), _keyed(labels, {".png"})
     if not found or not files:
         raise not_found(name, split, root, labels if found else images)
     return [(path, files.get(key, labels / f"{key}.png")) for key, path in found.items()]
@@ -1510,7 +1512,8 @@ def _run(args):
         download(args.name, Path(args.data_root or default_root(args.name)))
     data = dataset(args.name, args.data_root, args.split, single=True)
     folders = {path.parent.resolve() for pair in getattr(data, "files", ()) for path in pair}
-    if output.parent.resolve() in folders:
+    inside = {*output.resolve().parents} & {path.parent for path in folders}
+    if output.parent.resolve() in folders or output.exists() and inside:
         raise UserError(f"--output {output} is among the dataset's files; take another folder")
     report(data, f"{args.name} {args.split}", args.workers)
     if args.name == "folder":

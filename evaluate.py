@@ -682,8 +682,8 @@ def run(args):
     amp_dtype(args.amp, device)  # whether the device has it
     if args.json and rank == 0:  # better known now than at the end whether it can be written
         folder = Path(args.json).parent
-        if Path(args.json).is_dir():
-            raise UserError(f"--json {args.json} is a folder; expected a file")
+        if Path(args.json).is_dir() or Path(args.json).name == "config.json":
+            raise UserError(f"--json {args.json} is a folder or a run's record; take another name")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     if world > 1 and (args.cost or args.speed or args.images):

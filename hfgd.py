@@ -10,12 +10,12 @@ So the class kernels, the last 1x1 convolution, learn from the coarse features a
 learns to make fine features that the same kernels classify. Its gradients go no further.
 
 The mathematics. B4, B8, B16, B32 are the backbone's maps at strides 4 to 32, n is the output
-stride, 4, 2 or 1. W [K, 256] and b [K] are the class kernels. sg stops the gradient.
+stride, 4, 2 or 1. P [K, 256] and b [K] are the kernels of K classes. sg stops the gradient.
 
     Z = CAE(B32)                                  [N, 256, H/32, W/32]  -> ContextAugmentedEncoder
     U = U-SFPN(sg(B4), sg(B8), sg(B16), sg(Z))    [N, 256, H/n, W/n]    -> UltraSemanticFPN
-    coarse logits = W·Z + b                       [N, K, H/32, W/32]
-    fine logits = sg(W)·(U + AA(U)) + sg(b)       [N, K, H/n, W/n] -> HighLevelFeatureGuidedModule
+    coarse logits = P·Z + b                       [N, K, H/32, W/32]
+    fine logits = sg(P)·(U + AA(U)) + sg(b)       [N, K, H/n, W/n] -> HighLevelFeatureGuidedModule
     AA: axial attention; adding it to U is ours                         -> AxialAttention
 
 Fig. 3; // is a stopped gradient. L = L_coarse + L_fine + CAR's three losses:
@@ -60,7 +60,7 @@ class HighLevelFeatureGuidedModule(nn.Module):
         weights = dict(kernels.named_parameters())
         if self.stop_kernels:
             weights = {name: weight.detach() for name, weight in weights.items()}
-        # It is F.conv2d(x, W.detach(), b.detach()), and hooks on the kernels see x.
+        # It is F.conv2d(x, P.detach(), b.detach()), and hooks on the kernels see x.
         return functional_call(kernels, weights, self.attention(u))
 
 
@@ -68,9 +68,9 @@ class ContextAugmentedEncoder(nn.Module):
     """Sect. 3.2: the backbone's maps -> three results: Z `[N, width, h, w]`, as large as the last
     map; the features before the trailing convolution; the logits of OCR's regions, or None.
 
-    "ours": leading convolutions, self-attention regularised by CAR, a trailing convolution. In the
-    paper 1x1 is better than 3x3 (mIoU 50.76, 50.42), "possibly" as receptive fields are large
-    enough. Two leading ones are better than one, "possibly" as training changes the backbone less.
+    Table 1's "Ours": leading convolutions, self-attention regularised by CAR, a trailing
+    convolution. In the paper 1x1 is better than 3x3 (mIoU 50.76, 50.42), "possibly" as receptive
+    fields are large enough, and two leading ones are better.
     width None: no trailing convolution. resize: the backbone's. The other options: see HFGD.
     """
 
@@ -106,11 +106,11 @@ class UltraSemanticFPN(nn.Module):
     coarsest down, each result is upsampled and added to the next finer one. Each sum has a branch
     of 3x3 convolutions and 2x upsampling, and the branches are added up:
 
-        stride   n = 4                           n = 2: then    n = 1: then
-             4   conv                            conv, up       conv, up, conv, up
-             8   conv, up                        conv, up       conv, up, conv, up
-            16   conv, up, conv, up              conv, up       conv, up, conv, up
-            32   conv, up, conv, up, conv, up    conv, up       conv, up, conv, up
+        stride   n = 4
+             4   conv                            n = 2 adds one "conv, up" to each branch,
+             8   conv, up                        n = 1 adds two.
+            16   conv, up, conv, up
+            32   conv, up, conv, up, conv, up
 
     kernel: of the leading convolutions. No map of stride 2 is read: Swin and ConvNeXt have none.
     """
@@ -120,7 +120,7 @@ class UltraSemanticFPN(nn.Module):
         more = (4, 2, 1).index(output_stride)  # additional convolutions in each branch
         self.channels = width
         self.leading = nn.ModuleList(Conv2dNormActivation(c, width, kernel) for c in channels)
-        # No 3x3 convolution on each sum, as in FPN: 12.2·2^30 multiply-adds, too many for Table 5.
+        # Without FPN's 3x3 convolution on each sum: 12.2·2^30 multiply-adds, too many for Table 5.
         self.branches = nn.ModuleList()
         for convs in (1, 1, 2, 3):
             branch = [Conv2dNormActivation(width, width, 3) for _ in range(convs + more)]
@@ -146,9 +146,9 @@ class UltraSemanticFPN(nn.Module):
 class AxialAttention(nn.Module):
     """x + AA(x), `[N, channels, H, W]` -> the same.
 
-    The paper names the layer only; full self-attention would cost too much at stride 4 or 2. As in
-    CAA, of the same authors: queries are keys too, 64 channels, no scale; values have batch norm
-    and ReLU. The sum and the initial weights are ours. released: the queries have a ReLU.
+    The paper cites Ho et al. and gives no details; full self-attention would cost too much at
+    stride 4 or 2. CAA's layer is our choice: queries are keys too, 64 channels, no scale; values
+    have batch norm and ReLU. Ours too: the sum, the initial weights. released: queries have a ReLU.
     """
 
     def __init__(self, channels=256, released=False):
@@ -201,22 +201,22 @@ class HFGD(nn.Module):
     """Backbone, context-augmented encoder, upsampler, guided module (Fig. 3).
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
-    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "fine", with an
-    upsampler; "coarse", if guided or without one; with "ours" CAR's three; with "ocr" "auxiliary",
-    of weight 0.4. The other weights are 1: the paper does not say.
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "fine": with an
+    upsampler; "coarse": unless that is unguided; CAR's three: with "ours"; "auxiliary", of weight
+    0.4: with "ocr". The other weights are 1: the paper does not say.
 
     option         values                                           default  paper
     output_stride  of the fine logits: 4, 2, 1                      4        Tables 5, 8, 9, Sect. 9
-    encoder        "ours", "identity", "aspp", "ocr",               "ours"   Table 1
+    encoder        "ours", "identity", "aspp", "ocr",               "ours"   Tables 1, 4, 5, 8, 10
                    "self_attention": CAR's baseline, one leading 3x3 convolution; "ppm": Sect. 3.2
     leading        kernels of the leading convolutions of "ours"    (1, 1)   Sect. 3.2
-    car            False: "ours" without CAR's losses               True     ours; Sect. 3.2
-    upsampler      "usfpn"; "sfpn": SemanticFPN, stride 4; None     "usfpn"  Tables 1, 3, 4
+    car            False: "ours" without CAR's losses               True     none; Sect. 3.2
+    upsampler      "usfpn"; "sfpn": SemanticFPN, stride 4; None     "usfpn"  Tables 1 to 5, 8, 10
     width          channels of U and Z; 128 is SemanticFPN's own    256      Sect. 3.3, App. A.1
-    guided         False: one cross entropy, no stops, no AA        True     Tables 1, 2, 4, 5, 8
+    guided         False: one cross entropy, no stops, no AA        True     1, 2, 4, 5, 8, 10
     axial          False: without axial attention                   True     Table 2
-    stop_features  False: L_fine trains backbone and CAE too        True     ours; Sect. 3.1
-    stop_kernels   False: L_fine trains the class kernels too       True     ours; Sect. 3.1
+    stop_features  False: L_fine trains backbone and CAE too        True     none; Sect. 3.1
+    stop_kernels   False: L_fine trains the class kernels too       True     none; Sect. 3.1
     released       True: as CAR's and CAA's code; HFGD's: announced  False
     **terms        arguments of car.ClassAwareRegularization: intra, inter_c2c, centers, …
 
@@ -315,7 +315,7 @@ class HFGD(nn.Module):
 
     @torch.no_grad()
     def figures(self, image):
-        """In the manner of Figs. 4, 5: the predictions from coarse and fine features of one image
+        """Ours: the predictions of one network from coarse and from fine features of one image
         `[3, H, W]` or `[1, 3, H, W]`, label maps. Empty if not guided. ValueError in training mode.
         """
         image = backbones.one_image(self, image)
@@ -371,9 +371,9 @@ def other_encoder(name, channels, num_classes):
     return nn.Identity(), last
 
 
-# Sect. 4, whose batch norm decay 0.9997 is bn_momentum 0.0003. Open are crops (but for Sect. 7.2),
-# scales, momentum, power, brightness: CAR's, by the same authors; and which checkpoint of ConvNeXt
-# or Swin: --weights takes a path.
+# Sect. 4, whose batch norm decay 0.9997 is bn_momentum 0.0003. Not in the paper, so as in CAR:
+# crops (but for Sect. 7.2), scales, momentum, power, brightness. Open: the checkpoint of ConvNeXt
+# or Swin; --weights takes a path.
 _ABLATION = dict(backbone="resnet50", weights="imagenet", iterations=30_000, batch_size=16,
                  optimizer="sgd", lr=0.01, power=0.9, momentum=0.9, weight_decay=1e-4,
                  bn_momentum=0.0003, crop_size=513, scale=(0.5, 2.0), scale_step=0.1,
@@ -381,7 +381,7 @@ _ABLATION = dict(backbone="resnet50", weights="imagenet", iterations=30_000, bat
 _SOTA = _ABLATION | dict(backbone="convnext_large", iterations=40_000, optimizer="adamw", lr=4e-5,
                          weight_decay=0.05, color="photometric")  # fmt: skip
 RECIPES = {
-    # Sects. 5.1 to 5.5; Swin-Large: --iterations 40000, its optimizer is open. Sect. 5.6, Table 6:
+    # Sects. 5.1 to 5.5; Swin-Large: --iterations 40000, with SGD, as Sect. 4 reads. 5.6, Table 6:
     # --backbone convnext_large --iterations 40000 --optimizer adamw --lr 4e-5 --weight-decay 0.05
     # --color photometric
     "pascal_context": _ABLATION,

@@ -19,14 +19,14 @@ h x w = H/4 x W/4. Up repeats each cell to the size h x w. 1[…] is 1 where it 
 
     U_l, Y_l from the labels of the pixels, Sect. 3.1, App. B             -> pyramid_labels
     a cell of level l is done by coarser if, for some k < l, the cell of level k over it has
-        U_k = 1 and Û_k >= τ = 0.9; it is ignored in (1), Sect. 3.2       -> relabel
+        U_k = 1 and Û_k >= τ (ours: of fusing, 0.9); in (1) it is 255      -> relabel
     loss = 1/L Σ_l CE(Ŷ_l, Y_l) + 1/(L-1) Σ_l<L BCE(Û_l, U_l)      (1)    -> pyramid_loss
     Ŷ = Σ_l 1[Up Û_l >= τ] ⊙ Up Ŷ_l ⊙ Π_k<l 1[Up Û_k < τ], Û_L = 1 (2)    -> fuse
 
     unity head, Sect. 4.1: X [N, D, h, w] are the backbone's features, W_… are 1x1 convolutions
     X_u = W_u X                       [N, 64, h, w]
     X_centroid = W_e mean(X_u)        [N, 64, H/s_l, W/s_l]     the mean over each cell
-    X_diff = |W_e X_u - Up X_centroid|   [N, 64, h, w]                    ≠ print, the bars are ours
+    X_diff = |W_e X_u - Up X_centroid|   [N, 64, h, w]     ≠ print: the bars and one W_e are ours
     Û_l = min over each cell of sigmoid(W_s X_diff)                       -> UnityHead
 
     semantic head, Sect. 4.2: X_L is a 1x1 convolution of X, [N, 512, h, w]
@@ -140,7 +140,7 @@ def fuse(semantic, unity_prob, threshold=0.9):
     while a finer level can mend a false negative (Sect. 5.1.3).
 
     Three images of 8x8 pixels, one coarse cell each: a unity-cell that is found, one that is
-    missed, a mix-cell. The finer level is trained on the last two. Strides stand for logits.
+    missed, a mix-cell. The finer level is trained on the last two. A level's logits are its stride.
 
     >>> labels = torch.full((3, 8, 8), 7)
     >>> labels[2, 4:, 6:] = 1
@@ -203,11 +203,11 @@ class UnityHead(nn.Module):
     factors: the side of a cell, counted on X, (8, 4, 2). All levels share the convolutions. The
     embeddings of a unity-cell are close to its centroid. One that is far makes it a mix-cell: min.
 
-    unity: our readings of "a shared Conv1x1" and "the difference". "difference": W_e for pixels and
-    centroids, and an absolute value, so deviations of either sign count. It finds the most
-    unity-cells (docs/results.md). "two": signed, and centroids have their own W_c, which the levels
-    share; it diverged on CamVid. "tied": signed, W_e for both. The differences of a cell then have
-    a mean of 0, and W_s keeps that, so Û <= sigmoid(W_s's bias), whatever the cell holds.
+    unity: three readings of Sect. 4.1, ours. "difference": W_e for pixels and centroids, and an
+    absolute value, so deviations of either sign count; it finds the most unity-cells
+    (docs/results.md). "two": signed, and centroids have their own W_c, which the levels share; it
+    diverged on CamVid. "tied": signed, W_e for both. The differences of a cell then have a mean of
+    0, and W_s keeps that, so Û <= sigmoid(W_s's bias), whatever the cell holds.
     """
 
     def __init__(self, in_channels, factors, unity="difference", channels=64):
@@ -357,9 +357,10 @@ class SpecializeAndFuse(nn.Module):
     """Backbone (with the decoder if it is not an HRNet), unity head, semantic head, fused (Fig. 2).
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
-    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar losses of Eq. (1),
-    "semantic" and "unity"; output="single": "semantic"; "auxiliary": "semantic" and "auxiliary".
-    Images are resized to the nearest multiples of the coarsest stride, logits back (Sect. 3.1).
+    labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar losses "semantic"
+    and, of output="pyramid", "unity", Eq. (1); of output="auxiliary", "auxiliary". Images are
+    resized to the nearest multiples of the coarsest stride (Sect. 3.1), labels too; logits are
+    resized back (ours).
 
     option      values                                      default           paper
     strides     coarse to fine; the last is 4               (32, 16, 8, 4)    Table A, K: (32, 4)
@@ -413,7 +414,7 @@ class SpecializeAndFuse(nn.Module):
         classifiers = [nn.Conv2d(512, num_classes, 1) for _ in range(outputs)]
         self.classifier = classifiers[-1]  # the finest level's
         self.coarse_classifiers = nn.ModuleList(classifiers[:-1])
-        self.regularized = f"semantic.project.{outputs - 1}.1"  # CAR acts on its input: linear
+        self.regularized = f"semantic.project.{outputs - 1}.1"  # car.py acts on this norm's input
 
     def pyramids(self, images):
         """(logits of Ŷ, each level `[N, K, h, w]`; logits of Û, all but the finest `[N, h, w]`)."""
@@ -437,8 +438,8 @@ class SpecializeAndFuse(nn.Module):
         labels = resized_labels(labels, [4 * n for n in semantic[-1].shape[2:]])
         truth, unity_truth = pyramid_labels(labels, self.strides, self.finest)
         if unity:
-            labels = relabel(truth, unity_truth, unity_prob, self.threshold, self.policy)
-            return pyramid_loss(semantic, unity, *labels)
+            truth = relabel(truth, unity_truth, unity_prob, self.threshold, self.policy)
+            return pyramid_loss(semantic, unity, *truth)
         pairs = zip(semantic, truth[-len(semantic) :])
         losses = [backbones.pixel_cross_entropy(y, label) for y, label in pairs]
         if self.output == "single":
@@ -516,10 +517,10 @@ def iou(counts):
 
 
 class APNB(nn.Module):
-    """ANL's block (Zhu et al., ICCV 2019), which Tables 5, 6 and A compare: `[N, C, h, w]` -> same.
+    """ANL's block (Zhu et al., ICCV 2019), which Tables 1, 3 to 6 and A compare: `[N, C, h, w]`.
 
     Unlike CA it reads its own map. One convolution with norm and ReLU gives queries and keys. Keys
-    and values are pooled after their convolutions. The last layer starts at 0. Its authors' sizes.
+    and values are pooled after their convolutions. `out` starts at 0. The sizes are its authors'.
     """
 
     def __init__(self, channels):
@@ -539,15 +540,16 @@ class APNB(nn.Module):
         return self.drop(self.aggregate(torch.cat([self.out(y), x], dim=1)))
 
 
-# Sect. 5.1.1; iterations are epochs · images / 16. The paper follows HRNet-OCR's code, of which
-# base_size (the longer side at scale 1) and head_lr are. --weights: HRNet's file, or "imagenet".
+# Sect. 5.1.1; iterations are epochs · images / 16. base_size (the longer side at scale 1)
+# and head_lr are HRNet-OCR's, whose code the paper follows. --weights: HRNet's file, or "imagenet".
 _COMMON = dict(
     backbone="hrnet_w48", optimizer="sgd", momentum=0.9, power=0.9, weight_decay=1e-4,
     batch_size=16, crop_size=512, scale=(0.5, 2.0), base_size=520, color="brightness",
 )  # fmt: skip
 RECIPES = {
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
-    "ade20k_16k": _COMMON | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # Sect. 5.4
+    "ade20k_16k": _COMMON
+    | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # 5.4; ours: 120
     "coco_stuff10k": _COMMON | dict(lr=0.001, head_lr=10, iterations=61_875),  # 110 of 9,000
     "pascal_context": _COMMON | dict(lr=0.001, head_lr=10, iterations=62_475),  # 200 of 4,998
 }

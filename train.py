@@ -356,6 +356,8 @@ class State:
             raise UserError(f"'{path}' lacks the optimizer's state; take it as --init") from None
         for name in self.COUNTS:
             setattr(self, name, checkpoint.get(name, getattr(self, name)))
+        if not of_first((self.folder / "best.pt").exists()):
+            self.best = -1.0  # lost: the next evaluation is the best
         if self.rank == 0:
             rewind_log(self.folder, self.step, self.evaluated)
 
@@ -469,7 +471,7 @@ def look_at_losses(state):
         if not all(map(math.isfinite, row)):
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
             text = f"the loss is not finite after step {step} ({terms}); {BEFORE}"
-            raise UserError(f"{text}; try a lower --lr, larger crops or batches, or --amp off")
+            raise UserError(f"{text}; try larger crops or batches, a lower --lr, or --amp off")
         state.window.append(dict(zip(names, row)))
 
 
@@ -515,12 +517,12 @@ def validate(state, train_set, val_set, stop):
         if first:
             evaluate.warn_of_absent(labelled, val_set, f"{s['dataset']} val")
         append_log(folder, step=state.step, **result)
+        if better:
+            state.save("best.pt", train_set)
         draw_curves(folder)
         draw_samples(folder, net, val_set, device, s["amp"])
         numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
         tqdm.write(f"step {state.step}: {numbers}")
-        if better:
-            state.save("best.pt", train_set)
     torch.backends.cudnn.benchmark = not s["deterministic"]
     return False
 
@@ -653,7 +655,7 @@ def print_end(state, val_set, stopped):
         print(evaluate.table(results[-1], val_set.classes))
     found, file = f"best mIoU {state.best:.4f}", "best.pt"
     if state.best < 0:
-        found, file = "no label in val, no best.pt", "last.pt"
+        found, file = "no best.pt: no label in val, or it is lost", "last.pt"
     print(f"{found}; {folder}/samples.png: image, truth and prediction of four images")
     print(f"Look inside: python evaluate.py --checkpoint {folder}/{file} --figures figures")
 
@@ -670,7 +672,7 @@ def read_log(folder):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
 
 
 def rewind_log(folder, step, evaluated):
@@ -693,7 +695,9 @@ def draw_curves(folder):
     panels = ("loss", losses, terms), ("learning rate", losses, ["lr"]), ("val", results, metrics)
     picture = Image.new("RGB", (480 * len(panels), 340), "white")
     for i, (title, lines, names) in enumerate(panels):
-        series = {n: [(x["step"], x[n]) for x in lines if x.get(n) is not None] for n in names}
+        series = {
+            n: [(x["step"], x[n]) for x in lines if type(x.get(n)) in (int, float)] for n in names
+        }
         picture.paste(data.chart(title, series), (480 * i, 0))
     evaluate.replace(folder / "curves.png", lambda path: picture.save(path, format="png"))
 
