@@ -1432,6 +1432,14 @@ def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder)
 
 @pytest.mark.usefixtures("meta")
 @pytest.mark.network
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_finest_level_learns_where_the_decoder_reads_it(decoder):
+    norms = caa.build(3, "swin_t", decoder=decoder).backbone.norms
+    assert [norm.weight.requires_grad for norm in norms] == [decoder, True, True, True]
+
+
+@pytest.mark.usefixtures("meta")
+@pytest.mark.network
 def test_unknown_option_lists_the_known_ones_with_their_defaults():
     with pytest.raises(ValueError) as error:
         caa.build(3, "resnet18", heads=8)
