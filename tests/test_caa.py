@@ -1432,6 +1432,39 @@ def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder)
 
 @pytest.mark.usefixtures("meta")
 @pytest.mark.network
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_finest_level_learns_where_the_decoder_reads_it(decoder):
+    norms = caa.build(3, "swin_t", decoder=decoder).backbone.norms
+    assert [norm.weight.requires_grad for norm in norms] == [decoder, True, True, True]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("options", [dict(), dict(decoder=True), dict(dual="parallel")], ids=str)
+def test_regularized_takes_the_last_convolutions_output_or_the_features_of_dual(options):
+    net = small(backbone=LIGHT, **options).eval()
+    given = recorded(net.get_submodule(net.regularized), "input")
+    classified, features = recorded(net.classifier, "input"), recorded(net.head)
+    last = net.decoder.fuse[1] if "decoder" in options else getattr(net.head, "project", None)
+    convolved = recorded(last[0]) if last else None
+    net.drop.train(last is None)  # so that dual's features differ from what is after dropout
+    with torch.no_grad():
+        net(torch.randn(1, 3, 64, 48))
+    if last:
+        assert torch.equal(given[0], convolved[0])
+        torch.testing.assert_close(last[1](given[0]).relu(), classified[0])
+    else:
+        assert given[0] is features[0][0]
+
+
+@pytest.mark.network
+def test_values_and_the_layer_after_start_as_the_identity():
+    head = caa.CAA(8)
+    for conv in (head.attention.g[0], head.after[0]):
+        assert torch.equal(conv.weight[:, :, 0, 0], torch.eye(512))
+
+
+@pytest.mark.usefixtures("meta")
+@pytest.mark.network
 def test_unknown_option_lists_the_known_ones_with_their_defaults():
     with pytest.raises(ValueError) as error:
         caa.build(3, "resnet18", heads=8)
