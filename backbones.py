@@ -11,16 +11,14 @@ Dilation (Chen et al., "Rethinking Atrous Convolution", 2017): where the stride 
 removed, the convolutions after it are dilated by the same factor. Each kernel then still sees the
 samples that it was trained on (but for `multi_grid`, and EfficientNets' squeeze-and-excitation).
 
-Alignment: the section "alignment" says where the positions of a map are on the image, and a
-Backbone's `forward`, `upsample`, `resize` and `positions` take care of it. No method file has to.
-
-To copy: this file stands alone.
+The section "alignment" says where the positions of a map are on the image. A Backbone's `forward`,
+`upsample`, `resize` and `positions` take care of it. No method file has to. To copy: this file
+stands alone.
 """
 
 import inspect
 import itertools
 import re
-import sys
 import zipfile
 from collections import OrderedDict
 from functools import partial
@@ -578,7 +576,6 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 # The papers' crops have such sides: 513 = 16·32 + 1, 769 = 24·32 + 1. Other images are extended to
 # the next n·s + 1 by repeating their border, s being the coarsest stride. Then the outermost
 # positions of all maps are on the outermost pixels, so maps are resized with align_corners=True.
-# Otherwise map and image drift apart by up to a stride.
 #
 # Swin Transformers and ConvNeXts cut the image into patches of s x s pixels. A position is the
 # middle of its patch. Images are extended to multiples of s, and align_corners is False:
@@ -646,28 +643,26 @@ def spread(sides, size):
 def pixels_of(net, sides, size):
     """Row and column indices, in an image with `sides`, of the positions of a map of `size`.
 
-    The networks here know their strides. Maps of other networks are taken to be spread evenly,
-    because that is how their logits are resized to the image.
+    The networks here, which have `regularized`, know their strides. Maps of others are taken to be
+    spread evenly, because that is how their logits are resized to the image.
     """
-    known = getattr(net, "backbone", None)
-    if not isinstance(known, Backbone):
-        known = sys.modules[__name__] if hasattr(net, "regularized") else None  # as in SPGNet
+    own, at, stride_at = getattr(net, "backbone", None), positions, stride_of  # as in SPGNet
+    if isinstance(own, Backbone):
+        at, stride_at = own.positions, own.stride_of
+    strides = [stride_at(*pair) for pair in zip(sides, size)]
     # One position alone does not tell its stride: it has that of the other side.
-    strides = [known.stride_of(*pair) if known else None for pair in zip(sides, size)]
     found = [stride for stride in strides if stride]
-    if not found or len(found) < sum(n > 1 for n in size):
+    ours = at is not positions or hasattr(net, "regularized")
+    if not ours or not found or len(found) < sum(n > 1 for n in size):
         return spread(sides, size)
-    return [known.positions(stride or found[0], n) for stride, n in zip(strides, size)]
+    return [at(stride or found[0], n) for stride, n in zip(strides, size)]
 
 
 # ------------------------------------------------------------------------------------- for networks
 
 
 def one_image(net, image):
-    """The image given to `figures` of `net`, `[3, H, W]` or `[1, 3, H, W]`, as `[1, 3, H, W]`.
-
-    ValueError for a batch of several, and in training mode: figures show what `net` predicts.
-    """
+    """`figures`' image as `[1, 3, H, W]`; ValueError for a batch of several, and in training."""
     if net.training:
         raise ValueError("figures are drawn in evaluation mode: call net.eval() first")
     if image.numel() != image.shape[-3:].numel():

@@ -329,7 +329,7 @@ class CAANet(nn.Module):
     def figures(self, image, pixel=None):
         """Ours: pictures `[H, W]` of one image `[3, H, W]` or `[1, 3, H, W]`, how much the position
         at `pixel` (row, column; None: the centre) attends to each, before the gates. Dual
-        attention: label maps as in Figs. 3.3, 3.4. ValueError in training mode, for a pixel outside.
+        attention: label maps as in Figs. 3.3, 3.4. ValueError in training mode, or outside.
         """
         image = backbones.one_image(self, image)
         size, x = image.shape[2:], self.backbone(image)[3]

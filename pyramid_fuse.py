@@ -358,9 +358,8 @@ class SpecializeAndFuse(nn.Module):
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar losses "semantic"
-    and, of output="pyramid", "unity", Eq. (1); of output="auxiliary", "auxiliary". Images are
-    resized to the nearest multiples of the coarsest stride (Sect. 3.1), labels too; logits are
-    resized back (ours).
+    and, of output="pyramid", "unity", Eq. (1); of output="auxiliary", "auxiliary". Images and
+    labels are resized to multiples of the coarsest stride (Sect. 3.1), logits back (ours).
 
     option      values                                      default           paper
     strides     coarse to fine; the last is 4               (32, 16, 8, 4)    Table A, K: (32, 4)

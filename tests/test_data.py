@@ -2423,3 +2423,17 @@ def test_trainval_of_shapes_is_train_then_val():
             assert torch.equal(one, other)
     with pytest.raises(IndexError):
         both.raw(2100)
+
+
+def test_two_labels_of_one_name_and_a_split_that_is_no_name_are_mistakes(tmp_path):
+    root = tmp_path / "root"
+    (root / "images/train").mkdir(parents=True)
+    (root / "labels/train").mkdir(parents=True)
+    (root / "classes.txt").write_text("a\nb\n")
+    picture = Image.fromarray(np.zeros((4, 4), np.uint8))
+    picture.save(root / "images/train/x.png")
+    for name in ("x.png", "x.PNG"):
+        picture.save(root / "labels/train" / name)
+    mistake(lambda: data.dataset("folder", root, "train"), "x.PNG' and", "have one name")
+    for split in ("", ".", "../x", "a/b"):
+        mistake(lambda split=split: data.dataset("folder", root, split), "the name of a split")

@@ -462,7 +462,7 @@ def test_output_that_nobody_reads_and_closed_streams_end_nothing(flags, method, 
     os.close(reading)
     done = subprocess.run([*command, "a"], stdout=writing, text=True, **how)
     os.close(writing)
-    assert done.returncode == 0 and "nobody reads the output any more" in done.stderr
+    assert done.returncode == 0 and "the output cannot be written (Broken pipe)" in done.stderr
     done = subprocess.run(shlex.join([*command, "b"]) + " 2>&-", shell=True, **how)
     assert done.returncode == 0
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
@@ -812,6 +812,39 @@ def test_init_from_other_classes_says_so(flags, tmp_path, capsys):
     note = train.initialise(net, last, ["right", "left", "never"])
     assert note.endswith("its classes have other names or order")
     assert "other names" not in train.initialise(net, last, ["left", "right", "never"])
+
+
+def test_an_edited_log_ends_nothing(flags, tmp_path):
+    folder = tmp_path / "run"
+    assert train.main([*flags, "--eval-every", "3", "--output", str(folder)]) == 0
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    torch.save(saved | {"step": 3, "evaluated": 3}, folder / "last.pt")
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": "x", "loss": 1}\n{"step": 2, "loss": "abc", "mIoU": [1]}\n')
+    assert train.main(["--output", str(folder), "--resume"]) == 0
+
+
+def test_a_lost_best_pt_is_written_again(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*flags, "--output", str(folder)]) == 0
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    torch.save(saved | {"step": 3, "evaluated": 3, "best": 2.0}, folder / "last.pt")
+    (folder / "best.pt").unlink()
+    assert train.main(["--output", str(folder), "--resume"]) == 0
+    assert (folder / "best.pt").exists()
+
+
+def test_output_that_fails_in_any_way_does_not_end_the_work(capsys):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        flush, fileno = write, lambda self: os.dup(1)
+
+    stream = data.Stream("x.py", Full())
+    stream.write("a")
+    error = capsys.readouterr().err
+    assert "x.py: the output cannot be written (No space left on device)" in error
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path):
