@@ -22,13 +22,13 @@ in row i and column j, m runs over the rows, n over the columns, ⊙ multiplies 
 
     column step -> column_step
     A_col(ij, mj) = softmax_m( θ(x_ij)ᵀ θ(x_mj) )           [N, W, H, H]  (3.3) -> column_attention
-    α_ijm  = A_col(ij, mj) g(x_mj)                          [C] each      (3.6) ≠ print: g(x_mn)
+    α_ijm  = A_col(ij, mj) g(x_mj)                          [C] each      (3.6) ≠ print, g(x_mn)
     gate_i = Sigmoid(ReLU( Σ_m,j α_ijm / (H·W) · ω_c1) ω_c2) [N, H, C]    (3.9) -> ChannelAttention
     z_ij   = Σ_m gate_i ⊙ α_ijm, in print Σ_m C_col(α)      [N, C, H, W], a part of (3.11)
 
     row step, the same on exchanged axes: values from z, queries and keys from x
     A_row(ij, in) = softmax_n( φ(x_ij)ᵀ φ(x_in) )           [N, H, W, W]  (3.4) -> row_attention
-    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7) ≠ print: Σ_m α_ijmn
+    β_ijn  = A_row(ij, in) z_in                             [C] each      (3.7) ≠ print, Σ_m α_ijmn
     gate_j = Sigmoid(ReLU( Σ_i,n β_ijn / (H·W) · ω_r1) ω_r2) [N, W, C]   (3.10) -> ChannelAttention
     y_ij   = Σ_n gate_j ⊙ β_ijn                             [N, C, H, W] (3.11) -> SpatialAttention
 
@@ -205,7 +205,7 @@ class SpatialAttention(nn.Module):
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-        # Ours. |θ(x_ij)|² starts near 64 · 0.7² = 31, with ReLU near 64 / 2: equally peaked.
+        # Ours. |θ|² starts near 64 · 0.7² = 31, with ReLU 64 / 2: equally peaked softmax.
         nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
         return layer
 
@@ -282,7 +282,7 @@ class CAANet(nn.Module):
                  se=False, dual=None, auxiliary=True, decoder=False, output_stride=8,
                  released=False):  # fmt: skip
         super().__init__()
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # the released code's
+        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # released multi-grid
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         self.backbone.reads(0 if decoder else 3, 3)
         low, high = self.backbone.channels[0], self.backbone.channels[3]

@@ -73,7 +73,7 @@ def class_centers(features, labels, num_classes, scope="batch"):
     features `[N, C, h, w]`, labels int64 `[N, h, w]`, 255 = ignored -> float32 `[K, C]`, `[K]` over
     the batch, because some images are noisy (Sect. 4.3.1); scope="image": `[N, K, C]`, `[N, K]`.
     An absent class has centre 0 (ours). In distributed training the batch is that of all processes:
-    each must call this. Below too, float64 stays float64. ValueError as backbones.check_labels.
+    each must call this. Float64 stays float64, below too. ValueError as backbones.check_labels.
     """
     Y = one_hot(labels, num_classes, features)  # [N, HW, K]
     X = flat(features, labels)  # [N, HW, C]
@@ -157,7 +157,7 @@ def inter_center_to_pixel(features, labels, centers, epsilon=0.25, released=Fals
 def flat(features, labels=None):
     """X_flat, Sect. 4.3.1: `[N, C, h, w]` -> `[N, HW, C]`, float32.
 
-    labels: of the positions. Rows of ignored pixels become 0: 0 in Y does not remove infinity.
+    labels: of the positions. Rows of ignored pixels become 0, because in Yᵀ·X 0 · ∞ is NaN.
     """
     X = features.flatten(2).mT.to(torch.promote_types(features.dtype, torch.float32))
     return X if labels is None else X.masked_fill(ignored(labels), 0)
@@ -496,8 +496,8 @@ class Regularized(nn.Module):
 
 
 def watch(net, input_of, output_of, *args, **kwargs):
-    """net(*args, **kwargs), the input of its submodule `input_of` and the output of `output_of`, of
-    the last call of each. ValueError if one is not called, or if the input is no feature map.
+    """net(*args, **kwargs), the input of submodule `input_of`, before any Dropout, and the output
+    of `output_of`, of the last call of each. ValueError if not called, or not a feature map.
     """
     first, second, calls = net.get_submodule(input_of), net.get_submodule(output_of), {}
     dropouts = {m for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
@@ -642,7 +642,7 @@ _COMMON = dict(
     backbone="resnet50",  # Table 4.1
     # Sect. 4.4.1. The released configuration and the HFGD paper have a weight decay of 1e-4.
     iterations=30_000, batch_size=16, optimizer="sgd", lr=0.01, weight_decay=1e-3,
-    # Not in the thesis; the released configuration's. Its decay 0.9997 is PyTorch's 0.0003.
+    # Not in chapter 4; the released configuration's. Its decay 0.9997 is PyTorch's 0.0003.
     weights="imagenet", crop_size=513, scale=(0.5, 2.0), scale_step=0.1, color="brightness",
     power=0.9, momentum=0.9, bn_momentum=0.0003,
 )  # fmt: skip

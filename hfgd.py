@@ -120,7 +120,7 @@ class UltraSemanticFPN(nn.Module):
         more = (4, 2, 1).index(output_stride)  # additional convolutions in each branch
         self.channels = width
         self.leading = nn.ModuleList(Conv2dNormActivation(c, width, kernel) for c in channels)
-        # Without FPN's 3x3 convolution on each sum: 12.2·2^30 multiply-adds, too many for Table 5.
+        # FPN's 3x3 convolution per sum is omitted: Table 5 rules out its 12.2·2^30 multiply-adds.
         self.branches = nn.ModuleList()
         for convs in (1, 1, 2, 3):
             branch = [Conv2dNormActivation(width, width, 3) for _ in range(convs + more)]
@@ -146,8 +146,8 @@ class UltraSemanticFPN(nn.Module):
 class AxialAttention(nn.Module):
     """x + AA(x), `[N, channels, H, W]` -> the same.
 
-    The paper cites Ho et al. and gives no details; full self-attention would cost too much at
-    stride 4 or 2. CAA's layer is our choice: queries are keys too, 64 channels, no scale; values
+    The paper cites Ho et al., Wang et al. and CAA, no details; full self-attention costs too much
+    at stride 4 or 2. CAA's layer is our choice: queries are keys too, 64 channels, no scale; values
     have batch norm and ReLU. Ours too: the sum, the initial weights. released: queries have a ReLU.
     """
 
@@ -202,7 +202,7 @@ class HFGD(nn.Module):
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of scalar losses: "fine": with an
-    upsampler; "coarse": unless that is unguided; CAR's three: with "ours"; "auxiliary", of weight
+    upsampler; "coarse": guided or without one; CAR's three: with "ours"; "auxiliary", of weight
     0.4: with "ocr". The other weights are 1: the paper does not say.
 
     option         values                                           default  paper
@@ -210,14 +210,14 @@ class HFGD(nn.Module):
     encoder        "ours", "identity", "aspp", "ocr",               "ours"   Tables 1, 4, 5, 8, 10
                    "self_attention": CAR's baseline, one leading 3x3 convolution; "ppm": Sect. 3.2
     leading        kernels of the leading convolutions of "ours"    (1, 1)   Sect. 3.2
-    car            False: "ours" without CAR's losses               True     none; Sect. 3.2
+    car            False: "ours" without CAR's losses               True     no table; Sect. 3.2
     upsampler      "usfpn"; "sfpn": SemanticFPN, stride 4; None     "usfpn"  Tables 1 to 5, 8, 10
     width          channels of U and Z; 128 is SemanticFPN's own    256      Sect. 3.3, App. A.1
-    guided         False: one cross entropy, no stops, no AA        True     1, 2, 4, 5, 8, 10
+    guided         False: one cross entropy, no stops, no AA        True     Tab. 1, 2, 4, 5, 8, 10
     axial          False: without axial attention                   True     Table 2
-    stop_features  False: L_fine trains backbone and CAE too        True     none; Sect. 3.1
-    stop_kernels   False: L_fine trains the class kernels too       True     none; Sect. 3.1
-    released       True: as CAR's and CAA's code; HFGD's: announced  False
+    stop_features  False: L_fine trains backbone and CAE too        True     no table; Sect. 3.1
+    stop_kernels   False: L_fine trains the class kernels too       True     no table; Sect. 3.1
+    released       True: CAR's, CAA's code; HFGD's only announced    False
     **terms        arguments of car.ClassAwareRegularization: intra, inter_c2c, centers, …
 
     SemanticFPN of Tables 5, 8, 10 is encoder="identity", upsampler="sfpn", guided=False. Table 10's

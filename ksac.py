@@ -114,8 +114,8 @@ class KSAC(nn.Module):
         # One for each rate: K is made before the loop, BATCHNORM is called inside it. Sect. 2.4.3
         # says that more rates add no parameters; these are 2·channels per rate.
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in self.rates)
-        # The rates are summed, as in Algorithm 1. Table 2.1's cost fits a projection of five
-        # branches (inferred). Concatenation, projection and dropout 0.1 are DeepLabv3's.
+        # Algorithm 1 sums the rates. Table 2.1's cost fits concatenated rates instead (inferred).
+        # Concatenation below, projection and dropout 0.1 are DeepLabv3's.
         project = Conv2dNormActivation(3 * channels, channels, 1)
         self.project = nn.Sequential(project, nn.Dropout(0.1))
 
@@ -158,15 +158,15 @@ class KSACNet(nn.Module):
             listed = isinstance(value, (tuple, list)) and len(value) >= fewest
             if not listed or not all(type(rate) is int and rate >= 1 for rate in value):
                 raise ValueError(f"{name}={value!r}: expected whole numbers from 1 on: (6, 12, 18)")
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # DeepLabv3's; not stated
+        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # multi-grid; not stated
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, high = self.backbone.channels[0], self.backbone.channels[-1]
         if head == "ksac":  # ASPP ignores extra_rates: rate 24 makes it worse (Sect. 2.4.3)
             rates = sorted([*rates, *extra_rates])
         # At output stride 8 they double, as in DeepLabv3+. Sect. 2.4.1 gives (6, 12, 18) for all of
-        # Table 2.1, but its 12.65 G saved there fit (12, 24, 36) alone: inferred, docs/results.md.
+        # Table 2.1. Its FLOPs at stride 8 fit (12, 24, 36), padding counted: docs/results.md.
         rates = [max(1, rate * 16 // output_stride) for rate in rates]
-        # CAR acts on the input of `regularized`, the last batch norm.
+        # car.py acts on the input of `regularized`, a batch norm.
         if head == "ksac":
             self.head, self.regularized = KSAC(high, rates), "head.project.0.1"
         elif head == "aspp":
@@ -174,7 +174,7 @@ class KSACNet(nn.Module):
         else:
             self.head, self.regularized = FCN(high), "head.0.1"
         if decoder:
-            self.backbone.reads(0, 3)  # what only other levels need does not learn
+            self.backbone.reads(0, 3)  # freezes what only levels 1 and 2 need
             self.decoder = backbones.Decoder(256, low)
             self.stride, self.regularized = 4, "decoder.fuse.1.1"
         else:

@@ -19,7 +19,7 @@ h x w = H/4 x W/4. Up repeats each cell to the size h x w. 1[…] is 1 where it 
 
     U_l, Y_l from the labels of the pixels, Sect. 3.1, App. B             -> pyramid_labels
     a cell of level l is done by coarser if, for some k < l, the cell of level k over it has
-        U_k = 1 and Û_k >= τ (ours: of fusing, 0.9); in (1) it is 255      -> relabel
+        U_k = 1 and Û_k >= τ (ours: τ of (2), 0.9); in (1) it is 255      -> relabel
     loss = 1/L Σ_l CE(Ŷ_l, Y_l) + 1/(L-1) Σ_l<L BCE(Û_l, U_l)      (1)    -> pyramid_loss
     Ŷ = Σ_l 1[Up Û_l >= τ] ⊙ Up Ŷ_l ⊙ Π_k<l 1[Up Û_k < τ], Û_L = 1 (2)    -> fuse
 
@@ -187,7 +187,7 @@ def resized(x, size):
 
 
 def to_pixels(logits, size):
-    """Logits of cells of 4x4 pixels, float32, at the size of those pixels, then at `size`."""
+    """Logits of cells of 4x4 pixels, float32, at the resized image's size, then at `size`."""
     return resized(resized(logits.float(), [4 * n for n in logits.shape[2:]]), size)
 
 
@@ -358,8 +358,8 @@ class SpecializeAndFuse(nn.Module):
 
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar losses "semantic"
-    and, of output="pyramid", "unity", Eq. (1); of output="auxiliary", "auxiliary". Images and
-    labels are resized to multiples of the coarsest stride (Sect. 3.1), logits back (ours).
+    and, of output="pyramid", "unity", Eq. (1); of output="auxiliary", "auxiliary". Images are
+    resized to multiples of the coarsest stride (Sect. 3.1); ours: labels too, logits back.
 
     option      values                                      default           paper
     strides     coarse to fine; the last is 4               (32, 16, 8, 4)    Table A, K: (32, 4)
@@ -469,7 +469,7 @@ class SpecializeAndFuse(nn.Module):
 
     @torch.no_grad()
     def levels(self, images):
-        """The level that Eq. (2) takes; what each level alone, then all predict: `[N, H, W]`."""
+        """The level Eq. (2) takes; a list: labels of each level, of the fused: `[N, H, W]`."""
         semantic, unity = self.pyramids(images)
         unity_prob = [u.sigmoid() for u in unity]
         taken = chosen_level(unity_prob, semantic[-1], self.threshold)
@@ -548,7 +548,7 @@ _COMMON = dict(
 RECIPES = {
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
     "ade20k_16k": _COMMON
-    | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # 5.4; ours: 120
+    | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # 120 of 16,168
     "coco_stuff10k": _COMMON | dict(lr=0.001, head_lr=10, iterations=61_875),  # 110 of 9,000
     "pascal_context": _COMMON | dict(lr=0.001, head_lr=10, iterations=62_475),  # 200 of 4,998
 }

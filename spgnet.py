@@ -322,7 +322,7 @@ class WithoutGuidance(nn.Module):
         if gate == "se":  # reduction 16 as in SENet; the paper gives none
             self.gate = SqueezeExcitation(channels, channels // 16)
         # Table 3: 215.5e9 multiply-adds without guidance, 218.0e9 with it. The difference is W_m
-        # and W_t alone, so the row without has W_l and W_o. That W_l has its loss is our reading.
+        # and W_t alone, so both have W_l and W_o. Without guidance, W_l's loss is our reading.
         self.logits = nn.Conv2d(channels, num_classes, 1) if supervise else None
         self.out = nn.Conv2d(channels, out_channels, 1)
 
@@ -335,8 +335,8 @@ class GatherExcite(nn.Module):
     """x `[N, C, H, W]` times the sigmoid of its local averages (Hu et al., NeurIPS 2018)."""
 
     def forward(self, x):
-        # 15x15 windows, one at every eighth position. The paper names neither form nor extent: that
-        # it is the one without weights, GE-θ⁻, of extent 8, is our choice.
+        # The paper names neither form nor extent. Ours: GE-θ⁻, without weights, of extent e = 8.
+        # Windows have 2e - 1 = 15 positions a side, one at every eighth position.
         gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
         return x * backbones.resize(gathered, x).sigmoid()
 
@@ -351,7 +351,7 @@ def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
     # The paper does not state the rule. 15 % is DeeperLab's, which it cites; 0.7 is a common value.
     loss = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="none").flatten(1)
     count = (labels != 255).flatten(1).sum(1, keepdim=True)  # [N, 1]
-    # An ignored pixel has a loss of 0, the lowest, so it comes last; among equals nothing changes.
+    # An ignored pixel has a loss of 0, the lowest, so it comes last. Ties at 0 change nothing.
     order = loss.detach().argsort(1, descending=True)
     loss = loss.gather(1, order)  # [N, HW], the hardest first
     rank = torch.arange(loss.shape[1], device=loss.device)
@@ -365,7 +365,7 @@ _COMMON = dict(  # Sect. 4.2; ResNet-50: Sect. 4.3; ImageNet weights are inferre
     weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none", bn_momentum=0.1,
 )  # fmt: skip
 RECIPES = {
-    # The paper gives no crop size; this is DeepLab's. Tables 1, 2: train and val together (Sect.
+    # Sect. 4.2 gives no crop size; this is DeepLab's. Tables 1, 2: train and val together (Sect.
     # 4.2, `--train-split trainval`), evaluated at the scales 0.75 1 1.25 1.5 1.75 2 (Sect. 4.3).
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
     # Sect. 4.6: "we follow the settings in [11]", DeepLabv3+, whose rate is 0.007. Weight decay,

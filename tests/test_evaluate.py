@@ -559,7 +559,9 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         assert "expected a number from 0.001 to 1000" in line
     (tmp_path / "a.json").mkdir()  # cannot be written: said before anything is computed
     folder = str(tmp_path / "a.json")
-    assert "is a folder; expected" in mistake(capsys, "--checkpoint", checkpoint, "--json", folder)
+    assert "is a folder or a run's record" in mistake(
+        capsys, "--checkpoint", checkpoint, "--json", folder
+    )
     line = mistake(capsys, "--checkpoint", checkpoint, "--json", checkpoint)
     assert "expected a file that ends in .json" in line
     same = str(Path(checkpoint).parent / ".." / Path(checkpoint).parent.name / "last.pt")

@@ -850,7 +850,7 @@ def test_layer_norms_have_the_papers_epsilon():
         (dict(leading=[4]), r"leading=\[4\]: expected odd kernel sizes"),
         (dict(leading=[]), r"leading=\[\]: expected odd kernel sizes"),
         (dict(car=False, epsilon_0=0.1), "epsilon_0: only encoder='ours' with car=True"),
-        (dict(epsilon_0=-1), "epsilon_0=-1, epsilon_1=0.25: expected at least 0"),
+        (dict(epsilon_0=-1), "decay=0.9, epsilon_0=-1, epsilon_1=0.25: expected"),
         (dict(output_stride=True), "output_stride=True: expected a number"),
         (dict(upsampler="unet"), "upsampler='unet': it is one of 'usfpn', 'sfpn', None"),
         (dict(output_stride=8), "output_stride=8: it is one of 4, 2, 1"),
