@@ -2434,6 +2434,6 @@ def test_two_labels_of_one_name_and_a_split_that_is_no_name_are_mistakes(tmp_pat
     picture.save(root / "images/train/x.png")
     for name in ("x.png", "x.PNG"):
         picture.save(root / "labels/train" / name)
-    mistake(lambda: data.dataset("folder", root, "train"), "x.PNG' and", "have one name")
+    mistake(lambda: data.dataset("folder", root, "train"), "x.PNG'", "have one name")
     for split in ("", ".", "../x", "a/b"):
         mistake(lambda split=split: data.dataset("folder", root, split), "the name of a split")
