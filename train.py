@@ -481,7 +481,8 @@ def log_losses(state, lr, bar):
     state.labelled = any_process(state.labelled)
     if not state.labelled:
         raise UserError(f"no pixel of {state.step} steps has a label; see `python data.py`")
-    means = {name: sum(losses[name] for losses in window) / len(window) for name in window[0]}
+    names = dict.fromkeys(name for losses in window for name in losses)
+    means = {name: sum(losses.get(name, 0) for losses in window) / len(window) for name in names}
     loss, speed = sum(means.values()), s["batch_size"] * len(window) / state.seconds
     state.window, state.seconds = [], 0.0
     line = dict(step=state.step, lr=lr, loss=loss) | means

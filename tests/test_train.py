@@ -775,17 +775,22 @@ def test_a_loss_that_some_steps_do_not_have_is_0_there(flags, tmp_path, monkeypa
 
         def forward(self, images, labels):
             forward.append(1)
-            return {"a": self.weight} | ({"b": 2 * self.weight} if len(forward) > 1 else {})
+            return {"a": self.weight} | ({"b": 2 * self.weight} if len(forward) == 2 else {})
 
     settings = train.resolve(train.arguments(flags)[0])[0]
     net = Sometimes()
     state = train.State(net, settings, {}, torch.device("cpu"), 0)
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    for _ in range(2):
+    for looks in (False, True, True):  # the second look sees another set of names
         train.train_step(net, state, images, torch.zeros(4, 8, 8, dtype=torch.uint8))
-    train.look_at_losses(state)
-    assert [list(losses) for losses in state.window] == [["a", "b"]] * 2
+        if looks:
+            train.look_at_losses(state)
+    assert [list(losses) for losses in state.window] == [["a", "b"], ["a", "b"], ["a"]]
     assert state.window[0]["b"] == 0 and state.window[1]["b"] > 1
+    state.folder, state.seconds, state_b = tmp_path, 1.0, state.window[1]["b"]
+    train.log_losses(state, 0.1, train.tqdm(disable=True))
+    (line,) = train.read_log(tmp_path)
+    assert line["b"] == pytest.approx(state_b / 3)
 
 
 def test_checkpoints_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
