@@ -739,6 +739,8 @@ def photographs(net, checkpoint, device, args, views):
     name, count = Counter(outputs).most_common(1)[0]
     if count > 1:
         raise UserError(f"--images: {count} photographs share the output file {name}; split them")
+    if max(len(os.fsencode(output)) for output in outputs) > 255:
+        raise UserError("--images: an output file would have a name of over 255 bytes; rename it")
     make_folders(args, {file.parent for file in files if file.is_file()})
     for file in files:
         try:
@@ -770,6 +772,8 @@ def whole_split(net, checkpoint, device, rank, args, views):
     """Metrics, predictions, figures and the method's numbers of a whole split."""
     settings = checkpoint["settings"]
     name, own = args.dataset or settings["dataset"], settings["data_root"]
+    if args.data_root and name.startswith("shapes"):
+        raise UserError("--data-root has no effect here: shapes is drawn, it has no files")
     root = args.data_root or (own if name == settings["dataset"] else data.default_root(name))
     dataset = data.dataset(name, root, args.split, huge=args.window is not None)
     nets = {args.checkpoint: net} | compared_networks(args, checkpoint, name, dataset, device)

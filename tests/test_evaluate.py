@@ -900,6 +900,17 @@ def test_class_dependency_leaves_no_hook_behind():
     assert not net.classifier._forward_pre_hooks
 
 
+def test_long_names_and_a_root_for_shapes_are_refused(trained, tmp_path, capsys):
+    _, checkpoint, _ = trained
+    photo = tmp_path / f"{'b' * 245}.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(photo)
+    line = mistake(capsys, "--checkpoint", checkpoint, "--images", str(photo))
+    assert "a name of over 255 bytes" in line
+    flags = ["--dataset", "shapes", "--data-root", str(tmp_path)]
+    line = mistake(capsys, "--checkpoint", checkpoint, *flags)
+    assert "--data-root has no effect here" in line
+
+
 def test_json_is_written_whole_or_not_at_all(trained, tmp_path, capsys, monkeypatch):
     _, checkpoint, _ = trained
     file = tmp_path / "n.json"
