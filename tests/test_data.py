@@ -2437,3 +2437,12 @@ def test_two_labels_of_one_name_and_a_split_that_is_no_name_are_mistakes(tmp_pat
     mistake(lambda: data.dataset("folder", root, "train"), "x.PNG'", "have one name")
     for split in ("", ".", "../x", "a/b"):
         mistake(lambda split=split: data.dataset("folder", root, split), "the name of a split")
+
+
+def test_a_contact_sheet_never_takes_the_place_of_a_picture_of_another_split(photos, capsys):
+    picture = photos / "images" / "val" / "0.png"
+    before = picture.read_bytes()
+    given = ["folder", "--data-root", str(photos), "--workers", "0", "--output", str(picture)]
+    assert data.main(given) == 2
+    assert "is among the dataset's files" in capsys.readouterr().err
+    assert picture.read_bytes() == before

@@ -906,6 +906,8 @@ def test_long_names_and_a_root_for_shapes_are_refused(trained, tmp_path, capsys)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(photo)
     line = mistake(capsys, "--checkpoint", checkpoint, "--images", str(photo))
     assert "a name of over 255 bytes" in line
+    line = mistake(capsys, "--checkpoint", checkpoint, "--json", str(tmp_path / "config.json"))
+    assert "is a folder or a run's record" in line
     flags = ["--dataset", "shapes", "--data-root", str(tmp_path)]
     line = mistake(capsys, "--checkpoint", checkpoint, *flags)
     assert "--data-root has no effect here" in line
