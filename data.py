@@ -192,8 +192,8 @@ def _is_first(text):
 
 
 def own_session(worker):
-    """For a DataLoader's workers: signals are for the main process to answer. A scheduler sends
-    them to all processes. SIGTERM from the main process, which is how it ends its workers, counts.
+    """For a DataLoader's workers: they leave signals, which a scheduler sends to all processes, to
+    the main process. They obey SIGTERM from the main process, which ends its workers so.
     """
     if hasattr(os, "setsid"):
         os.setsid()
@@ -283,18 +283,20 @@ def dataset(name, root=None, split="train", train=False, *, seed=0, crop_size=51
 def _key(path, folder):
     """What an image and its label share: subfolder and name, without the ending.
 
-    In Unicode's composed form: names from a Mac are not.
+    Names are compared in Unicode's composed form. A Mac writes the other one.
     """
     inside = str(path).removeprefix(os.path.join(folder, ""))  # faster than relative_to
     return unicodedata.normalize("NFC", os.path.splitext(inside)[0])
 
 
-def _keyed(folder, kinds):
-    """Key -> picture of a folder. UserError for two of one key."""
+def _keyed(folder, kinds, alone=False):
+    """Key -> picture of a folder. alone: UserError for two of one key."""
     found = {}
     for path in images_in(folder, kinds):
-        if (other := found.setdefault(_key(path, folder), path)) != path:
-            raise UserError(f"'{path}' and '{other}' have one name; rename or remove one")
+        other = found.get(_key(path, folder))
+        if alone and other:
+            raise UserError(f"'{other}' and '{path}' have one name; rename or remove one")
+        found[_key(path, folder)] = path
     return found
 
 
@@ -890,7 +892,7 @@ def _lut(known, rest=UNKNOWN, length=256):
 
 def _pairs(name, split, root, images, labels):
     """The images of a folder, each with the PNG of its name in another."""
-    found, files = _keyed(images, None), _keyed(labels, {".png"})
+    found, files = _keyed(images, None, alone=True), _keyed(labels, {".png"}, alone=True)
     if not found or not files:
         raise not_found(name, split, root, labels if found else images)
     return [(path, files.get(key, labels / f"{key}.png")) for key, path in found.items()]

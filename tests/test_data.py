@@ -2439,6 +2439,19 @@ def test_two_labels_of_one_name_and_a_split_that_is_no_name_are_mistakes(tmp_pat
         mistake(lambda split=split: data.dataset("folder", root, split), "the name of a split")
 
 
+def test_two_images_of_one_name_in_a_folder_of_a_list_do_not_hide_the_others(tmp_path):
+    # A list names x.jpg and gone.jpg; that y is there twice is nobody's concern.
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    picture = Image.fromarray(np.zeros((4, 4), np.uint8))
+    for name in ("x.jpg", "y.jpg", "y.png"):
+        picture.save(voc / "JPEGImages" / name)
+    picture.save(voc / "SegmentationClass" / "x.png")
+    (voc / "ImageSets/Segmentation/train.txt").write_text("x\ngone\n")
+    assert len(data.dataset("pascal_voc", tmp_path, "train")) == 1
+
+
 def test_a_contact_sheet_never_takes_the_place_of_a_picture_of_another_split(photos, capsys):
     picture = photos / "images" / "val" / "0.png"
     before = picture.read_bytes()
