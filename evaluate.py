@@ -101,8 +101,8 @@ def warn_of_absent(labelled, dataset, name):
 @torch.no_grad()
 def predict(net, images, scales=(1.0,), flip=False, window=None):
     """Class probabilities `[N, K, H, W]` of images `[N, 3, H, W]`: the mean over the scales, each
-    with its mirror image if `flip`. window: cut each scaled image into squares of that side, in
-    steps of two thirds, and average where they overlap.
+    with its mirror image if `flip`. Images are resized bilinearly, antialiased where they shrink.
+    window: cut each into squares of that side, in steps of two thirds; average the overlaps.
     """
     size, kwargs, total = images.shape[2:], dict(mode="bilinear", align_corners=False), 0
     for scale in scales:
