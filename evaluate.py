@@ -411,8 +411,8 @@ def speed(net, num_classes, device, args):
     images = torch.randn(count, 3, *size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(num_classes, (count, *size), device=device)
     optimizer, cuda = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9), device.type == "cuda"
-    numbers = {"device": name, "batch_size": count, "size": size}
-    print(f"{count} images of {size[0]}x{size[1]}, amp {amp_dtype(args.amp, device)}, {name}")
+    numbers, amp = dict(device=name, batch_size=count, size=size), amp_dtype(args.amp, device)
+    print(f"{count} images of {size[0]}x{size[1]}, amp {amp or 'off'}, {name}")
     for what, training in ("forward", False), ("training step", True):
         net.train(training)
         seconds = []
