@@ -12,8 +12,7 @@ removed, the convolutions after it are dilated by the same factor. Each kernel t
 samples that it was trained on (but for `multi_grid`, and EfficientNets' squeeze-and-excitation).
 
 The section "alignment" says where the positions of a map are on the image. A Backbone's `forward`,
-`upsample`, `resize` and `positions` take care of it. No method file has to. To copy: this file
-stands alone.
+`upsample`, `resize` and `positions` take care of it. To copy: this file alone.
 """
 
 import inspect
@@ -158,12 +157,10 @@ def parts(name, weights=None):
 
     stem: images -> stride 4; the four levels follow one another, strides 4, 8, 16, 32; channels: of
     the stem and of each level. (MobileNetV2's first level is in its stem: as a level of its own it
-    does nothing.) weights: as in `build`.
-    Raises ValueError for another backbone, and as load_weights.
+    does nothing.) weights: as in `build`. ValueError for another backbone, and as load_weights.
     """
-    resnets = [name for name in NAMES if name.startswith("resnet")]
-    if name not in (*resnets, "mobilenet_v2"):
-        raise ValueError(f"backbone '{name}': here it is {', '.join(resnets)} or mobilenet_v2")
+    known = [name for name in NAMES if name.startswith(("resnet", "mobilenet"))]
+    check_choices(backbone=(name, known))
     model, channels = _model(name, weights), _LEVELS[name][1]
     if name == "mobilenet_v2":
         levels = [nn.Identity(), model.features[4:7], model.features[7:14], model.features[14:18]]
@@ -282,18 +279,8 @@ class Xception65(nn.Module):
     Convolution", ECCV 2018, Fig. 4).
 
     `[N, 3, H, W]` -> four maps, finest first; the first is DeepLabv3+'s low-level features. Where a
-    stride is removed, what follows is dilated.
-
-    The names follow DeepLab's TensorFlow checkpoints. To convert one: leave out `xception_65/` and
-    `xception_module/`, a dot for each slash; `weights` [h, w, in, out] are `0.weight` by permute(3,
-    2, 0, 1), `depthwise_weights` [h, w, in, 1] by permute(2, 3, 0, 1); `BatchNorm/{gamma, beta,
-    moving_mean, moving_variance}` are `1.{weight, bias, running_mean, running_var}`; what is not in
-    entry_flow, middle_flow, exit_flow is dropped (logits, momenta, global_step). So
-    middle_flow/block1/unit_3/xception_module/separable_conv2_pointwise/weights is
-    `middle_flow.block1.unit_3.separable_conv2_pointwise.0.weight`. Those networks take pixels 2z -
-    1, z in 0…1; here they come as x = (z - m) / s, with ImageNet's mean m and deviation s: 2z - 1 =
-    2s·x + 2m - 1. So with W the weight of entry_flow.conv1_1 subtract Σ W·(2m - 1) from its
-    running_mean, then multiply W by 2s (exact but at the image's border).
+    stride is removed, what follows is dilated. The names follow DeepLab's TensorFlow checkpoints;
+    docs/results.md says how to convert one.
     """
 
     def __init__(self, output_stride=32, multi_grid=(1, 1, 1)):
@@ -585,9 +572,7 @@ def pixel_cross_entropy(logits, labels, ignore=255):
 
 
 def extended(images, stride, patches=False):
-    """Images `[N, C, H, W]`, extended at the right and the bottom to the next n·stride + 1 pixels,
-    or for `patches` to the next multiple of `stride`.
-    """
+    """Images `[N, C, H, W]`, at right and bottom extended to n·stride + 1; patches: n·stride."""
     remainder = 0 if patches else 1
     bottom, right = ((remainder - side) % stride for side in images.shape[2:])
     return F.pad(images, (0, right, 0, bottom), mode="replicate")
@@ -613,9 +598,7 @@ def resize(x, like, patches=False):
 
 
 def positions(stride, length, patches=False):
-    """The pixel of each of the `length` positions of a map at `stride`, along one side, int64;
-    of `patches` the middle, rounded up.
-    """
+    """The pixel of each position along one side, int64; of patches the middle, rounded up."""
     return torch.arange(length) * stride + (stride // 2 if patches else 0)
 
 
@@ -659,6 +642,23 @@ def pixels_of(net, sides, size):
 
 
 # ------------------------------------------------------------------------------------- for networks
+
+
+def confusion(predicted, labels, num_classes):
+    """The number of pixels of each (true class, predicted class), int64 `[K, K]`.
+
+    predicted, labels: of one shape, of any integer type; pixels labelled 255 do not count.
+    """
+    K = num_classes
+    # For an ignored pixel the index is at least 255·K ≥ K², beyond the counts that are kept.
+    pairs = labels.flatten().long() * K + predicted.flatten()
+    return torch.bincount(pairs, minlength=K * K)[: K * K].view(K, K)
+
+
+def iou(counts):
+    """IoU of each class, of `confusion`'s counts: `[…, K, K]` -> `[…, K]`, NaN of an absent one."""
+    hit = counts.diagonal(dim1=-2, dim2=-1)
+    return hit / (counts.sum(-1) + counts.sum(-2) - hit)
 
 
 def one_image(net, image):

@@ -55,22 +55,18 @@ class ConfusionMatrix:
 
     def update(self, prediction, labels):
         """Add label maps of one shape, of any integer type; pixels labelled 255 do not count."""
-        K = len(self.matrix)
-        # For an ignored pixel the index is at least 255·K ≥ K², beyond the counts that are kept.
-        pairs = labels.flatten().long() * K + prediction.flatten()
-        self.matrix += torch.bincount(pairs, minlength=K * K)[: K * K].view(K, K)
+        self.matrix += backbones.confusion(prediction, labels, len(self.matrix))
 
     def result(self):
         """mIoU, pixel_accuracy, class_accuracy, or NaN; of each class: IoU or None, labelled."""
         matrix = self.matrix.cpu().double()
-        hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
-        union = true + predicted - hit
-        iou = hit / union  # NaN where the union is empty
+        hit, true = matrix.diag(), matrix.sum(1)
+        iou = backbones.iou(matrix)
         return {
-            "mIoU": iou[union > 0].mean().item(),
+            "mIoU": iou.nanmean().item(),
             "pixel_accuracy": (hit.sum() / matrix.sum()).item(),
             "class_accuracy": (hit / true)[true > 0].mean().item(),
-            "IoU": [value.item() if count else None for value, count in zip(iou, union)],
+            "IoU": [None if math.isnan(value) else value for value in iou.tolist()],
             "labelled": (true > 0).tolist(),
         }
 

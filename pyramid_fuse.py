@@ -488,7 +488,7 @@ class SpecializeAndFuse(nn.Module):
         for images, labels in pairs:
             taken, predicted = self.levels(images)
             at_level = [labels.masked_fill(taken != i, IGNORE) for i in range(L)]
-            found = [confusion(y, at, K) for y in predicted for at in at_level]
+            found = [backbones.confusion(y, at, K) for y in predicted for at in at_level]
             counts = counts + torch.stack(found).view(L + 1, L, K, K)
         alone, fused = counts[:-1], counts[-1]
         table = "levels: mIoU of the row's level on the column's pixels; its own should be the best"
@@ -496,23 +496,10 @@ class SpecializeAndFuse(nn.Module):
         share = "pixels: share taken from each level; more from coarse levels is more parsimonious"
         strides = ", ".join(f"stride {s}" for s in self.strides)
         return {
-            f"{table} | {strides} | {strides}": iou(alone).nanmean(2),
-            f"{less} | {strides}": iou(alone.sum(1)) - iou(fused.sum(0)),
+            f"{table} | {strides} | {strides}": backbones.iou(alone).nanmean(2),
+            f"{less} | {strides}": backbones.iou(alone.sum(1)) - backbones.iou(fused.sum(0)),
             f"{share} | share | {strides}": fused.sum((1, 2))[None] / fused.sum(),
         }
-
-
-def confusion(predicted, labels, num_classes):
-    """The number of pixels of each (true class, predicted class), `[K, K]`; 255 is left out."""
-    valid = labels != IGNORE
-    pairs = labels[valid] * num_classes + predicted[valid]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def iou(counts):
-    """IoU of each class, of `confusion`'s counts: `[…, K, K]` -> `[…, K]`."""
-    hit = counts.diagonal(dim1=-2, dim2=-1)
-    return hit / (counts.sum(-1) + counts.sum(-2) - hit)
 
 
 class APNB(nn.Module):

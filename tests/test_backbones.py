@@ -1180,3 +1180,33 @@ def test_a_backbone_answers_to_a_mark_at_pixel_i_times_stride_with_position_i(ou
         answer = net(images)[-1].sum(1)[0]
     row, column = divmod(answer.argmax().item(), answer.shape[1])
     assert (row, column) == (128 // output_stride, 96 // output_stride)
+
+
+def counted(predicted, labels, K):
+    """`confusion` by a loop over the pixels."""
+    counts = torch.zeros(K, K, dtype=torch.long)
+    for y, label in zip(predicted.flatten().tolist(), labels.flatten().tolist()):
+        if label != 255:
+            counts[label, y] += 1
+    return counts
+
+
+@pytest.mark.equation
+def test_confusion_and_iou_by_hand_and_by_loops():
+    predicted, labels = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([0, 1, 1, 1, 1, 255])
+    counts = backbones.confusion(predicted, labels, 4)
+    assert counts.tolist() == [[1, 0, 0, 0], [1, 2, 1, 0], [0] * 4, [0] * 4]
+    assert backbones.iou(counts).tolist()[:3] == [0.5, 0.5, 0] and backbones.iou(counts)[3].isnan()
+    predicted, labels = torch.randint(3, (2, 4, 5)), torch.randint(3, (2, 4, 5))
+    labels[:, ::3] = 255
+    both = [backbones.confusion(y, labels, 3) for y in (predicted, 2 - predicted)]
+    for found, y in zip(both, (predicted, 2 - predicted)):
+        assert torch.equal(found, counted(y, labels, 3))
+        pixels = list(zip(y.flatten().tolist(), labels.flatten().tolist()))
+        for k, value in enumerate(backbones.iou(found).tolist()):
+            hit = sum(a == k and b == k for a, b in pixels)
+            either = sum((a == k or b == k) and b != 255 for a, b in pixels)
+            assert value == pytest.approx(hit / either)
+    assert torch.equal(
+        backbones.iou(torch.stack(both)), torch.stack([backbones.iou(c) for c in both])
+    )

@@ -863,25 +863,6 @@ def counted(predicted, labels, K):
     return counts
 
 
-@pytest.mark.equation
-def test_confusion_and_iou_by_hand_and_by_loops():
-    predicted, labels = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([0, 1, 1, 1, 1, X])
-    counts = pf.confusion(predicted, labels, 4)
-    assert counts.tolist() == [[1, 0, 0, 0], [1, 2, 1, 0], [0] * 4, [0] * 4]
-    assert pf.iou(counts).tolist()[:3] == [0.5, 0.5, 0] and pf.iou(counts)[3].isnan()
-    predicted, labels = torch.randint(3, (2, 4, 5)), torch.randint(3, (2, 4, 5))
-    labels[:, ::3] = X
-    both = [pf.confusion(y, labels, 3) for y in (predicted, 2 - predicted)]
-    for found, y in zip(both, (predicted, 2 - predicted)):
-        assert torch.equal(found, counted(y, labels, 3))
-        pixels = list(zip(y.flatten().tolist(), labels.flatten().tolist()))
-        for k, value in enumerate(pf.iou(found).tolist()):
-            hit = sum(a == k and b == k for a, b in pixels)
-            either = sum((a == k or b == k) and b != X for a, b in pixels)
-            assert value == pytest.approx(hit / either)
-    assert torch.equal(pf.iou(torch.stack(both)), torch.stack([pf.iou(c) for c in both]))
-
-
 @pytest.mark.network
 def test_analyse_is_table_9_and_fig_c_of_all_images(narrow_decoder):
     net, seen = pf.build(3, "resnet18", strides=(8, 4), context=None).eval(), []
@@ -906,11 +887,11 @@ def test_analyse_is_table_9_and_fig_c_of_all_images(narrow_decoder):
     table, difference, share = numbers.values()
     for i, level in product(range(2), range(2)):
         at = labels.where(taken == level, X)
-        expected = pf.iou(counted(predicted[i], at, 3)).mean()
+        expected = backbones.iou(counted(predicted[i], at, 3)).mean()
         torch.testing.assert_close(table[i, level], expected)
-    fused = pf.iou(counted(predicted[2], labels, 3))
+    fused = backbones.iou(counted(predicted[2], labels, 3))
     for i in range(2):
-        expected = pf.iou(counted(predicted[i], labels, 3)) - fused
+        expected = backbones.iou(counted(predicted[i], labels, 3)) - fused
         torch.testing.assert_close(difference[i], expected)
     known = labels != X
     expected = [(taken[known] == level).float().mean() for level in (0, 1)]

@@ -590,7 +590,7 @@ def test_mistakes_name_what_is_expected():
     with pytest.raises(ValueError, match="weights 'w.pth' cannot fit resnet18 and resnet34"):
         tiny(backbones=("resnet18", "resnet34"), weights="w.pth")
     with pytest.raises(
-        ValueError, match="backbone 'xception65': here it is resnet18, .*or mobilenet_v2"
+        ValueError, match="backbone='xception65': it is one of 'resnet18', .*'mobilenet_v2'"
     ):
         spgnet.build(4, "xception65")
 
