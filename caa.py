@@ -424,9 +424,7 @@ _COMMON = dict(
     bn_momentum=0.0003,
 )  # fmt: skip
 RECIPES = {
-    # Ours, for the first run: minutes on two CPU cores, from random weights.
-    "shapes": dict(optimizer="adamw", lr=5e-4, head_lr=4.0, output_stride=16, batch_size=4,
-                   iterations=340, scale=(1.0, 1.0), option=dict(decoder=True)),
+    "shapes": dict(output_stride=16, option=dict(decoder=True)),  # ours, see SHAPES in train.py
     "pascal_context": _COMMON | dict(iterations=40_000),  # Sect. 3.4.2
     "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3; its "172 classes" are 171
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),  # 3.4.4, 3.4.1.3

@@ -149,15 +149,32 @@ def test_every_recipe_names_known_settings_only():
     for method in ("caa", "ksac", "car", "spgnet", "pyramid_fuse", "hfgd"):
         for dataset in evaluate.method_file(method).RECIPES:
             settings, origin = train.resolve({"method": method, "dataset": dataset})
-            assert origin["lr"] == f"recipe {method}/{dataset}"
+            assert f"recipe {method}/{dataset}" in origin.values()
 
 
 def test_the_recipe_of_shapes_holds_for_its_switches():
     plain, _ = train.resolve({"method": "caa", "dataset": "shapes"})
     switched, origin = train.resolve({"method": "caa", "dataset": "shapes+form+thin"})
-    assert origin["lr"] == "recipe caa/shapes" and switched["dataset"] == "shapes+form+thin"
+    assert origin["option"] == "recipe caa/shapes" and switched["dataset"] == "shapes+form+thin"
+    assert (plain["optimizer"], plain["iterations"], origin["iterations"]) == (
+        "adamw",
+        340,
+        "shapes",
+    )
     names = {"dataset": 0, "data_root": 0}
     assert plain | names == switched | names
+
+
+def test_what_shapes_sets_holds_for_a_method_without_a_recipe_and_without_a_backbone(method):
+    command = ["--method", "my_method", "--dataset", "shapes", "--head-lr", "3"]
+    settings, origin = train.resolve(train.arguments(command[:-2])[0])
+    assert (settings["lr"], origin["lr"], settings["head_lr"]) == (5e-4, "shapes", 4.0)
+    net = evaluate.network("my_method", 3, "none")
+    train.State(net, settings, origin, torch.device("cpu"), 0)
+    assert settings["head_lr"] == 1.0  # the method names no backbone
+    settings, origin = train.resolve(train.arguments(command)[0])
+    with pytest.raises(evaluate.UserError, match="--head-lr: my_method has no part named backbone"):
+        train.State(net, settings, origin, torch.device("cpu"), 0)
 
 
 def test_norms_and_biases_are_left_out_of_the_decay_only_where_asked(flags):
