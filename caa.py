@@ -424,7 +424,7 @@ _COMMON = dict(
     bn_momentum=0.0003,
 )  # fmt: skip
 RECIPES = {
-    "shapes": dict(output_stride=16, option=dict(decoder=True)),  # ours, see SHAPES in train.py
+    "shapes": dict(output_stride=16, option=dict(decoder=True)),  # ours, as SHAPES in train.py
     "pascal_context": _COMMON | dict(iterations=40_000),  # Sect. 3.4.2
     "coco_stuff10k": _COMMON | dict(iterations=40_000),  # Sect. 3.4.3; its "172 classes" are 171
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),  # 3.4.4, 3.4.1.3

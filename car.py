@@ -646,7 +646,10 @@ _COMMON = dict(
     weights="imagenet", crop_size=513, scale=(0.5, 2.0), scale_step=0.1, color="brightness",
     power=0.9, momentum=0.9, bn_momentum=0.0003,
 )  # fmt: skip
-RECIPES = {"pascal_context": _COMMON, "coco_stuff10k": _COMMON}  # Sects. 4.4.2, 4.4.3
+RECIPES = {
+    "shapes": dict(option=dict(head="uper", channels=128)),  # ours, as SHAPES in train.py
+    "pascal_context": _COMMON, "coco_stuff10k": _COMMON,  # Sects. 4.4.2, 4.4.3
+}  # fmt: skip
 
 
 def build(num_classes, backbone="resnet50", *, weights=None, **options):

@@ -381,6 +381,7 @@ _ABLATION = dict(backbone="resnet50", weights="imagenet", iterations=30_000, bat
 _SOTA = _ABLATION | dict(backbone="convnext_large", iterations=40_000, optimizer="adamw", lr=4e-5,
                          weight_decay=0.05, color="photometric")  # fmt: skip
 RECIPES = {
+    "shapes": dict(iterations=700, option=dict(width=64)),  # ours, as SHAPES in train.py
     # Sects. 5.1 to 5.5; Swin-Large: --iterations 40000, with SGD, as Sect. 4 reads. 5.6, Table 6:
     # --backbone convnext_large --iterations 40000 --optimizer adamw --lr 4e-5 --weight-decay 0.05
     # --color photometric

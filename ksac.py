@@ -271,6 +271,8 @@ _COMMON = dict(
 )
 _VOC = _COMMON | dict(option=dict(decoder=True, extra_rates=(1, 24)))  # Table 2.2's best
 RECIPES = {
+    # Ours, as SHAPES in train.py: rates that fit a map of 7x7.
+    "shapes": dict(option=dict(rates=(1, 2, 3), decoder=True)),
     # VOC 2012 in three stages (Sect. 2.3.2), each from the one before: --init RUN/last.pt. Stage 1
     # is on COCO, SBD and VOC mixed; here on COCO alone, its greater part (60K images, 2.3.1.3).
     "coco_voc": _VOC | dict(iterations=300_000, lr=1e-3),

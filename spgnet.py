@@ -365,6 +365,7 @@ _COMMON = dict(  # Sect. 4.2; ResNet-50: Sect. 4.3; ImageNet weights are inferre
     weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none", bn_momentum=0.1,
 )  # fmt: skip
 RECIPES = {
+    "shapes": dict(lr=1e-3, option=dict(channels=64)),  # ours, as SHAPES in train.py
     # Sect. 4.2 gives no crop size; this is DeepLab's. Tables 1, 2: train and val together (Sect.
     # 4.2, `--train-split trainval`), evaluated at the scales 0.75 1 1.25 1.5 1.75 2 (Sect. 4.3).
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
