@@ -326,7 +326,7 @@ class HFGD(nn.Module):
         }
 
     def analyse(self, pairs):
-        """Ours: mIoU of the two predictions of `figures`, on all pixels and near borders."""
+        """Ours: mIoU of `figures`' two predictions, everywhere and within 3 pixels of borders."""
         if not self.guided:
             return {}
         K, counts = self.classifier.out_channels, 0
@@ -336,9 +336,9 @@ class HFGD(nn.Module):
                 predicted = self.figures(image).values()  # from coarse, from fine features
                 found = [backbones.confusion(y, at, K) for y in predicted for at in truths]
                 counts = counts + torch.stack(found).view(2, 2, K, K)
-        what = "features: mIoU, higher is better; fine should gain most near borders (3 pixels)"
+        what = "features: mIoU, higher is better; fine should win, by a larger factor near borders"
         axes = "coarse features, fine features | everywhere, near border"
-        return {f"{what} | {axes}": backbones.iou(counts).nanmean(2)}
+        return {f"{what} (3 pixels) | {axes}": backbones.iou(counts).nanmean(2)}
 
 
 def near_border(labels):
