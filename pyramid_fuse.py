@@ -103,9 +103,8 @@ def relabel(semantic, unity, unity_prob, threshold=0.9, policy="true_positive"):
 
     semantic, unity: of `pyramid_labels`. unity_prob: Û, for all levels but the finest `[N, h, w]`
     in 0…1. policy, Table 7: which cells make the finer cells under them "done". "true_positive":
-    unity-cells that are predicted as such, Û >= threshold; "ground_truth", the paper's simple fix:
-    all unity-cells; "naive": none. Raises ValueError for another policy. Where a unity-cell is
-    missed, finer levels decide at inference: "ground_truth" does not train them there (Sect. 5.4).
+    unity-cells that are predicted as such, Û >= threshold; "naive": none; "ground_truth", the
+    paper's simple fix: all, also missed ones, where finer levels decide at inference (Sect. 5.4).
     """
     backbones.check_choices(policy=(policy, POLICIES))
     relabelled, kept = [semantic[0]], []
@@ -126,7 +125,8 @@ def chosen_level(unity_prob, like, threshold=0.9):
     finest = len(unity_prob)
     level = torch.full(like.shape[:1] + like.shape[-2:], finest, device=like.device)
     for i in range(finest - 1, -1, -1):  # from fine to coarse: the coarser overrides
-        level = level.masked_fill(repeat_cells(unity_prob[i] >= threshold, like), i)
+        p = unity_prob[i]
+        level = level.masked_fill(repeat_cells(p >= threshold, like), i)
     return level
 
 
