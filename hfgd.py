@@ -39,7 +39,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
 
 import backbones
-from car import OCR, ClassAwareRegularization, SelfAttention, labels_at, pyramid_pool
+from car import OCR, ClassAwareRegularization, SelfAttention, labels_at
 
 # ------------------------------------------------------------------------------------------- layers
 
@@ -69,8 +69,7 @@ class ContextAugmentedEncoder(nn.Module):
     map; the features before the trailing convolution; the logits of OCR's regions, or None.
 
     Table 1's "Ours": leading convolutions, self-attention regularised by CAR, a trailing
-    convolution. In the paper 1x1 is better than 3x3 (mIoU 50.76, 50.42), "possibly" as receptive
-    fields are large enough, and two leading ones are better.
+    convolution. In the paper two leading 1x1 ones are better than 3x3 (mIoU 50.76, 50.42) or one.
     width None: no trailing convolution. resize: the backbone's. The other options: see HFGD.
     """
 
@@ -85,7 +84,6 @@ class ContextAugmentedEncoder(nn.Module):
         else:
             self.body, channels = other_encoder(encoder, backbone.channels, num_classes)
         # In CAR's released code the losses act on the output of a 1x1 convolution.
-        released = released and encoder == "ours"
         self.released_conv = nn.Conv2d(512, 512, 1) if released else nn.Identity()
         fits = width is None or (encoder == "aspp" and width == channels)  # ASPP has this one
         self.last = nn.Identity() if fits else Conv2dNormActivation(channels, width, 1)
@@ -162,8 +160,7 @@ class AxialAttention(nn.Module):
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, 64, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-        # A query's product with itself starts near 64·0.7² = 31, after a ReLU near 64/2 = 32: the
-        # softmax starts equally peaked.
+        # q·q starts near 64·0.7² = 31, after a ReLU near 32: the softmax starts equally peaked.
         nn.init.constant_(layer[1].weight, 1.0 if released else 0.7)
         return layer
 
@@ -208,7 +205,7 @@ class HFGD(nn.Module):
     option         values                                           default  paper
     output_stride  of the fine logits: 4, 2, 1                      4        Tables 5, 8, 9, Sect. 9
     encoder        "ours", "identity", "aspp", "ocr",               "ours"   Tables 1, 4, 5, 8, 10
-                   "self_attention": CAR's baseline, one leading 3x3 convolution; "ppm": Sect. 3.2
+                   "self_attention": CAR's baseline, one leading 3x3 convolution
     leading        kernels of the leading convolutions of "ours"    (1, 1)   Sect. 3.2
     car            False: "ours" without CAR's losses               True     no table; Sect. 3.2
     upsampler      "usfpn"; "sfpn": SemanticFPN, stride 4; None     "usfpn"  Tables 1 to 5, 8, 10
@@ -222,18 +219,17 @@ class HFGD(nn.Module):
 
     SemanticFPN of Tables 5, 8, 10 is encoder="identity", upsampler="sfpn", guided=False. Table 10's
     ConvNeXt V2 is not in backbones.py. With stopped features the backbone learns from its last map
-    alone, with "ocr" from the last two. Layers that lead to other maps alone are frozen: layer
-    norms of Swin and ConvNeXt, HRNet's last fusions.
+    alone, with "ocr" from the last two. Layers that lead to other maps only are frozen.
     """
 
-    caption = "The same class kernels read coarse and fine features. Compare thin things."
+    caption = "The prediction is from fine features. The same class kernels read coarse ones."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, output_stride=4,
                  encoder="ours", leading=(1, 1), car=True, upsampler="usfpn", width=256,
                  guided=True, axial=True, stop_features=True, stop_kernels=True, released=False,
                  **terms):  # fmt: skip
         super().__init__()
-        encoders = "ours", "identity", "aspp", "ppm", "ocr", "self_attention"
+        encoders = "ours", "identity", "aspp", "ocr", "self_attention"
         upsamplers = "usfpn", "sfpn", None
         backbones.check_choices(encoder=(encoder, encoders), upsampler=(upsampler, upsamplers))
         backbones.check_choices(output_stride=(output_stride, (4, 2, 1)))
@@ -257,7 +253,7 @@ class HFGD(nn.Module):
             self.backbone.reads(*([2, 3] if encoder == "ocr" else [3]))
         # Without guidance "identity" is the last map as it is (Table 1).
         z_width = None if encoder == "identity" and not self.guided else width
-        options = encoder, leading, z_width, released
+        options = encoder, leading, z_width, released and encoder == "ours"
         self.encoder = ContextAugmentedEncoder(self.backbone, num_classes, *options)
         levels = (*self.backbone.channels[:-1], self.encoder.channels)
         self.upsampler = self.guide = self.car = None
@@ -329,6 +325,28 @@ class HFGD(nn.Module):
             f"prediction from fine features, stride {self.stride}": self(image).argmax(1)[0],
         }
 
+    def analyse(self, pairs):
+        """Ours: mIoU of `figures`' two predictions, everywhere and within 3 pixels of borders."""
+        if not self.guided:
+            return {}
+        K, counts = self.classifier.out_channels, 0
+        for images, labels in pairs:
+            near = labels.masked_fill(~near_border(labels), 255)
+            for image, *truths in zip(images, labels, near):
+                predicted = self.figures(image).values()  # from coarse, from fine features
+                found = [backbones.confusion(y, at, K) for y in predicted for at in truths]
+                counts = counts + torch.stack(found).view(2, 2, K, K)
+        what = "features: mIoU, higher is better; fine should win, by a larger factor near borders"
+        axes = "coarse features, fine features | everywhere, near border"
+        return {f"{what} (3 pixels) | {axes}": backbones.iou(counts).nanmean(2)}
+
+
+def near_border(labels):
+    """True where two labels, neither 255, are within 3 pixels (7x7): int64 `[N, H, W]` -> bool."""
+    largest = F.max_pool2d(labels.masked_fill(labels == 255, -1).float(), 7, 1, 3)
+    smallest = -F.max_pool2d(-labels.float(), 7, 1, 3)  # 255 only where nothing is labelled
+    return largest > smallest
+
 
 # -------------------------------------------------------------------------- what the tables compare
 
@@ -340,22 +358,8 @@ class SemanticFPN(UltraSemanticFPN):
         super().__init__(channels, 4, width, kernel=1)
 
 
-class PPM(nn.Module):
-    """Pyramid pooling (Zhao et al., CVPR 2017): `[N, C, h, w]` -> `[N, 2·C, h, w]`."""
-
-    def __init__(self, channels):
-        super().__init__()
-        # No batch norm where pooling leaves one value per channel and image.
-        norms = None, nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d
-        layers = (Conv2dNormActivation(channels, channels // 4, 1, norm_layer=n) for n in norms)
-        self.pools = nn.ModuleList(layers)
-
-    def forward(self, x):
-        return pyramid_pool(x, self.pools)
-
-
 def other_encoder(name, channels, num_classes):
-    """Table 1's other encoders, and PPM: (layer, its channels). channels: the backbone's."""
+    """Table 1's other encoders: (layer, its channels). channels: the backbone's."""
     last = channels[-1]
     if name == "self_attention":
         return SelfAttention(last), 512
@@ -363,17 +367,14 @@ def other_encoder(name, channels, num_classes):
         return OCR(last, channels[-2], num_classes), 1024
     if name == "aspp":
         aspp = ASPP(last, (3, 6, 9), 256)  # half of stride 16's rates
-        aspp.convs[4][2] = nn.Identity()  # no batch norm: pooling leaves one value, as in PPM
+        aspp.convs[4][2] = nn.Identity()  # no batch norm: pooling leaves one value per channel
         aspp.project[3] = nn.Identity()  # no Dropout(0.5): the class kernels would learn its noise
         return aspp, 256
-    if name == "ppm":
-        return PPM(last), 2 * last
     return nn.Identity(), last
 
 
 # Sect. 4, whose batch norm decay 0.9997 is bn_momentum 0.0003. Not in the paper, so as in CAR:
-# crops (but for Sect. 7.2), scales, momentum, power, brightness. Open: the checkpoint of ConvNeXt
-# or Swin; --weights takes a path.
+# crops (but for Sect. 7.2), scales, momentum, power, brightness. Open: ConvNeXt's and Swin's files.
 _ABLATION = dict(backbone="resnet50", weights="imagenet", iterations=30_000, batch_size=16,
                  optimizer="sgd", lr=0.01, power=0.9, momentum=0.9, weight_decay=1e-4,
                  bn_momentum=0.0003, crop_size=513, scale=(0.5, 2.0), scale_step=0.1,

@@ -35,6 +35,8 @@ convolution, then KSAC. Tests: tests/test_ksac.py.
 To copy: this file and backbones.py. The code above KSACNet needs torch and torchvision alone.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,8 +61,7 @@ def rearranged(x, weight, rates):
     """The same as `separate`, with the multiply-adds of one 3x3 convolution. The form is ours.
 
     Sect. 2.4.2 says that sharing needs 1x3x3 products for a pixel instead of 3x3x3. That is true of
-    this form only: `separate` computes all 3x3x3. The products take N·9·C·H·W numbers. Under
-    autocast they are rounded before they are summed.
+    this form only: `separate` computes all 3x3x3. The products take N·9·C·H·W numbers.
 
     Derivation: the nine products K_k T do not depend on the rate,
 
@@ -139,6 +140,7 @@ class KSACNet(nn.Module):
     net(images): float `[N, 3, H, W]` -> logits float32 `[N, num_classes, H, W]`. net(images,
     labels), labels int64 `[N, H, W]`, 255 = ignored -> dict of the scalar loss "cross_entropy".
     Raises ValueError for a training batch of one image: the image-level branch has batch norm.
+    Ours: over evaluate.py's --scales 0.5 0.7 1 1.4 2 the mIoU should fall less than with "aspp".
 
     option          values                                default        thesis
     head            "ksac", "aspp", "fcn"                 "ksac"         Table 2.1
@@ -148,7 +150,7 @@ class KSACNet(nn.Module):
     output_stride   of the backbone: 8, 16; ours: 32      16             Table 2.1 (OS)
     """
 
-    caption = "KSAC's rates share one kernel: a map looks for the same pattern at every rate."
+    caption = "KSAC has one kernel for all rates. Frames and crosses: its taps read padding there."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="ksac",
                  rates=(6, 12, 18), extra_rates=(), decoder=False, output_stride=16):  # fmt: skip
@@ -181,15 +183,12 @@ class KSACNet(nn.Module):
             self.backbone.reads(3)
             self.decoder, self.stride = None, self.backbone.strides[-1]
         self.classifier = nn.Conv2d(256, num_classes, 1)
+        self.warned = False
 
     def forward(self, images, labels=None):
-        if self.training and len(images) == 1 and not isinstance(self.head, FCN):
-            if not any(isinstance(module, nn.SyncBatchNorm) for module in self.head.modules()):
-                raise ValueError(
-                    "batch norm of the image-level branch needs more than 1 value per channel: "
-                    "take a batch of at least two images for each process, or head='fcn'"
-                )
         maps = self.backbone(images)  # finest first
+        if self.training and not torch.compiler.is_compiling():
+            self.check_rates(*maps[-1].shape[2:])
         x = self.head(maps[-1])
         if self.decoder is not None:
             x = self.decoder(x, maps[0], self.backbone.resize)
@@ -198,6 +197,15 @@ class KSACNet(nn.Module):
             return logits
         backbones.check_labels(labels, images, self.classifier.out_channels)
         return {"cross_entropy": backbones.pixel_cross_entropy(logits, labels)}
+
+    def check_rates(self, h, w):
+        """A warning, the first time that a rate is at least both sides of a map of h x w."""
+        beyond = [str(rate) for rate in getattr(self.head, "rates", ()) if rate >= max(h, w)]
+        if beyond and not self.warned:
+            self.warned = True
+            text = f"at rate {', '.join(beyond)} the centre tap alone reads a map of {h}x{w}, the "
+            text += "others padding; take larger crops, or smaller rates: --option rates=[1,2,3]"
+            warnings.warn(text, stacklevel=1)
 
     @torch.no_grad()
     def figures(self, image):
@@ -210,13 +218,10 @@ class KSACNet(nn.Module):
         image = backbones.one_image(self, image)
         if isinstance(self.head, FCN):
             return {}
-        figures = {}
-        pyramid = self.head.pyramid(self.backbone(image)[-1])
-        for rate, y in zip(self.head.rates, pyramid):
-            name = f"rate {rate}: 25 feature maps | 0 | largest of each map"
-            while name in figures:  # at output stride 32 the rates 1 and 2 both become 1
-                name = f"once more {name}"
-            figures[name] = tiled(y[0, :25])
+        figures, x = {}, self.backbone(image)[-1]
+        for r, y in zip(self.head.rates, self.head.pyramid(x)):
+            note = "" if r < max(x.shape[2:]) else " (beyond the map: centre tap alone)"
+            figures[f"rate {r}{note}: 25 feature maps | 0 | largest of each map"] = tiled(y[0, :25])
         return figures
 
 
@@ -245,10 +250,9 @@ class ASPP(deeplabv3.ASPP):
 
 
 class FCN(nn.Sequential):
-    """No context (Table 2.1's first row): a 1x1 convolution."""
+    """No context: a 1x1 convolution, inferred from the costs of Table 2.1's first row."""
 
     def __init__(self, in_channels, channels=256):
-        # Inferred from the costs of Table 2.1, see docs/results.md.
         super().__init__(Conv2dNormActivation(in_channels, channels, 1), nn.Dropout(0.1))
 
 
@@ -256,19 +260,14 @@ _COMMON = dict(
     backbone="xception65",  # Table 2.1's best
     # Sect. 2.3.2 says ImageNet for ADE20K. torchvision has no weights of Xception: --weights PATH.
     weights="imagenet",
-    output_stride=16,  # Sect. 2.4.4: with the decoder nearly as good as 8
-    option=dict(decoder=True),
-    optimizer="sgd",  # Sect. 2.3.2
-    batch_size=16,  # Sect. 2.3.2, with Xception; 32 with MobileNetV2
+    output_stride=16, option=dict(decoder=True),  # Sect. 2.4.4: with it nearly as good as 8
+    optimizer="sgd", batch_size=16,  # Sect. 2.3.2, with Xception; MobileNetV2: 32
     crop_size=513,  # Sect. 2.3.1.5; cropped on ADE20K too, where Sect. 2.4.5 says "resize"
-    scale=(0.5, 2.0),  # Sect. 2.3.1.5
-    scale_step=0.25,  # Sect. 2.3.1.5
-    color="none",  # Sect. 2.3.1.5
+    scale=(0.5, 2.0), scale_step=0.25, color="none",  # Sect. 2.3.1.5
     momentum=0.9,  # Sect. 2.3.2, said of ADE20K
-    power=0.9,  # open; DeepLab's
+    power=0.9, bn_momentum=0.0003,  # open; DeepLab's, whose decay is 0.9997
     weight_decay=4e-5,  # open; DeepLabv3+'s with Xception
-    bn_momentum=0.0003,  # open; DeepLab's decay of 0.9997
-)
+)  # fmt: skip
 _VOC = _COMMON | dict(option=dict(decoder=True, extra_rates=(1, 24)))  # Table 2.2's best
 RECIPES = {
     # Ours, as SHAPES in train.py: rates that fit a map of 7x7.
@@ -280,8 +279,7 @@ RECIPES = {
     "pascal_voc": _VOC | dict(iterations=30_000, lr=2e-4),  # iterations are open; DeepLabv3's
     # Sect. 2.3.2: "manually reduced in half about every 30K iterations"; how many is open.
     "ade20k": _COMMON | dict(iterations=150_000, lr=2e-3, halve_every=30_000),
-    # Of Cityscapes' training the thesis gives the crop size alone (Sect. 2.3.1.5); iterations and
-    # lr are DeepLabv3's.
+    # The thesis gives the crop size alone (Sect. 2.3.1.5); iterations and lr are DeepLabv3's.
     "cityscapes": _COMMON | dict(iterations=90_000, lr=7e-3, crop_size=769),
 }
 

@@ -69,9 +69,8 @@ def pyramid_labels(labels, strides=(32, 16, 8, 4), finest="pixel"):
         two or more classes (and 255: ours)              255         0 (mix-cell)
         one class and 255 (255 alone: ours)              255         255
 
-    finest: a mix-cell's label is "ill-defined and ignored" (Sect. 3.1), but "all cells in the
-    finest level L are assumed to be unity-cells" (Sect. 3.2). "pixel" follows Sect. 3.2: the label
-    is that of the pixel (s/2, s/2), our choice. "ignore_mixed" has the table there, too.
+    finest: "ignore_mixed" has this table there, too. But "all cells in the finest level L are
+    assumed to be unity-cells" (Sect. 3.2): "pixel" has the label of pixel (s/2, s/2), our choice.
     """
     H, W = labels.shape[1:]
     if H % strides[0] or W % strides[0]:
@@ -104,9 +103,8 @@ def relabel(semantic, unity, unity_prob, threshold=0.9, policy="true_positive"):
 
     semantic, unity: of `pyramid_labels`. unity_prob: Û, for all levels but the finest `[N, h, w]`
     in 0…1. policy, Table 7: which cells make the finer cells under them "done". "true_positive":
-    unity-cells that are predicted as such, Û >= threshold; "ground_truth", the paper's simple fix:
-    all unity-cells; "naive": none. Raises ValueError for another policy. Where a unity-cell is
-    missed, finer levels decide at inference: "ground_truth" does not train them there (Sect. 5.4).
+    unity-cells that are predicted as such, Û >= threshold; "naive": none; "ground_truth", the
+    paper's simple fix: all, also missed ones, where finer levels decide at inference (Sect. 5.4).
     """
     backbones.check_choices(policy=(policy, POLICIES))
     relabelled, kept = [semantic[0]], []
@@ -170,10 +168,15 @@ def pyramid_loss(semantic_logits, unity_logits, semantic, unity):
     ce = [backbones.pixel_cross_entropy(y, label) for y, label in zip(semantic_logits, semantic)]
     bce = []
     for u, label in zip(unity_logits, unity):
-        target = (label == 1).float()
-        loss = F.binary_cross_entropy_with_logits(u.float(), target, reduction="none")
+        loss = F.binary_cross_entropy_with_logits(u.float(), (label == 1).float(), reduction="none")
         bce.append(backbones.joint_mean(loss, label != IGNORE))
     return {"semantic": sum(ce) / len(ce), "unity": sum(bce) / len(bce)}
+
+
+def unity_counts(unity_prob, unity, threshold=0.9):
+    """Cells of each level by U, in rows, and Û >= τ, in columns, without U's 255: `[L-1, 2, 2]`."""
+    pairs = zip(unity_prob, unity)
+    return torch.stack([backbones.confusion(p >= threshold, u, 2) for p, u in pairs])
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -371,15 +374,14 @@ class SpecializeAndFuse(nn.Module):
     unity       "difference", "two", "tied": UnityHead      "difference"      readings of Sect. 4.1
     finest      "pixel", "ignore_mixed": pyramid_labels     "pixel"           Sect. 3.2; App. B
 
-    policy, threshold and unity belong to output="pyramid". Ours: the other outputs have no unity
-    head, nothing is relabelled, and "single" learns the finest labels of `pyramid_labels`.
+    Ours: other outputs ignore policy, threshold and unity; "single" learns the finest labels.
 
     Table A   A, B, C: output="single" with context=None, "anl", "ours"
               D, E, F: context=None with policy="naive", "ground_truth", "true_positive"
               G, H, I: context="anl", "anl_multi", "ours"; J: output="auxiliary"; K: strides=(32, 4)
     """
 
-    caption = "Large regions are taken from coarse levels, borders and small things from finer."
+    caption = "A trained network takes large regions from coarse levels, borders from finer ones."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, strides=(32, 16, 8, 4),
                  context="ours", output="pyramid", policy="true_positive", threshold=0.9,
@@ -395,8 +397,6 @@ class SpecializeAndFuse(nn.Module):
         )  # fmt: skip
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}: expected a number in 0…1")
-        if output == "single" and context == "anl_multi":
-            raise ValueError("'anl_multi' is for several levels: with output='single' take 'anl'")
         self.strides, self.output, self.policy = strides, output, policy
         self.threshold, self.finest = threshold, finest
         self.backbone = backbones.build(backbone, 32, weights)
@@ -408,8 +408,7 @@ class SpecializeAndFuse(nn.Module):
             factors = factors[-1:]  # nothing needs the coarser levels
         outputs = 1 if output == "single" else len(factors)
         self.semantic = SemanticHead(sum(channels), factors, context, outputs)
-        pyramid = output == "pyramid"
-        self.unity = UnityHead(sum(channels), factors[:-1], unity) if pyramid else None
+        self.unity = UnityHead(sum(channels), factors[:-1], unity) if output == "pyramid" else None
         classifiers = [nn.Conv2d(512, num_classes, 1) for _ in range(outputs)]
         self.classifier = classifiers[-1]  # the finest level's
         self.coarse_classifiers = nn.ModuleList(classifiers[:-1])
@@ -460,7 +459,8 @@ class SpecializeAndFuse(nn.Module):
         labels = [y.argmax(1)[0] for y in semantic]
         pictures = {f"prediction of stride {s} alone": y for s, y in zip(self.strides, labels)}
         for s, p in zip(self.strides, unity_prob):
-            pictures[f"unity, stride {s}: taken from {self.threshold:g} | 0 | 1"] = p[0]
+            title = f"unity, stride {s}: taken where at least {self.threshold:g}"
+            pictures[f"{title} | 0 | 1 | {self.threshold:g}"] = p[0]
         for i, s in enumerate(self.strides):
             cells = repeat_cells(labels[i], level)
             pictures[f"cells taken from stride {s}"] = cells.masked_fill(level != i, 254)
@@ -469,36 +469,45 @@ class SpecializeAndFuse(nn.Module):
 
     @torch.no_grad()
     def levels(self, images):
-        """The level Eq. (2) takes; a list: labels of each level, of the fused: `[N, H, W]`."""
+        """The level Eq. (2) takes; a list: labels of each level, of the fused: `[N, H, W]`; Û."""
         semantic, unity = self.pyramids(images)
         unity_prob = [u.sigmoid() for u in unity]
         taken = chosen_level(unity_prob, semantic[-1], self.threshold)
         cells = [repeat_cells(y, semantic[-1]) for y in semantic]
         cells.append(fuse(semantic, unity_prob, self.threshold))
         predicted = [to_pixels(y, images.shape[2:]).argmax(1) for y in cells]
-        return resized_labels(taken, images.shape[2:]), predicted
+        return resized_labels(taken, images.shape[2:]), predicted, unity_prob
 
     def analyse(self, pairs):
-        """Of (images, labels): Table 9 (coarse to fine; the paper: fine to coarse), Fig. C, and the
-        share of each level. NaN where nothing is counted. Empty for one level.
+        """Table 9 (coarse to fine; the paper: fine to coarse), Fig. C. Ours: each level's share;
+        recall and precision of unity-cells, without those "done by coarser", because training and
+        fusion ignore them (Sect. 3.1). NaN where nothing is counted. Empty for one level.
         """
         if self.unity is None:
             return {}
-        K, L, counts = self.classifier.out_channels, len(self.strides), 0
+        K, L, counts, cells = self.classifier.out_channels, len(self.strides), 0, 0
         for images, labels in pairs:
-            taken, predicted = self.levels(images)
+            taken, predicted, unity_prob = self.levels(images)
             at_level = [labels.masked_fill(taken != i, IGNORE) for i in range(L)]
             found = [backbones.confusion(y, at, K) for y in predicted for at in at_level]
             counts = counts + torch.stack(found).view(L + 1, L, K, K)
+            size = [self.strides[0] * n for n in unity_prob[0].shape[1:]]
+            truth = pyramid_labels(resized_labels(labels, size), self.strides)
+            _, unity_truth = relabel(*truth, unity_prob, self.threshold)
+            cells = cells + unity_counts(unity_prob, unity_truth, self.threshold)
         alone, fused = counts[:-1], counts[-1]
         table = "levels: mIoU of the row's level on the column's pixels; its own should be the best"
         less = "levels alone: IoU of a level less that of the fused result; below 0, fusing helps"
         share = "pixels: share taken from each level; more from coarse levels is more parsimonious"
+        found = f"unity: unity-cells not done by coarser, τ = {self.threshold:g}; higher is better"
         strides = ", ".join(f"stride {s}" for s in self.strides)
+        axes = f"recall, precision | {strides.rpartition(', ')[0]}"
+        hits, true, positive = cells[:, 1, 1], cells.sum(2)[:, 1], cells.sum(1)[:, 1]
         return {
             f"{table} | {strides} | {strides}": backbones.iou(alone).nanmean(2),
             f"{less} | {strides}": backbones.iou(alone.sum(1)) - backbones.iou(fused.sum(0)),
             f"{share} | share | {strides}": fused.sum((1, 2))[None] / fused.sum(),
+            f"{found} | {axes}": torch.stack([hits / true, hits / positive]),
         }
 
 
@@ -534,8 +543,7 @@ _COMMON = dict(
 )  # fmt: skip
 RECIPES = {
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
-    "ade20k_16k": _COMMON
-    | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # 120 of 16,168
+    "ade20k_16k": _COMMON | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # of 16,168
     "coco_stuff10k": _COMMON | dict(lr=0.001, head_lr=10, iterations=61_875),  # 110 of 9,000
     "pascal_context": _COMMON | dict(lr=0.001, head_lr=10, iterations=62_475),  # 200 of 4,998
 }

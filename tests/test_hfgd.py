@@ -22,7 +22,7 @@ import hfgd
 pytestmark = pytest.mark.usefixtures("one_seed")
 
 CAR = ["inter_c2c", "inter_c2p", "intra_c2p"]
-ENCODERS = ("ours", "identity", "aspp", "ppm", "ocr", "self_attention")
+ENCODERS = ("ours", "identity", "aspp", "ocr", "self_attention")
 
 
 def scene(h=64, w=64, n=2, classes=3):
@@ -575,21 +575,6 @@ def test_ours_equals_its_words(leading):
 
 
 @pytest.mark.network
-def test_ppm_equals_its_words():
-    net = network(encoder="ppm").eval()
-    maps = [torch.randn(1, c, 7, 5) for c in net.backbone.channels]
-    x, parts = maps[-1], [maps[-1]]
-    for pool, n in zip(net.encoder.body.pools, (1, 2, 3, 6)):
-        assert pool[0].out_channels == 128 and pool[0].kernel_size == (1, 1)
-        y = F.adaptive_avg_pool2d(x, n)
-        y = F.relu(pool[0](y)) if n == 1 else conv_norm_relu(pool, y)
-        parts.append(F.interpolate(y, size=(7, 5), mode="bilinear"))
-    z, _, _ = net.encoder(maps, net.backbone.resize)
-    expected = conv_norm_relu(net.encoder.last, torch.cat(parts, dim=1))
-    torch.testing.assert_close(z, expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.network
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_encoder_trains_on_one_image_without_noise(encoder):
     net = network(LIGHT, encoder=encoder).train()
@@ -842,7 +827,7 @@ def test_layer_norms_have_the_papers_epsilon():
     [
         (
             dict(encoder="psp"),
-            "encoder='psp': it is one of 'ours', 'identity', 'aspp', 'ppm', 'ocr', 'self_",
+            "encoder='psp': it is one of 'ours', 'identity', 'aspp', 'ocr', 'self_attention'",
         ),
         (dict(width=1), "width=1: expected a multiple of 64"),
         (dict(width=72), "width=72: expected a multiple of 64"),
@@ -882,7 +867,7 @@ def test_parameters_of_the_upsamplers_by_hand():
         assert sum(p.numel() for p in net.parameters()) == expected
 
 
-# ------------------------------------------------------------------------------------------ figures
+# ----------------------------------------------------------------------------- figures and analysis
 
 
 @pytest.mark.network
@@ -910,6 +895,7 @@ def test_figures_show_the_coarse_and_the_fine_prediction(monkeypatch):
     expected = ["image", "prediction", coarse, "where they differ", *enlarged]
     assert [panel.title for panel in seen] == expected and seen[4].tile.shape == (3, 11, 17)
     assert len({panel.boxes for panel in seen[:4]}) == 1 and seen[0].boxes
+    assert net.caption.startswith("The prediction is from fine features.")  # so the sheet says it
 
 
 @pytest.mark.network
@@ -917,6 +903,89 @@ def test_figures_need_guidance_and_evaluation_mode():
     assert network(guided=False).eval().figures(torch.randn(3, 33, 33)) == {}
     with pytest.raises(ValueError, match=r"net.eval\(\)"):
         network().figures(torch.randn(3, 33, 33))
+
+
+@pytest.mark.equation
+def test_near_a_border_by_hand():
+    # The labels change between columns 4 and 5. At the right 255 is next to a label: no border.
+    row = torch.tensor([[[7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 255, 255]]])
+    assert hfgd.near_border(row).nonzero()[:, 2].tolist() == [2, 3, 4, 5, 6, 7]
+    assert torch.equal(hfgd.near_border(row.mT), hfgd.near_border(row).mT)
+    labels = torch.zeros(1, 9, 9, dtype=torch.long)
+    labels[0, 4, 4] = 1  # one pixel: the window of 7x7 around it, its corners too
+    assert hfgd.near_border(labels)[0].nonzero().tolist() == [
+        [i, j] for i in range(1, 8) for j in range(1, 8)
+    ]
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("size", [(24, 31), (1, 23), (19, 1), (1, 1)])
+def test_near_a_border_equals_the_loop(size):
+    labels = torch.zeros(3, *size, dtype=torch.long)
+    labels[0, :, size[1] // 2 :] = 254
+    labels[0, size[0] // 2 :, :9] = 255
+    for _ in range(2):
+        labels[1, torch.randint(size[0], ()), torch.randint(size[1], ())] = 1
+    labels[2] = 255
+    labels[2, ::11, ::5] = torch.randint(2, labels[2, ::11, ::5].shape)
+    found, (H, W) = hfgd.near_border(labels), size
+    assert found.dtype == torch.bool and found.shape == labels.shape
+    for n, i, j in product(range(3), range(H), range(W)):
+        rows, columns = range(max(0, i - 3), min(H, i + 4)), range(max(0, j - 3), min(W, j + 4))
+        around = {labels[n, a, b].item() for a, b in product(rows, columns)} - {255}
+        assert found[n, i, j] == (len(around) > 1)
+    if min(size) > 1:
+        assert all(0 < near.float().mean() < 1 for near in found)
+
+
+@pytest.mark.network
+def test_analyse_is_the_miou_of_both_predictions_everywhere_and_near_borders():
+    net, K = network(LIGHT).eval(), 3
+    labels = torch.zeros(3, 12, 20, dtype=torch.long)
+    labels[:2, :, 9:], labels[2, 7:], labels[:, :2] = 1, 1, 255  # class 2 is predicted alone
+    coarse, fine = torch.randint(K, (2, 3, 12, 20))
+    images, shown = torch.randn(3, 3, 12, 20), []
+
+    def figures(image):
+        n = len(shown)
+        shown.append(image)
+        return {"coarse": coarse[n], "fine": fine[n]}
+
+    net.figures = figures
+    numbers = net.analyse([(images[:2], labels[:2]), (images[2:], labels[2:])])
+    assert torch.equal(torch.stack(shown), images)
+    (key, found), near = *numbers.items(), hfgd.near_border(labels)
+    assert key.partition(":")[0] == "features"
+    axes = "coarse features, fine features | everywhere, near border"
+    assert key.partition(" | ")[2] == axes and found.shape == (2, 2)
+    for (i, predicted), (j, where) in product(
+        enumerate((coarse, fine)), enumerate((torch.ones_like(near), near))
+    ):
+        where = where & (labels != 255)
+        y, truth, ious = predicted[where], labels[where], []
+        for k in range(K):
+            either = ((y == k) | (truth == k)).sum()
+            ious.append(((y == k) & (truth == k)).sum() / either)
+        assert found[i, j].item() == pytest.approx(sum(ious).item() / K)
+    assert found.unique().numel() == 4  # which of them is which matters
+    assert network(LIGHT, guided=False).eval().analyse([(images, labels)]) == {}
+
+
+@pytest.mark.network
+def test_analyse_leaves_out_absent_classes_and_has_nan_without_a_border():
+    net, labels = network(LIGHT).eval(), torch.ones(1, 33, 33, dtype=torch.long)
+    net.figures = lambda image: {"coarse": labels[0], "fine": labels[0]}
+    (found,) = net.analyse([(torch.randn(1, 3, 33, 33), labels)]).values()
+    assert found[:, 0].tolist() == [1, 1] and found[:, 1].isnan().all()
+
+
+@pytest.mark.network
+def test_analyse_reads_the_pictures_of_figures():
+    net, (images, labels) = network(LIGHT).eval(), scene(33, 65)
+    (found,) = net.analyse([(images, labels)]).values()
+    pictures = [torch.stack(maps) for maps in zip(*(net.figures(x).values() for x in images))]
+    expected = [backbones.iou(backbones.confusion(y, labels, 3)).nanmean() for y in pictures]
+    assert torch.equal(found[:, 0], torch.stack(expected))
 
 
 # ------------------------------------------------------------------------------------------ recipes

@@ -1,6 +1,7 @@
 """ksac.py against Algorithm 1 of the thesis, written here literally, in float64."""
 
 import doctest
+import warnings
 from itertools import product
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 import backbones
 import ksac
 import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:at rate")  # maps in tests are small
 
 
 @pytest.fixture(params=["rearranged", "shared_atrous"])
@@ -461,37 +464,55 @@ def test_decoder_is_deeplab_v3_plus_s():
 
 
 @pytest.mark.network
-def test_a_batch_of_one_is_a_clear_error_in_training_and_fine_in_evaluation():
+def test_a_batch_of_one_is_an_error_in_training_and_fine_in_evaluation():
     images, labels = torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64)
     for head in ("ksac", "aspp"):
-        net = ksac.build(3, "resnet18", head=head)
-        with pytest.raises(
-            ValueError,
-            match="image-level branch .* take a batch of at least two images for each process",
-        ):
+        net = ksac.build(3, "resnet18", head=head, rates=(1, 2))
+        with pytest.raises(ValueError, match="more than 1 value per channel when training"):
             net(images, labels)
         assert net.eval()(images).shape == (1, 3, 33, 33)
     assert ksac.build(3, "resnet18", head="fcn")(images, labels)["cross_entropy"] > 0
 
 
 @pytest.mark.system
-def test_a_batch_of_one_is_that_line_in_train_py(photos, tmp_path, capsys):
+def test_a_batch_of_one_is_one_line_in_train_py(photos, tmp_path, capsys):
     flags = f"--method ksac --dataset folder --data-root {photos} --batch-size 1 --crop-size 33"
     flags += " --workers 0 --device cpu"
     assert train.main([*flags.split(), "--output", str(tmp_path / "a")]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("train.py: batch norm needs more than one value per channel; take a")
-    assert "the image-level branch" in line
 
 
 @pytest.mark.network
-def test_a_batch_of_one_is_fine_where_batch_norm_is_synchronized():
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(ksac.build(3, "resnet18"))
-    with pytest.raises(
-        (ValueError, RuntimeError)
-    ) as error:  # passes the network's own check, then torch wants a GPU
-        net(torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33, dtype=torch.int64))
-    assert "image-level" not in str(error.value)
+@pytest.mark.parametrize("head", ["ksac", "aspp"])
+def test_rates_beyond_the_map_are_a_warning_at_the_first_training_step(head):
+    net = ksac.build(3, LIGHT, head=head, rates=(2, 3, 4, 7))
+    images, labels = torch.randn(2, 3, 33, 49), torch.zeros(2, 33, 49, dtype=torch.int64)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        net.eval()(images)  # evaluation does not warn
+        large = torch.randn(2, 3, 113, 17)  # 8x2 positions
+        net.train()(large, torch.zeros(2, 113, 17, dtype=torch.int64))
+        assert not seen
+        for _ in range(3):
+            net(images, labels)  # 3x4 positions: a tap of rate 3 still reads the row
+    (text,) = (str(warning.message) for warning in seen)
+    start = "at rate 4, 7 the centre tap alone reads a map of 3x4, the others padding; take "
+    assert text.startswith(start) and "\n" not in text and "--option rates=" in text
+
+
+@pytest.mark.network
+def test_no_warning_while_compiling_or_without_rates(monkeypatch):
+    images, labels = torch.randn(2, 3, 33, 33), torch.zeros(2, 33, 33, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ksac.build(3, LIGHT, head="fcn")(images, labels)
+        net = ksac.build(3, LIGHT)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        net(images, labels)
+        monkeypatch.undo()
+        with pytest.raises(UserWarning, match="at rate 6, 12, 18"):
+            net(images, labels)
 
 
 @pytest.mark.usefixtures("meta")
@@ -526,7 +547,9 @@ def test_figures_are_the_first_25_maps_of_each_rate():
         net, image = ksac.build(3, "resnet18", head=head).eval(), torch.randn(3, 60, 90)
         figures = net.figures(image)
         ends = ": 25 feature maps | 0 | largest of each map"
-        assert list(figures) == [f"rate {rate}{ends}" for rate in (6, 12, 18)]
+        beyond = " (beyond the map: centre tap alone)"
+        rates = "rate 6", f"rate 12{beyond}", f"rate 18{beyond}"
+        assert list(figures) == [f"{rate}{ends}" for rate in rates]
         x = net.backbone(image[None])[-1]  # 65 x 97 pixels, 5 x 7 positions
         for m, y in zip(figures.values(), net.head.pyramid(x)):
             assert m.shape == (5 * 6, 5 * 8)
@@ -538,12 +561,24 @@ def test_figures_are_the_first_25_maps_of_each_rate():
             assert m.isnan().sum() == m.numel() - 25 * 5 * 7
     net = ksac.build(3, "resnet18", rates=(1, 2, 6), output_stride=32).eval()
     names = [name.split(":")[0] for name in net.figures(image)]
-    assert names == ["rate 1", "once more rate 1", "rate 3"]  # 1/2 and 1 are both 1
+    assert names == ["rate 1", "rate 3"]  # 1/2 and 1 are both 1
     assert ksac.build(3, "resnet18", head="fcn").eval().figures(image) == {}
     with pytest.raises(ValueError, match="of one image, not of a batch"):
         net.figures(image.expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="evaluation mode"):
         net.train().figures(image)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("rate, side", [(4, 5), (5, 5), (6, 5)])
+def test_figures_say_at_which_rates_only_the_centre_tap_reads_the_map(rate, side):
+    torch.manual_seed(0)
+    net = ksac.build(3, LIGHT, rates=(rate,)).eval()
+    (name,) = net.figures(torch.randn(3, 17, 16 * (side - 1) + 1))
+    x = torch.randn(1, 320, 2, side)
+    (found,) = ksac.shared_atrous(x, net.head.kernel, (rate,))
+    centre = torch.allclose(found, F.conv2d(x, net.head.kernel[:, :, 1:2, 1:2]), atol=1e-5)
+    assert centre == ("centre tap alone" in name) == (rate > 4)
 
 
 @pytest.mark.system

@@ -777,7 +777,6 @@ def test_bf16_trains():
         (dict(finest="none"), "finest='none': it is one of 'pixel', 'ignore_mixed'"),
         (dict(policy="best"), "'true_positive', 'ground_truth', 'naive'"),
         (dict(context="ocr"), "'ours', 'anl', 'anl_multi', None"),
-        (dict(context="anl_multi", output="single"), "take 'anl'"),
         (dict(levels=3), "SpecializeAndFuse has no option levels"),
     ],
 )
@@ -817,7 +816,8 @@ def test_fig_a_greys_what_is_done_by_coarser():
     net = mixed(image[None])
     figures, strides = net.figures(image), (32, 16, 8, 4)
     names = [f"prediction of stride {s} alone" for s in strides]
-    unity = [f"unity, stride {s}: taken from {net.threshold:g} | 0 | 1" for s in strides[:3]]
+    tau = f"{net.threshold:g}"  # the third part of a scale is marked on its bar
+    unity = [f"unity, stride {s}: taken where at least {tau} | 0 | 1 | {tau}" for s in strides[:3]]
     taken = [f"cells taken from stride {s}" for s in strides]
     ends = "level that is taken | stride 32 | stride 4"
     assert list(figures) == [*names, *unity, *taken, ends]
@@ -841,8 +841,9 @@ def test_fig_a_greys_what_is_done_by_coarser():
 def test_levels_are_those_of_eq_2_and_each_level_alone():
     images = torch.randn(1, 3, 64, 96)
     net = mixed(images)
-    taken, (*alone, fused) = net.levels(images)
+    taken, (*alone, fused), prob = net.levels(images)
     assert torch.equal(fused, net(images).argmax(1))
+    assert all(torch.equal(p, u.sigmoid()) for p, u in zip(prob, net.pyramids(images)[1]))
     figures = net.figures(images)
     level = figures["level that is taken | stride 32 | stride 4"]
     wanted = (3 * level).round().long().repeat_interleave(4, 0).repeat_interleave(4, 1)
@@ -870,21 +871,21 @@ def test_analyse_is_table_9_and_fig_c_of_all_images(narrow_decoder):
     pairs[1][1][:, :5] = X
     labels = torch.cat([label for _, label in pairs])
     predicted = [torch.randint(3, (2, 32, 48)) for _ in range(3)]  # coarse, fine, fused
-    taken = (torch.rand(2, 32, 48) > 0.3).long()
+    taken, prob = (torch.rand(2, 32, 48) > 0.3).long(), torch.rand(2, 4, 6)
 
     def answers(images):
         seen.append(images)
         part = slice(len(seen) - 1, len(seen))
-        return taken[part], [y[part] for y in predicted]
+        return taken[part], [y[part] for y in predicted], [prob[part]]
 
     net.levels = answers
     numbers = net.analyse(pairs)
     names = [key.partition(":")[0] for key in numbers]
-    assert names == ["levels", "levels alone", "pixels"]
+    assert names == ["levels", "levels alone", "pixels", "unity"]
     strides = "stride 8, stride 4"
-    axes = [f"{strides} | {strides}", strides, f"share | {strides}"]
+    axes = [f"{strides} | {strides}", strides, f"share | {strides}", "recall, precision | stride 8"]
     assert [key.partition(" | ")[2] for key in numbers] == axes
-    table, difference, share = numbers.values()
+    table, difference, share, _ = numbers.values()
     for i, level in product(range(2), range(2)):
         at = labels.where(taken == level, X)
         expected = backbones.iou(counted(predicted[i], at, 3)).mean()
@@ -903,10 +904,84 @@ def test_analyse_is_table_9_and_fig_c_of_all_images(narrow_decoder):
 def test_mean_iou_leaves_out_classes_that_do_not_occur(narrow_decoder):
     net = pf.build(3, "resnet18", strides=(8, 4), context=None).eval()
     labels = torch.zeros(1, 32, 32, dtype=torch.int64)
-    net.levels = lambda images: (labels, 3 * [labels])
-    table, _, share = net.analyse([(torch.randn(1, 3, 32, 32), labels)]).values()
+    net.levels = lambda images: (labels, 3 * [labels], [torch.zeros(1, 4, 4)])
+    table, _, share, _ = net.analyse([(torch.randn(1, 3, 32, 32), labels)]).values()
     assert table[:, 0].tolist() == [1, 1] and table[:, 1].isnan().all()
     assert share.tolist() == [[1, 0]]
+
+
+@pytest.mark.equation
+def test_unity_cells_are_counted_by_hand():
+    unity = [torch.tensor([[[1, 1, 0]]]), torch.tensor([[[1, 0, 0, 1, X, X]]])]
+    prob = [torch.tensor([[[0.9, 0.8, 0.95]]]), torch.tensor([[[1, 1, 0.1, 0.2, 1, 0]]])]
+    # rows: mix-cells, unity-cells; columns: below 0.9, at least 0.9; of 255 nothing counts
+    assert pf.unity_counts(prob, unity).tolist() == [[[0, 1], [1, 1]], [[1, 1], [1, 1]]]
+    assert pf.unity_counts(prob, unity, 0.2).tolist() == [[[0, 1], [0, 2]], [[1, 1], [0, 2]]]
+
+
+@pytest.mark.equation
+def test_unity_cells_are_counted_as_in_the_loop():
+    _, _, unity, prob = big_scene()
+    counts = torch.zeros(3, 2, 2, dtype=torch.long)
+    for level, (u, p) in enumerate(zip(unity, prob)):
+        for n, i, j in product(*map(range, u.shape)):
+            if u[n, i, j] != X:
+                counts[level, u[n, i, j], int(p[n, i, j] >= 0.4)] += 1
+    assert counts.min() > 0 and torch.equal(pf.unity_counts(prob, unity, 0.4), counts)
+
+
+@pytest.mark.network
+def test_analyse_has_recall_and_precision_of_unity_cells_that_no_coarser_level_has_found():
+    # 16x24 pixels are resized to 16x32: 1x2 cells of stride 16, 2x4 of stride 8.
+    net = pf.build(3, LIGHT, strides=(16, 8, 4), context=None, threshold=0.7).eval()
+    labels = torch.zeros(3, 16, 24, dtype=torch.long)
+    labels[0, :9, 12:20], labels[1, 8:, 4:] = 1, 2
+    labels[1, 0, -1] = X
+    images, given = torch.randn(3, 3, 16, 24), []
+    prob = [torch.rand(3, 1, 2), torch.rand(3, 2, 4)]
+    prob[0][0], prob[1][0] = torch.tensor([[0.7, 0.75]]), 0.9  # a true, a false positive
+    prob[0][2] = torch.tensor([[0.6, 0.1]])  # two false negatives: their finer cells count
+
+    def levels(images):
+        n = len(given)
+        given.append(images)
+        part = slice(n, n + len(images))
+        return labels[part], 4 * [labels[part]], [p[part] for p in prob]
+
+    net.levels = levels
+    numbers = net.analyse([(images[:1], labels[:1]), (images[1:], labels[1:])])
+    found = list(numbers.values())[3]
+    assert list(numbers)[3].endswith(" | recall, precision | stride 16, stride 8")
+    assert "τ = 0.7" in list(numbers)[3]
+    wide = labels[:, :, [int((j + 0.5) * 24 / 32) for j in range(32)]]
+    _, unity = cell_by_cell(wide, (16, 8, 4))
+    for level in (0, 1):
+        hits, true, positive, left_out = 0, 0, 0, 0
+        for n, i, j in product(*map(range, unity[level].shape)):
+            u, p = unity[level][n, i, j], prob[level][n, i, j]
+            above = (n, i // 2, j // 2)
+            done = level == 1 and unity[0][above] == 1 and prob[0][above] >= 0.7
+            left_out += bool(done)
+            if u != X and not done:
+                true, positive = true + (u == 1), positive + (p >= 0.7)
+                hits += (u == 1) and (p >= 0.7)
+        expected = torch.stack([hits / true, hits / positive])
+        torch.testing.assert_close(found[:, level], expected)
+        assert left_out == 4 * level
+    assert ((found > 0) & (found <= 1)).all() and found.unique().numel() > 2
+
+
+@pytest.mark.network
+def test_precision_is_nan_where_no_cell_is_taken_and_recall_where_there_is_none(narrow_decoder):
+    net = pf.build(3, "resnet18", strides=(8, 4), context=None).eval()
+    images, labels = torch.randn(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long)
+    for uniform, prob in ((True, 0.0), (False, 1.0)):
+        labels[:, ::3] = 0 if uniform else 1
+        net.levels = lambda images, p=prob: (labels, 3 * [labels], [torch.full((1, 4, 4), p)])
+        recall, precision = list(net.analyse([(images, labels)]).values())[3].flatten()
+        assert (
+            (recall == 0 and precision.isnan()) if uniform else (recall.isnan() and precision == 0)
+        )
 
 
 @pytest.mark.network
