@@ -378,8 +378,8 @@ class CAANet(nn.Module):
                 branches, fused = self.predictions(images)
                 counts = counts + conflicts(torch.stack([*branches.values()]), fused, labels)
             what = "conflicts: share of the wrong pixels that a branch had right; less is better"
-            share = (counts[:-1] / counts[-1]).cpu()
-            return {f"{what} | share | {', '.join(branches)}, any": share[None]}
+            names = "spatial, channel, any" if self.head.design == "parallel" else "channel, any"
+            return {f"{what} | share | {names}": (counts[None, :-1] / counts[-1]).cpu()}
         if getattr(self.head.attention, "gate_row", None) is None:
             return {}
         what = "gates: standard deviations of a channel's gate; compare with an untrained network"
@@ -389,7 +389,7 @@ class CAANet(nn.Module):
 
 
 def conflicts(branches, fused, labels):
-    """Sect. 3.2: where `fused` is wrong, how many pixels each branch, and any, had right; and all.
+    """Sect. 3.2, of the pixels where `fused` is wrong the number right in each branch, in any; all.
     Label maps: branches `[B, N, H, W]`, fused and labels `[N, H, W]`, 255 = ignored -> `[B + 2]`.
     """
     wrong = (fused != labels) & (labels != 255)  # [N, H, W]
@@ -398,9 +398,9 @@ def conflicts(branches, fused, labels):
 
 
 def gate_deviations(batches):
-    """Standard deviations, root mean squares over the channels, of each step's gates: `[2, steps]`,
-    over the L lines of an image, and over the images of their mean gates. batches: iterable of
-    lists, the gates `[N, L, C]` of each step; L may change from batch to batch.
+    """Standard deviations of each step's gates, `[2, steps]`, root mean squares over the channels:
+    over the L rows or columns of an image; and, of an image's mean over them, over the images.
+    batches: iterable of lists, for each step the gates `[N, L, C]`; L may change.
     """
     sums, count = 0, 0
     for gates in batches:
