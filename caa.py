@@ -150,16 +150,13 @@ def channelized(attention, value, gate, axis):
 class ChannelAttention(nn.Module):
     """The gate of Eqs. (3.9), (3.10): `[N, L, C] -> [N, L, C]` in 0…1, in its weights' precision.
 
-    `layers` hidden layers of `width` channels each. With layers=1, activation="relu" it is as
-    printed: fc[0] is ω_c1 or ω_r1, fc[1] ω_c2 or ω_r2. Why deeper and leaky (Sect. 3.3.2.3): L rows
-    or columns hold more information than SENet's one vector, and leaky ReLU loses less of it.
+    layers=1, activation="relu": as printed, fc[0] is ω_c1 or ω_r1, fc[1] ω_c2 or ω_r2. Why deeper
+    and leaky (Sect. 3.3.2.3): L rows hold more information than SENet's one vector.
     """
 
     def __init__(self, channels, width=128, layers=5, activation="leaky_relu"):
         super().__init__()
-        if layers < 1 or width < 1 or activation not in ("leaky_relu", "relu"):
-            given = f"layers={layers}, width={width}, activation={activation!r}"
-            raise ValueError(f"{given}: at least one layer and channel, 'leaky_relu' or 'relu'")
+        backbones.check_choices(activation=(activation, ("leaky_relu", "relu")))
         sizes = [channels] + [width] * layers + [channels]
         # No biases and a slope of 0.2, as in the released code.
         self.fc = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
@@ -200,8 +197,7 @@ class SpatialAttention(nn.Module):
     @staticmethod
     def query(channels, query_channels, released):
         """θ or φ: "a 1 × 1 convolution layer" (Sect. 3.3.1.1), into which its batch norm folds."""
-        # After the released code's ReLU no product is below 0, so a position with a large norm
-        # attracts attention from unrelated positions.
+        # After a ReLU a query with a large norm attracts attention from unrelated positions.
         act = nn.ReLU if released else None
         layer = Conv2dNormActivation(channels, query_channels, 1, activation_layer=act)
         nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
@@ -325,28 +321,100 @@ class CAANet(nn.Module):
             losses["auxiliary"] = 0.4 * backbones.pixel_cross_entropy(logits, labels)
         return losses
 
+    def predictions(self, images):
+        """Label maps `[N, H, W]` as in Figs. 3.3, 3.4: of each branch of `dual`, and the fused."""
+        size, upsample = images.shape[2:], self.backbone.upsample
+        _, branches = self.head(self.backbone(images)[3])
+        maps = {k: upsample(y, self.stride, size).argmax(1) for k, y in branches.items()}
+        return maps, self(images).argmax(1)
+
+    def gates(self, x, size):
+        """The gates of both steps, `[N, h, C]` and `[N, w, C]`, for x, the last map of images of
+        `size`; without rows and columns beyond the image, which exist where it is extended.
+        """
+        attention, seen = self.head.attention, []
+        gates = attention.gate_col, attention.gate_row
+        hooks = [gate.register_forward_hook(lambda *call: seen.append(call[2])) for gate in gates]
+        attention(self.head.reduce(x))
+        for hook in hooks:
+            hook.remove()
+        return [gate[:, : -(-side // self.stride)] for gate, side in zip(seen, size)]
+
     @torch.no_grad()
     def figures(self, image, pixel=None):
         """Ours: pictures `[H, W]` of one image `[3, H, W]` or `[1, 3, H, W]`, how much the position
-        at `pixel` (row, column; None: the centre) attends to each, before the gates. Dual
-        attention: label maps as in Figs. 3.3, 3.4. ValueError in training mode, or outside.
+        at `pixel` (row, column; None: the centre) attends to each, before the gates; the gates.
+        Dual attention: label maps as in Figs. 3.3, 3.4. ValueError in training mode, or outside.
         """
         image = backbones.one_image(self, image)
         size, x = image.shape[2:], self.backbone(image)[3]
         row, column = backbones.one_pixel(pixel, size)
         if isinstance(self.head, DualAttention):
-            pictures = {}
-            for name, logits in self.head(x)[1].items():
-                logits = self.backbone.upsample(logits, self.stride, size)
-                pictures[f"prediction, {name} branch"] = logits.argmax(1)[0]
-            return pictures | {"prediction": self(image).argmax(1)[0]}
-        if not isinstance(self.head.attention, SpatialAttention):
+            branches, fused = self.predictions(image)
+            pictures = {f"prediction, {name} branch": m[0] for name, m in branches.items()}
+            return pictures | {"prediction": fused[0]}
+        attention = self.head.attention
+        if not isinstance(attention, SpatialAttention):
             return {}
         # For each row and column of the image the nearest one of the map.
         rows = backbones.nearest(self.backbone.positions(self.stride, x.shape[2]), size[0])
         columns = backbones.nearest(self.backbone.positions(self.stride, x.shape[3]), size[1])
-        maps = attended(self.head.attention, self.head.reduce(x), rows[row], columns[column])
-        return {f"{k} of the marked pixel": m[rows[:, None], columns] for k, m in maps.items()}
+        maps = attended(attention, self.head.reduce(x), rows[row], columns[column])
+        pictures = {f"{k} of the marked pixel": m[rows[:, None], columns] for k, m in maps.items()}
+        if attention.gate_row is not None:
+            by_row, by_column = (most_varied(gate[0]) for gate in self.gates(x, size))
+            ends = "in the 8 channels that differ most | 0, closed | 1, open"
+            pictures[f"column step: rows' gates {ends}"] = by_row  # [h, 8]
+            pictures[f"row step: columns' gates {ends}"] = by_column.T  # [8, w]
+        return pictures
+
+    @torch.no_grad()
+    def analyse(self, pairs):
+        """Of (images, labels): with `dual` the conflicts of Sect. 3.2; with two gates how much they
+        differ (ours). Where not within an image, one gate for all rows would do. Else empty.
+        """
+        if isinstance(self.head, DualAttention):
+            counts = 0
+            for images, labels in pairs:
+                branches, fused = self.predictions(images)
+                counts = counts + conflicts(torch.stack([*branches.values()]), fused, labels)
+            what = "conflicts: share of the wrong pixels that a branch had right; less is better"
+            names = "spatial, channel, any" if self.head.design == "parallel" else "channel, any"
+            return {f"{what} | share | {names}": (counts[None, :-1] / counts[-1]).cpu()}
+        if getattr(self.head.attention, "gate_row", None) is None:
+            return {}
+        what = "gates: standard deviations of a channel's gate; compare with an untrained network"
+        axes = "within an image, between images | column step, row step"
+        batches = (self.gates(self.backbone(x)[3], x.shape[2:]) for x, _ in pairs)
+        return {f"{what} | {axes}": gate_deviations(batches).cpu()}
+
+
+def conflicts(branches, fused, labels):
+    """Sect. 3.2, of the pixels where `fused` is wrong the number right in each branch, in any; all.
+    Label maps: branches `[B, N, H, W]`, fused and labels `[N, H, W]`, 255 = ignored -> `[B + 2]`.
+    """
+    wrong = (fused != labels) & (labels != 255)  # [N, H, W]
+    right = wrong & (branches == labels)  # [B, N, H, W]
+    return torch.stack([*right.sum((1, 2, 3)), right.any(0).sum(), wrong.sum()])
+
+
+def gate_deviations(batches):
+    """Standard deviations of each step's gates, `[2, steps]`, root mean squares over the channels:
+    over the L rows or columns of an image; and, of an image's mean over them, over the images.
+    batches: iterable of lists, for each step the gates `[N, L, C]`; L may change.
+    """
+    sums, count = 0, 0
+    for gates in batches:
+        moments = [torch.var_mean(g.double(), dim=1, correction=0) for g in gates]  # 2 of [N, C]
+        moments = [torch.stack([var, mean, mean.square()]).sum(1) for var, mean in moments]
+        sums, count = sums + torch.stack(moments), count + len(gates[0])  # [steps, 3, C]
+    within, mean, square = (sums / count).unbind(1)
+    return torch.stack([within, square - mean.square()]).clamp(min=0).mean(2).sqrt()
+
+
+def most_varied(gates):
+    """Of the gates `[L, C]` of an image the 8 channels that differ most over its lines, `[L, 8]`."""
+    return gates[:, gates.var(0, correction=0).topk(8).indices]
 
 
 def attended(attention, x, i, j):
@@ -417,8 +485,7 @@ class DualAttention(nn.Module):
 
 _COMMON = dict(
     backbone="resnet101", weights="imagenet", output_stride=8,  # Sect. 3.4.1.1; 16 for ablations
-    # Sect. 3.4.1.3; augmentation is "the most basic"
-    optimizer="sgd", lr=0.01, power=0.9, batch_size=16, color="none",
+    optimizer="sgd", lr=0.01, power=0.9, batch_size=16, color="none",  # Sect. 3.4.1.3
     # Open; the released configuration's. Its batch norm decays by 0.9997.
     crop_size=513, scale=(0.5, 2.0), scale_step=0.1, momentum=0.9, weight_decay=1e-4,
     bn_momentum=0.0003,

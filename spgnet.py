@@ -4,11 +4,11 @@ Bowen Cheng, Liang-Chieh Chen, Yunchao Wei, Yukun Zhu, Zilong Huang, Jinjun Xion
 Wen-Mei Hwu, Honghui Shi, ICCV 2019, https://arxiv.org/abs/1908.09798. No equation is numbered.
 
 The idea. SPGNet puts two encoder-decoders in a row, so that the second refines the features of the
-first. What should pass from the first to the second? Squeeze-and-excite pools
-over the image and weights whole channels; no loss tells it about classes. Here the first decoder's
-features are classified, and these predictions have a loss of their own. A 1x1 convolution turns
-them into a weight for every channel at every pixel: "supervise-and-excite". It needs no pooling,
-because the decoder's features already hold several scales (Sect. 3.4).
+first. What should pass from the first to the second? Squeeze-and-excite pools over the image and
+weights whole channels; no loss tells it about classes. Here the first decoder's features are
+classified, and these predictions have a loss of their own. A 1x1 convolution turns them into a
+weight for every channel at every pixel: "supervise-and-excite". It needs no pooling, because the
+decoder's features already hold several scales (Sect. 3.4).
 
 The mathematics. N images of H x W pixels, K classes (the paper's C), D channels in the decoder, E
 channels at the entry of the next encoder. W are 1x1 convolutions with biases (ours). ⊙ multiplies
@@ -24,31 +24,20 @@ element by element.
     d_s = R_3(R_2(R_1(e_s) + up(d_2s)))    [N, D, H/s, W/s]  ≠ print: R_3 -> UpsampleModule
     x_d = 3x3 convolution of d_4           [N, D, H/4, W/4]  ≠ print -> EncoderDecoder
     R is a bottleneck of ResNet -> ResidualBlock. up is bilinear. At s = 32, v replaces d_2s.
-    ≠ print: Fig. 2 has neither R_3 nor the 3x3 convolution. The tables' costs need both.
 
     the encoder maps e' of the next stage, Fig. 2 (c)        -> CrossStageAggregation
     e'_s <- e'_s + A_s(e_s) + B_s(d_s)     at s = 4 with x_d for d_4 (ours)
     A, B are 1x1 convolutions, batch norm, ReLU. The next encoder level and R_1 read this sum.
 
-Fig. 2 with two stages. U is the upsample module; "+" adds A(e) and B(d) of stage 1:
+Fig. 2 (a), one stage. U is the upsample module; after the last stage x_d enters the classifier:
 
     image --> stem --> e_4 --> e_8 --> e_16 --> e_32 --> mean, W_g
                         |       |        |        |          |
-                x_d <-- U <---- U <----- U <----- U <--- v --+
-                 |
-              guidance --> x_l --> loss "stage_1"
-                 |
-                out --> e'_4+ --> e'_8+ --> e'_16+ --> e'_32+ --> mean, W_g
-                         |         |          |          |            |
-                x'_d <-- U <------ U <------- U <------- U <--- v' ---+
-                 |
-             classifier --> logits --> loss "cross_entropy"
+   guidance <-- x_d <-- U <---- U <----- U <----- U <--- v --+
 
 Read first `SemanticPredictionGuidance`, then `EncoderDecoder`, then `SPGNet.forward`. Tests:
 tests/test_spgnet.py. To copy: this file and backbones.py.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +76,7 @@ class SemanticPredictionGuidance(nn.Module):
         >>> guide = SemanticPredictionGuidance(2, 2, 1).requires_grad_(False)
         >>> guide.attention.weight[:, :, 0, 0] = torch.tensor([[1.0, 0], [1, -1]])  # W_m
         >>> guide.attention.bias[:] = 0
-        >>> x_l = math.log(3) * torch.tensor([[1.0, 0], [-1, 1]])  # two classes at two pixels
+        >>> x_l = torch.tensor(3.0).log() * torch.tensor([[1, 0], [-1, 1]])  # 2 classes, 2 pixels
         >>> guide.mask(x_l.view(1, 2, 1, 2)).view(2, 2)  # two channels at two pixels
         tensor([[0.7500, 0.5000],
                 [0.9000, 0.2500]])
@@ -110,10 +99,9 @@ class SemanticPredictionGuidance(nn.Module):
 
 
 class ResidualBlock(Bottleneck):
-    """`[N, in_channels, h, w] -> [N, channels, h, w]`, "same bottleneck module used in ResNet".
-
-    The quote is from Fig. 2. Inferred: the middle has a quarter of the width; the tables' costs
-    agree. Batch norm and ReLU replace In-place ABN (Sect. 4.2), which has a leaky ReLU.
+    """`[N, in_channels, h, w] -> [N, channels, h, w]`, "same bottleneck module used in ResNet"
+    (Fig. 2). Inferred: the middle has a quarter of the width; the tables' costs agree. Batch norm
+    and ReLU replace In-place ABN (Sect. 4.2), which has a leaky ReLU.
     """
 
     def __init__(self, in_channels, channels):
@@ -129,8 +117,8 @@ class UpsampleModule(nn.Module):
     def __init__(self, encoder_channels, channels):
         super().__init__()
         self.reduce = ResidualBlock(encoder_channels, channels)  # R_1
-        # R_2, R_3. Sect. 3.3 has one block. The tables' multiply-adds are reached only with two and
-        # a 3x3 convolution on the finest map. Where they are is our choice.
+        # R_2, R_3, ≠ print: R_2 alone. The tables' multiply-adds need two and a 3x3 convolution on
+        # the finest map. Where they are is our choice.
         self.fuse = nn.Sequential(*(ResidualBlock(channels, channels) for _ in range(2)))
 
     def forward(self, encoder_map, decoder_map):
@@ -154,20 +142,18 @@ class CrossStageAggregation(nn.Module):
 class EncoderDecoder(nn.Module):
     """One stage, Fig. 2 (a): (encoder maps, decoder maps `[N, channels, …]`), two lists of four.
 
-    Both are finest first, strides 4 to 32; x_d is the first decoder map. The first stage reads
-    images. A later one has no stem: it reads what the guidance gives, `[N, entry, H/4, W/4]`, and
-    both lists of the stage before. `entry` is what a stem would give, 64 channels for a ResNet.
+    Both are finest first, strides 4 to 32; x_d is the first decoder map. A later stage has no stem:
+    it reads what the guidance gives, `[N, entry, H/4, W/4]`, and both lists of the stage before.
     before: widths of the previous stage's encoder maps; None: no cross-stage aggregation.
     """
 
     def __init__(self, backbone, channels, weights=None, first=True, before=None):
         super().__init__()
         stem, levels, sizes = backbones.parts(backbone, weights)
-        self.entry, self.widths = sizes[0], sizes[1:]
+        self.entry, self.widths = sizes[0], sizes[1:]  # entry: channels of the stem
         self.stem = stem if first else nn.Identity()
         self.levels = nn.ModuleList(levels)
-        # W_g has no batch norm, because pooling leaves one value per channel and image.
-        self.image_level = nn.Conv2d(self.widths[-1], channels, 1)
+        self.image_level = nn.Conv2d(self.widths[-1], channels, 1)  # W_g, no norm: 1 value an image
         self.upsample = nn.ModuleList(UpsampleModule(width, channels) for width in self.widths)
         self.last = Conv2dNormActivation(channels, channels, 3)  # see UpsampleModule
         self.aggregate = nn.ModuleList()
@@ -205,25 +191,21 @@ class SPGNet(nn.Module):
     channels        D, a multiple of 16                256             Table 9; 3 to 8: 128
     guidance        "spg"; None: W_o and W_l alone     "spg"           Table 3
                     "se", "ge", with supervise=False                   Table 4
-    excite          "sigmoid", "softmax", "sum"        "sigmoid"       Table 3
-    identity        False: without x_d in out          True            Table 3 (Id.)
+    excite          of "spg": "sigmoid", "softmax", "sum"  "sigmoid"   Table 3
+    identity        of "spg", False: without x_d in out    True        Table 3 (Id.)
     supervise       False: no loss between stages      True            Table 3 (Sup.)
-    stage_weights   a loss weight for each stage       all 1           Sect. 4.4, "More stages"
     aggregate       False: no cross-stage aggregation  True            Sect. 4.4
     hard_examples   False: losses of all pixels        True            Table 8; 3 to 7: False
-
-    A third stage gains nothing (Table 5). Of two backbones the deeper should come first (Table 6).
-    Only "spg" uses excite and identity. Without supervise only the last stage weight counts.
     """
 
     caption = "The first stage's attention for a class: its objects and what occurs with them."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
-                 stage_weights=None, aggregate=True, hard_examples=True):  # fmt: skip
+                 aggregate=True, hard_examples=True):  # fmt: skip
         super().__init__()
         names = (backbone, backbone) if backbones is None else backbones  # option, not module
-        check_values(names, weights, channels, guidance, excite, stage_weights)
+        check_values(names, channels, guidance)
         self.stages = nn.ModuleList([EncoderDecoder(names[0], channels, weights)])
         self.guides = nn.ModuleList()
         for name in names[1:]:
@@ -237,8 +219,8 @@ class SPGNet(nn.Module):
                 self.guides.append(WithoutGuidance(*sizes, guidance, supervise))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
         self.regularized = "classifier"  # the losses of car.py act on what enters it
+        self.explained = len(names) > 1 and guidance == "spg" and excite != "sum"  # see `figures`
         self.supervise, self.hard_examples = supervise, hard_examples
-        self.stage_weights = [1.0] * len(names) if stage_weights is None else list(stage_weights)
 
     def forward(self, images, labels=None):
         if labels is not None:
@@ -246,79 +228,95 @@ class SPGNet(nn.Module):
         loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
         size, losses, maps = images.shape[2:], {}, None
         x = backbones.extended(images, 32)
-        check_positions(self, x)
         for i, guide in enumerate(self.guides):
             maps = self.stages[i](x, maps)
-            x_d = maps[1][0]  # [N, D, H/4, W/4]
-            x, x_l = guide(x_d)
+            x, x_l = guide(maps[1][0])  # of x_d  [N, D, H/4, W/4]
             if labels is not None and self.supervise:
-                loss = loss_of(backbones.upsample(x_l, 4, size), labels)
-                losses[f"stage_{i + 1}"] = self.stage_weights[i] * loss
+                losses[f"stage_{i + 1}"] = loss_of(backbones.upsample(x_l, 4, size), labels)
         _, decoded = self.stages[-1](x, maps)
         logits = backbones.upsample(self.classifier(decoded[0]), 4, size)
         if labels is None:
             return logits
-        return losses | {"cross_entropy": self.stage_weights[-1] * loss_of(logits, labels)}
+        return losses | {"cross_entropy": loss_of(logits, labels)}
+
+    def class_attention(self, images):
+        """Fig. 4: the attention of each class in the first guidance, `[N, K, H/4, W/4]`, float32:
+        the l2 norm over the 15 channels of m with the class's largest weights in W_m.
+        """
+        _, decoded = self.stages[0](backbones.extended(images, 32))
+        guide = self.guides[0]
+        m = guide.mask(guide.logits(decoded[0])).float()  # [N, D, h, w]
+        weights = guide.attention.weight[:, :, 0, 0].T  # Fig. 4's matrix  [K, D]
+        largest = weights.topk(15, dim=1).indices  # [K, 15]
+        return torch.stack([m[:, channels].norm(dim=1) for channels in largest], dim=1)
 
     @torch.no_grad()
     def figures(self, image):
-        """Sect. 4.5: the first guidance's attention of each class, for one image `[3, H, W]`.
-
-        dict of class number -> map `[H, W]`: the l2 norm over the 15 channels of m with the class's
-        largest weights in W_m. Ours: its lowest value is subtracted. Empty without "spg" or with
-        excite="sum".
+        """Sect. 4.5: class number -> `class_attention` `[H, W]` of one image `[3, H, W]`. Ours: the
+        lowest value of all maps is subtracted. Empty without "spg" or with excite="sum".
         """
         image = backbones.one_image(self, image)
-        guide = self.guides[0] if self.guides else None
-        if not isinstance(guide, SemanticPredictionGuidance) or guide.excite == "sum":
+        if not self.explained:
             return {}
-        _, decoded = self.stages[0](backbones.extended(image, 32))
-        m = guide.mask(guide.logits(decoded[0]))[0]  # [D, h, w]
-        weights = guide.attention.weight[:, :, 0, 0].T  # Fig. 4's matrix  [K, D]
-        largest = weights.topk(15, dim=1).indices
-        maps = torch.stack([m[channels].norm(dim=0) for channels in largest])  # [K, h, w]
-        maps = backbones.upsample(maps[None], 4, image.shape[2:])[0]
-        return dict(enumerate(maps - maps.amin((1, 2), keepdim=True)))
+        maps = backbones.upsample(self.class_attention(image), 4, image.shape[2:])[0]
+        return dict(enumerate(maps - maps.amin()))
+
+    @torch.no_grad()
+    def analyse(self, pairs):
+        """Ours, of (images, labels): does a class's attention tell its positions from the others of
+        the image? All pairs count alike; NaN for a class without one. Empty where `figures` is.
+        """
+        if not self.explained:
+            return {}
+        counts = 0
+        for images, labels in pairs:
+            # Positions of the image, without those of the border that extends it.
+            rows, columns = (backbones.positions(4, -(-side // 4)) for side in labels.shape[1:])
+            labels = labels[:, rows[:, None], columns]  # [N, h, w]
+            maps = self.class_attention(images)[:, :, : len(rows), : len(columns)]
+            counts = counts + sum(wins(*pair) for pair in zip(maps, labels))
+        area = counts[0] / counts[1]  # under the ROC curve of each class  [K]
+        what = "probability that a class's pixel has more of it than others; 0.5 is chance, 1 best"
+        mean, each = f"own attention: {what}, mean", f"own attention by class: {what} | attention"
+        return {mean: area.nanmean().item(), each: area[None]}
 
 
-def check_values(names, weights, channels, guidance, excite, stage_weights):
+def wins(maps, labels):
+    """Pairs of a position of class c and one of another class in an image: float64 `[2, K]`, those
+    where map c is higher at the former, a tie counting one half; all. maps `[K, h, w]`, labels
+    int64 `[h, w]`, 255 = ignored.
+    """
+    counts, labelled = torch.zeros(2, len(maps), dtype=torch.float64), labels != 255
+    for c in labels[labelled].unique().tolist():
+        own, others = maps[c, labels == c], maps[c, labelled & (labels != c)].sort().values
+        below = torch.searchsorted(others, own)  # how many of the others are lower
+        up_to = torch.searchsorted(others, own, right=True)  # how many are not higher
+        counts[0, c] = (below + up_to).sum().item() / 2
+        counts[1, c] = len(own) * len(others)
+    return counts
+
+
+def check_values(names, channels, guidance):
     """ValueError for option values that SPGNet does not know."""
     several = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
     if not several or not names:
         raise ValueError(f"backbones={names!r}: expected a name for each stage: ('resnet50',)")
-    if weights not in (None, "imagenet") and len(set(names)) > 1:
-        raise ValueError(f"weights '{weights}' cannot fit {' and '.join(names)}: give 'imagenet'")
     if not isinstance(channels, int) or channels < 16 or channels % 16:
         raise ValueError(f"channels={channels!r}: expected a multiple of 16")
-    guidances = ("spg", "se", "ge", None)
-    backbones.check_choices(guidance=(guidance, guidances), excite=(excite, EXCITES))
-    if stage_weights is None:
-        return
-    fits = isinstance(stage_weights, (tuple, list)) and len(stage_weights) == len(names)
-    if not fits or not all(type(w) in (int, float) and 0 <= w < math.inf for w in stage_weights):
-        raise ValueError(f"stage_weights={stage_weights!r}: expected {len(names)} numbers >= 0")
-
-
-def check_positions(net, images):
-    """ValueError in training for one image of 2x2 positions: batch norm's gradients explode."""
-    few = net.training and len(images) == 1 and images.shape[2:] == (33, 33)
-    if few and not any(isinstance(module, nn.SyncBatchNorm) for module in net.modules()):
-        norm = "33x33 pixels are too few: batch norm needs far more than 1 value per channel"
-        raise ValueError(f"{norm}: take at least two images for each process, or larger crops")
+    backbones.check_choices(guidance=(guidance, ("spg", "se", "ge", None)))
 
 
 # -------------------------------------------------------------- what Tables 3, 4 and 8 compare with
 
 
 class WithoutGuidance(nn.Module):
-    """What takes the guidance's place in Tables 3 and 4: x_d -> (out, x_l), of the same shapes.
-
-    gate: None: out = W_o x_d; "se", "ge": out = W_o gate(x_d). supervise=False: x_l is None.
+    """What takes the guidance's place in Tables 3, 4: x_d -> (W_o gate(x_d), x_l), of its shapes.
+    gate: "se", "ge"; None: W_o x_d. supervise=False: x_l is None.
     """
 
     def __init__(self, channels, num_classes, out_channels, gate=None, supervise=True):
         super().__init__()
-        self.gate = GatherExcite() if gate == "ge" else nn.Identity()
+        self.gate = gather_excite if gate == "ge" else nn.Identity()
         if gate == "se":  # reduction 16 as in SENet; the paper gives none
             self.gate = SqueezeExcitation(channels, channels // 16)
         # Table 3: 215.5e9 multiply-adds without guidance, 218.0e9 with it. The difference is W_m
@@ -331,14 +329,12 @@ class WithoutGuidance(nn.Module):
         return out, None if self.logits is None else self.logits(x_d)
 
 
-class GatherExcite(nn.Module):
+def gather_excite(x):
     """x `[N, C, H, W]` times the sigmoid of its local averages (Hu et al., NeurIPS 2018)."""
-
-    def forward(self, x):
-        # The paper names neither form nor extent. Ours: GE-θ⁻, without weights, of extent e = 8.
-        # Windows have 2e - 1 = 15 positions a side, one at every eighth position.
-        gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
-        return x * backbones.resize(gathered, x).sigmoid()
+    # The paper names neither form nor extent. Ours: GE-θ⁻, without weights, of extent e = 8.
+    # Windows have 2e - 1 = 15 positions a side, one at every eighth position.
+    gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
+    return x * backbones.resize(gathered, x).sigmoid()
 
 
 def online_hard_example_loss(logits, labels, threshold=0.7, minimum=0.15):
@@ -366,11 +362,10 @@ _COMMON = dict(  # Sect. 4.2; ResNet-50: Sect. 4.3; ImageNet weights are inferre
 )  # fmt: skip
 RECIPES = {
     "shapes": dict(lr=1e-3, option=dict(channels=64)),  # ours, as SHAPES in train.py
-    # Sect. 4.2 gives no crop size; this is DeepLab's. Tables 1, 2: train and val together (Sect.
-    # 4.2, `--train-split trainval`), evaluated at the scales 0.75 1 1.25 1.5 1.75 2 (Sect. 4.3).
+    # Sect. 4.2 gives no crop size; this is DeepLab's. Tables 1, 2: `--train-split trainval` (Sect.
+    # 4.2), evaluated at the scales 0.75 1 1.25 1.5 1.75 2 (Sect. 4.3).
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),
-    # Sect. 4.6: "we follow the settings in [11]", DeepLabv3+, whose rate is 0.007. Weight decay,
-    # scale step and hard examples are those of Cityscapes here.
+    # Sect. 4.6: the settings of DeepLabv3+, whose rate is 0.007. All else is as on Cityscapes.
     "pascal_voc_aug": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),
     "pascal_person_part": _COMMON | dict(iterations=30_000, batch_size=28, crop_size=513, lr=0.007),
 }

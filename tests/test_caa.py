@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import LIGHT
 
 import caa
+import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_seed")
 
@@ -594,13 +595,6 @@ def test_behind_a_relu_a_long_query_draws_positions_that_show_something_else():
     assert caa.axial_attention(z, "column")[0, 0, :4].argmax(-1).max() < 4
 
 
-@pytest.mark.equation
-@pytest.mark.parametrize("options", [dict(layers=0), dict(layers=-1), dict(width=0)], ids=str)
-def test_gate_has_at_least_one_hidden_layer(options):
-    with pytest.raises(ValueError, match="at least one"):
-        caa.ChannelAttention(8, **options)
-
-
 @pytest.mark.network
 def test_options_reach_the_gates_and_no_more():
     def count(**options):
@@ -1113,7 +1107,7 @@ def test_activation_is_the_gates(activation, slope):
     torch.testing.assert_close(net(x), literal_axial(Prefixed(net), "a", x, slope=slope))
     reached = small(activation=activation).head.attention
     assert reached.gate_col.slope == reached.gate_row.slope == slope
-    with pytest.raises(ValueError, match="'leaky_relu' or 'relu'"):
+    with pytest.raises(ValueError, match="'gelu': it is one of 'leaky_relu', 'relu'"):
         small(activation="gelu")
 
 
@@ -1279,6 +1273,7 @@ def test_figures_show_the_column_and_row_of_the_position_nearest_to_the_pixel(pi
     given = recorded(net.head.attention, "input")
     figures = net.figures(image, pixel)
     ends = ": attention of the marked pixel"
+    figures = {name: figure for name, figure in figures.items() if "gates" not in name}
     assert set(figures) == {f"{name}{ends}" for name in ("column step", "row step", "both steps")}
     with torch.no_grad():
         net(image[None])
@@ -1387,6 +1382,217 @@ def test_figures_of_dual_attention_are_label_maps_of_its_branches(design, branch
         assert len(labels.unique()) > 1 and torch.equal(
             figures[f"prediction, {name} branch"], labels
         )
+
+
+@pytest.mark.equation
+def test_gates_that_are_drawn_are_those_of_the_channels_that_differ_most_by_hand():
+    gates = torch.full((3, 10), 0.5)
+    gates[:, 0] = torch.tensor([0.91, 0.92, 0.9])  # large, but alike
+    for channel in range(1, 9):
+        gates[:, channel] = torch.tensor([0.0, 0.1, 1.0]) * channel / 8
+    expected = torch.tensor([[0.0], [0.1], [1.0]]) * torch.arange(8, 0, -1) / 8
+    torch.testing.assert_close(caa.most_varied(gates), expected)
+    assert caa.most_varied(gates[:1]).isfinite().all()  # one position high
+
+
+def gated(**options):
+    """A network whose gates are far from a constant 1/2."""
+    net = small(**options).eval()
+    for gate in (net.head.attention.gate_col, net.head.attention.gate_row):
+        for fc in gate.fc:
+            torch.nn.init.normal_(fc.weight, std=0.3)
+    return net
+
+
+@pytest.mark.network
+def test_figures_show_the_gates_beside_the_rows_and_columns_of_the_image():
+    net = gated()
+    gates = [recorded(net.head.attention.gate_col), recorded(net.head.attention.gate_row)]
+    figures = {k: m for k, m in net.figures(torch.randn(3, 60, 81)).items() if "gates" in k}
+    what = "gates in the 8 channels that differ most | 0, closed | 1, open"
+    assert list(figures) == [f"column step: rows' {what}", f"row step: columns' {what}"]
+    by_row, by_column = figures.values()
+    # Extended to 65 x 81: the fifth of the rows 0, 16, … is beyond the image, no column is.
+    assert gates[0][0].shape == (1, 5, 512) and gates[1][0].shape == (1, 6, 512)
+    for figure, gate, length in ((by_row, gates[0], 4), (by_column.T, gates[1], 6)):
+        shown = gate[0][0, :length]
+        most = shown.std(0, correction=0).argsort(descending=True)[:8]
+        assert torch.equal(figure, shown[:, most]) and len(gate) == 1
+        assert (figure.std(0, correction=0) > 0).all()
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("backbone, stride", [("resnet18", 16), ("convnext_tiny", 32)])
+def test_gates_are_those_of_the_forward_pass_on_the_image_alone(backbone, stride):
+    net, images = gated(backbone=backbone, output_stride=stride), torch.randn(2, 3, 60, 40)
+    modules = net.head.attention.gate_col, net.head.attention.gate_row
+    seen = [recorded(module) for module in modules]
+    with torch.no_grad():
+        net(images)
+        found = net.gates(net.backbone(images)[3], (60, 40))
+    # 16: extended to 65 x 49, 5 x 4 positions. 32: to 64 x 64, 2 x 2 patches, all with pixels.
+    for gate, whole, length in zip(found, seen, (4, 3) if stride == 16 else (2, 2)):
+        assert gate.shape == (2, length, 512) and len(whole) == 2
+        torch.testing.assert_close(gate, whole[0][:, :length])
+    assert [len(module._forward_hooks) for module in modules] == [1, 1]  # those of this test
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.equation
+def test_conflicts_by_hand():
+    labels = torch.tensor([[[0, 1, 2]], [[1, 255, 0]]])
+    fused = torch.tensor([[[0, 0, 1]], [[0, 0, 2]]])  # wrong at four pixels
+    spatial = torch.tensor([[[1, 1, 2]], [[2, 255, 2]]])  # right at two of them
+    channel = torch.tensor([[[0, 1, 0]], [[1, 255, 1]]])  # at two, one of them another
+    branches = torch.stack([spatial, channel])
+    assert caa.conflicts(branches, fused, labels).tolist() == [2, 2, 3, 4]
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("count", [1, 2])
+def test_conflicts_equal_the_loop(count):
+    labels = torch.randint(3, (2, 5, 4))
+    labels[0, 1:3] = 255
+    fused, branches = torch.randint(3, (2, 5, 4)), torch.randint(3, (count, 2, 5, 4))
+    expected = [0] * (count + 2)
+    for n, i, j in product(range(2), range(5), range(4)):
+        if labels[n, i, j] == 255 or fused[n, i, j] == labels[n, i, j]:
+            continue
+        right = [bool(branches[b, n, i, j] == labels[n, i, j]) for b in range(count)]
+        expected = [a + b for a, b in zip(expected, [*right, any(right), True])]
+    assert caa.conflicts(branches, fused, labels).tolist() == expected and min(expected) > 0
+    assert caa.conflicts(branches, labels, labels).sum() == 0
+
+
+@pytest.mark.equation
+def test_deviations_of_gates_by_hand():
+    # Column step, two images of two rows, two channels. Channel 0: 0.1 0.5 and 0.3 0.7; channel 1
+    # the same. Within: 0.2 in each. The means are 0.3 and 0.5: 0.1 between them.
+    first = torch.tensor([[0.1, 0.5], [0.3, 0.7]])[..., None].expand(2, 2, 2)
+    # Row step, one column for channel 0 of 0.2, channel 1 of 0.4 and 0.8: 0, 0.2 between images.
+    second = torch.tensor([[[0.2, 0.4]], [[0.2, 0.8]]])
+    found = caa.gate_deviations([[first, second]])
+    expected = torch.tensor([[0.2, 0.0], [0.1, math.sqrt((0 + 0.04) / 2)]])
+    torch.testing.assert_close(found, expected.double())
+
+
+@pytest.mark.equation
+def test_deviations_of_gates_equal_the_loop_over_batches_of_different_sizes():
+    shapes = [(2, 4, 6), (1, 3, 1), (3, 5, 2)]  # images, rows, columns
+    batches = [[torch.rand(n, h, 3), torch.rand(n, w, 3)] for n, h, w in shapes]
+    found = caa.gate_deviations(iter(batches))
+    assert found.shape == (2, 2) and found.dtype == torch.float64
+    for step in range(2):
+        images = [image.double() for batch in batches for image in batch[step]]
+        assert len(images) == 6
+        within, between = [], []
+        for c in range(3):
+            means = []
+            for image in images:
+                line = image[:, c].tolist()
+                means.append(sum(line) / len(line))
+                within.append(sum((x - means[-1]) ** 2 for x in line) / len(line))
+            mean = sum(means) / 6
+            between.append(sum((m - mean) ** 2 for m in means) / 6)
+        expected = [math.sqrt(sum(v) / len(v)) for v in (within, between)]
+        torch.testing.assert_close(found[:, step], torch.tensor(expected).double())
+
+
+@pytest.mark.equation
+def test_gates_that_are_all_the_same_do_not_differ():
+    # Rounding makes the mean of these squares lower than the square of the mean.
+    batches = [[torch.full((1, 3, 4), 0.03), torch.full((1, 1, 4), 0.12)]] * 38
+    assert caa.gate_deviations(batches).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.network
+def test_analyse_measures_the_gates_of_all_images():
+    net = gated()
+    pairs = [(torch.randn(n, 3, *size), None) for n, size in ((2, (60, 81)), (1, (33, 40)))]
+    seen = [recorded(net.head.attention.gate_col), recorded(net.head.attention.gate_row)]
+    with torch.no_grad():
+        for images, _ in pairs:
+            net(images)
+    inside = (4, 6), (3, 3)  # rows, columns at 0, 16, … on the image
+    batches = [[seen[step][k][:, : inside[k][step]] for step in range(2)] for k in range(2)]
+    ((key, found),) = net.analyse(iter(pairs)).items()
+    assert key.partition(": ")[0] == "gates"
+    axes = ["within an image, between images", "column step, row step"]
+    assert key.split(" | ")[1:] == axes
+    torch.testing.assert_close(found, caa.gate_deviations(batches), rtol=1e-3, atol=1e-6)
+    assert (found > 1e-4).all()
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "options",
+    [dict(channelization=False, se=True), dict(attention="self"), dict(attention=None)],
+    ids=str,
+)
+def test_without_two_gates_there_is_nothing_to_measure_and_no_gate_to_see(options):
+    net, (images, labels) = small(**options).eval(), batch(1)
+    assert net.analyse([(images, labels)]) == {}
+    assert not [name for name in net.figures(images) if "gates" in name]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "design, branches", [("parallel", ["spatial", "channel"]), ("sequential", ["channel"])]
+)
+def test_analyse_of_dual_attention_counts_what_a_branch_knew(design, branches):
+    net, (images, labels) = open_gammas(small(3, dual=design)).eval(), batch(3, 33, 20, 3)
+    labels[:, :9] = 255
+    layers = [getattr(net.head, f"{name}_logits")[1] for name in branches] + [net.classifier]
+    seen = [recorded(layer) for layer in layers]
+    with torch.no_grad():
+        net(images)
+        for layer, found in zip(layers, seen):  # no class wins everywhere
+            layer.bias -= found[0].mean((0, 2, 3))
+    right, wrong = [0] * (len(branches) + 1), 0
+    for image, label in zip(images, labels):
+        figures = net.figures(image)
+        for i, j in product(range(33), range(20)):
+            if label[i, j] in (255, figures["prediction"][i, j]):
+                continue
+            known = [
+                bool(figures[f"prediction, {b} branch"][i, j] == label[i, j]) for b in branches
+            ]
+            right = [a + b for a, b in zip(right, [*known, any(known)])]
+            wrong += 1
+    pairs = [(images[:2], labels[:2]), (images[2:], labels[2:])]
+    ((key, found),) = net.analyse(iter(pairs)).items()
+    assert key.partition(": ")[0] == "conflicts" and "less is better" in key
+    assert key.split(" | ")[1:] == ["share", ", ".join([*branches, "any"])]
+    torch.testing.assert_close(found, torch.tensor([right]) / wrong, rtol=0, atol=2 / wrong)
+    assert min(right) > 0 and wrong > max(right)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("options", [dict(), dict(dual="parallel")], ids=str)
+def test_the_numbers_are_printed_in_a_table(options, tmp_path, capsys):
+    class Pictures(torch.utils.data.Dataset):
+        classes, num_classes = ["a", "b"], 2
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            label = torch.full((40, 33), index, dtype=torch.uint8)
+            return torch.randint(256, (3, 40, 33), dtype=torch.uint8), label
+
+    flags = ["--checkpoint", "x.pt", "--analyse", "--figures", str(tmp_path), "--workers", "0"]
+    net, args = small(2, **options).eval(), evaluate.arguments(flags)
+    found = evaluate.analyse(net, Pictures(), torch.device("cpu"), args)
+    name = "conflicts" if options else "gates"
+    lines = capsys.readouterr().out.splitlines()
+    title = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+    shown = ["spatial", "channel", "any"] if options else ["column", "step", "row", "step"]
+    assert lines[title + 1].split() == shown
+    numbers = [f"{x:.3f}" for x in found[name][0]]
+    assert lines[title + 2].split()[-len(numbers) :] == numbers
+    assert (tmp_path / f"{name}.png").exists()
 
 
 # -------------------------------------------------------------------------------------------- build

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LIGHT, normed, trained
+from conftest import normed, trained
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
@@ -171,11 +171,9 @@ def test_each_stage_has_its_loss_and_all_parameters_a_gradient():
 
 
 @pytest.mark.network
-def test_every_stages_loss_is_that_of_its_logits_times_its_weight():
+def test_every_stages_loss_is_that_of_its_logits():
     images, labels = scene()
     net = tiny(backbones=resnets(18, 18, 18), hard_examples=False).eval()
-    weighted = tiny(backbones=resnets(18, 18, 18), hard_examples=False, stage_weights=(2, 3, 5))
-    weighted.eval().load_state_dict(net.state_dict())
     x, maps, expected = backbones.extended(images, 32), None, []
     for stage, guide in zip(net.stages, [*net.guides, None]):
         maps = stage(x, maps)
@@ -184,8 +182,6 @@ def test_every_stages_loss_is_that_of_its_logits_times_its_weight():
         expected.append(F.cross_entropy(full, labels, ignore_index=255))
         x = None if guide is None else guide(maps[1][0])[0]
     torch.testing.assert_close(list(net(images, labels).values()), expected)
-    found = list(weighted(images, labels).values())
-    torch.testing.assert_close(found, [w * loss for w, loss in zip((2, 3, 5), expected)])
 
 
 @pytest.mark.network
@@ -451,7 +447,7 @@ def test_tables_3_4_without_guidance_features_pass_and_logits_are_supervised_apa
         h = F.relu(x_d.mean((2, 3)) @ squeeze.weight[:, :, 0, 0].T + squeeze.bias)
         y = x_d * (h @ expand.weight[:, :, 0, 0].T + expand.bias).sigmoid()[..., None, None]
     if gate == "ge":
-        y = spgnet.GatherExcite()(x_d)
+        y = spgnet.gather_excite(x_d)
     expected = F.conv2d(y, module.out.weight, module.out.bias)
     expected_l = F.conv2d(x_d, module.logits.weight, module.logits.bias)
     assert module.out.weight.shape == (6, 32, 1, 1) and module.logits.weight.shape == (4, 32, 1, 1)
@@ -480,7 +476,7 @@ def test_tables_3_4_the_baseline_is_supervised_and_need_not_be(guidance):
 @pytest.mark.equation
 def test_gather_excite_gates_by_the_averages_around():
     x = torch.randn(1, 2, 17, 25)
-    found = spgnet.GatherExcite()(x)
+    found = spgnet.gather_excite(x)
     # at every eighth position the mean of what is within seven of it
     for i, j in ((0, 0), (8, 8), (16, 24), (8, 16)):
         around = x[0, :, max(0, i - 7) : i + 8, max(0, j - 7) : j + 8].mean((1, 2))
@@ -581,14 +577,9 @@ def test_mistakes_name_what_is_expected():
         tiny(stages=2)
     with pytest.raises(ValueError, match="channels=24: expected a multiple of 16"):
         tiny(channels=24)
-    for wrong in ((1, 2, 3), 2, ("a", "b"), (1, float("nan")), (True, 1), (-1, 1)):
-        with pytest.raises(ValueError, match="stage_weights=.*: expected 2 numbers"):
-            tiny(stage_weights=wrong)
     for wrong in ("x", None, 32.0):
         with pytest.raises(ValueError, match="channels=.*: expected a multiple of 16"):
             tiny(channels=wrong)
-    with pytest.raises(ValueError, match="weights 'w.pth' cannot fit resnet18 and resnet34"):
-        tiny(backbones=("resnet18", "resnet34"), weights="w.pth")
     with pytest.raises(
         ValueError, match="backbone='xception65': it is one of 'resnet18', .*'mobilenet_v2'"
     ):
@@ -619,6 +610,8 @@ def test_weights_reach_every_stage(tmp_path):
     for stage in net.stages:
         assert torch.equal(stage.levels[3][1].conv2.weight, state["layer4.1.conv2.weight"])
     assert torch.equal(net.stages[0].stem[0].weight, state["conv1.weight"])
+    with pytest.raises(ValueError, match="w.pth' does not fit: .* missing from the file"):
+        tiny(backbones=resnets(18, 34), weights=str(tmp_path / "w.pth"))
 
 
 @pytest.mark.system
@@ -657,20 +650,31 @@ def test_recipes_are_the_papers():
 # ------------------------------------------------------------------------------------------ figures
 
 
+def attention_of(net, image, size):
+    """Fig. 4: for each class the l2 norm of the 15 channels with its largest weights."""
+    guide = net.guides[0]
+    m = guide.mask(guide.logits(net.stages[0](backbones.extended(image, 32))[1][0]))[0]
+    assert m.shape[1:] == size
+    norms = []
+    for c in range(4):
+        largest = sorted(range(32), key=lambda d: -guide.attention.weight[d, c].item())[:15]
+        norms.append(torch.sqrt(sum(m[d] ** 2 for d in largest)))
+    return torch.stack(norms)
+
+
 @pytest.mark.network
-def test_fig_4_takes_the_15_channels_of_the_class():
+def test_fig_4_takes_the_15_channels_of_the_class_and_subtracts_one_number_from_all():
     net = tiny(channels=32).eval()
     image = torch.randn(3, 45, 70)
     figures = net.figures(image)
     assert list(figures) == [0, 1, 2, 3]
-    guide = net.guides[0]
-    m = guide.mask(guide.logits(net.stages[0](backbones.extended(image[None], 32))[1][0]))[0]
-    for c, found in figures.items():
-        largest = sorted(range(32), key=lambda d: -guide.attention.weight[d, c].item())[:15]
-        norm = torch.sqrt(sum(m[d] ** 2 for d in largest))
-        norm = backbones.upsample(norm[None, None], 4, (45, 70))[0, 0]
-        torch.testing.assert_close(found, norm - norm.min())
-        assert found.shape == (45, 70) and found.min() == 0
+    norms = attention_of(net, image[None], (17, 25))
+    norms = backbones.upsample(norms[None], 4, (45, 70))[0]
+    lowest = norms.min()
+    for norm, found in zip(norms, figures.values(), strict=True):
+        torch.testing.assert_close(found, norm - lowest)
+        assert found.shape == (45, 70)
+    assert [m.min() == 0 for m in figures.values()].count(True) == 1
 
 
 @pytest.mark.network
@@ -682,12 +686,18 @@ def test_figures_of_three_stages_are_the_firsts():
 
 
 @pytest.mark.network
-def test_figures_are_empty_without_guidance():
-    assert all(
-        tiny(**o).eval().figures(torch.randn(3, 40, 40)) == {}
-        for o in (dict(guidance="se"), dict(excite="sum"))
+def test_figures_and_numbers_are_empty_without_guidance():
+    images, labels = scene((40, 40), 1)
+    options = (
+        dict(guidance="se"),
+        dict(guidance=None),
+        dict(excite="sum"),
+        dict(backbones=resnets(18)),
     )
-    assert tiny(backbones=resnets(18)).eval().figures(torch.randn(3, 40, 40)) == {}
+    for option in options:
+        net = tiny(**option).eval()
+        assert net.figures(images[0]) == net.analyse([(images, labels)]) == {}
+    assert tiny(excite="softmax").eval().figures(images[0])
 
 
 @pytest.mark.network
@@ -707,12 +717,111 @@ def test_all_classes_are_on_one_sheet_by_name(monkeypatch):
     assert columns == 3 and len(maps) == 1 and caption == net.caption
 
 
+# ------------------------------------------------------------------------------------------ numbers
+
+X = 255
+
+
+@pytest.mark.equation
+def test_pairs_that_the_attention_of_a_class_wins_by_hand():
+    labels = torch.tensor([[0, 0, 1], [1, 3, X]])
+    maps = torch.ones(4, 2, 3)
+    maps[:2] = torch.tensor([[5.0, 2, 3], [2, 1, 9]])
+    # Class 0 has 5 and 2, the others 3, 2 and 1; 9 is ignored: three pairs are won, and 1 1/2.
+    # Class 1 has 3 and 2, the others 5, 2 and 1: two, and 1 1/2. Class 2 does not occur. Class 3
+    # has a tie with each of four.
+    assert spgnet.wins(maps, labels).tolist() == [[4.5, 3.5, 0, 2], [6, 6, 0, 4]]
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("size", [(6, 7), (1, 9), (5, 1), (1, 1)])
+def test_pairs_that_the_attention_of_a_class_wins_equal_the_double_loop(size):
+    maps = torch.randn(5, *size).mul(2).round()  # with ties
+    labels = torch.randint(4, size)  # class 4 does not occur
+    labels[0, 0] = X
+    expected = torch.zeros(2, 5, dtype=torch.float64)
+    places = [p for p in product(*map(range, size)) if labels[p] != X]
+    for p, q in product(places, places):
+        c = labels[p]
+        if labels[q] != c:
+            expected[0, c] += 1 if maps[c][p] > maps[c][q] else 0.5 * (maps[c][p] == maps[c][q])
+            expected[1, c] += 1
+    found = spgnet.wins(maps, labels)
+    assert torch.equal(found, expected) and (expected[1].sum() > 0) == (size != (1, 1))
+    torch.testing.assert_close(
+        spgnet.wins(-maps, labels), torch.stack([found[1] - found[0], found[1]])
+    )
+
+
+@pytest.mark.equation
+def test_pairs_are_counted_beyond_the_whole_numbers_of_float32():
+    labels = torch.zeros(1, 9004, dtype=torch.int64)
+    labels[0, 4501:] = 1
+    maps = torch.stack([1 - labels, labels]).float()  # every pair is won; odd, and above 2 ** 24
+    assert spgnet.wins(maps, labels).tolist() == [[4501 * 4503] * 2] * 2
+
+
 @pytest.mark.network
-def test_one_small_image_is_a_clear_error_in_training_and_fine_in_evaluation():
-    images, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.int64)
-    net = spgnet.build(3, LIGHT, channels=16)
-    for side in (2, 33):
-        with pytest.raises(ValueError, match="more than 1 value per channel: take at least two"):
-            net(images[:1, :, :side, :side], labels[:1, :side, :side])
-    assert net(images[:, :, :32, :32], labels[:, :32, :32]) and net(images[:1], labels[:1])
-    assert net.eval()(images[:1, :, :32, :32]).shape == (1, 3, 32, 32)
+def test_analyse_is_the_area_under_the_roc_curve_over_the_pairs_of_each_image():
+    net = tiny(channels=32).eval()
+    first = torch.randn(2, 3, 45, 70), torch.randint(3, (2, 45, 70))
+    second = torch.randn(1, 3, 33, 9), torch.ones(1, 33, 9, dtype=torch.int64)
+    second[1][0, 12:, :5] = 0
+    first[1][0, :30] = X  # class 3 never occurs
+    with torch.no_grad():
+        mean, each = net.analyse(iter([first, second])).values()
+        won, pairs = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        for images, labels in (first, second):
+            H, W = labels.shape[1:]
+            size = (17, 25) if H == 45 else (9, 9)  # the images are extended
+            for image, label in zip(images, labels):
+                attention = attention_of(net, image[None], size)
+                # position (i, j) is at pixel (4 i, 4 j); those beyond the image are left out
+                places = [(i, j) for i, j in product(*map(range, size)) if 4 * i < H and 4 * j < W]
+                for c in range(4):
+                    own = [attention[c][i, j] for i, j in places if label[4 * i, 4 * j] == c]
+                    others = [attention[c][i, j] for i, j in places
+                              if label[4 * i, 4 * j] not in (c, X)]  # fmt: skip
+                    won[c] += sum((a > torch.stack(others)).sum() for a in own if others)
+                    pairs[c] += len(own) * len(others)
+    assert each.shape == (1, 4) and each.isnan().tolist() == [[False, False, False, True]]
+    torch.testing.assert_close(each[0], won / pairs, rtol=0, atol=1e-3, equal_nan=True)
+    assert type(mean) is float and mean == pytest.approx(each[0, :3].mean().item())
+
+
+@pytest.mark.network
+def test_analyse_of_an_attention_that_is_its_class_is_1_and_of_its_reverse_0():
+    net, labels = tiny().eval(), torch.randint(4, (2, 45, 70))
+    at = labels[:, ::4, ::4]
+    ideal = F.pad((at[:, None] == torch.arange(4)[:, None, None]).float(), (0, 7, 0, 5), value=9)
+    for net.class_attention, expected in (lambda _: ideal, 1.0), (lambda _: -ideal, 0.0):
+        mean, each = net.analyse([(torch.randn(2, 3, 45, 70), labels)]).values()
+        assert mean == expected and each.tolist() == [[expected] * 4]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Three small pictures, as `data.dataset` gives them."""
+
+    classes, num_classes = ["sky", "road", "car", "tree"], 4
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        label = torch.full((40, 52), index, dtype=torch.uint8)
+        label[:, 20:] = 3
+        return torch.randint(256, (3, 40, 52), dtype=torch.uint8), label
+
+
+@pytest.mark.system
+def test_the_numbers_are_printed_and_drawn_by_the_names_of_the_classes(tmp_path, capsys):
+    flags = ["--checkpoint", "x.pt", "--analyse", "--figures", str(tmp_path), "--workers", "0"]
+    args = evaluate.arguments(flags)
+    found = evaluate.analyse(tiny().eval(), Pictures(), torch.device("cpu"), args)
+    mean, each = found["own attention"], found["own attention by class"]
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{mean:.3f}  own attention: ") for line in lines)
+    title = next(i for i, line in enumerate(lines) if line.startswith("own attention by class: "))
+    assert lines[title + 1].split() == Pictures.classes
+    assert lines[title + 2].split() == ["attention", *(f"{x:.3f}" for x in each[0])]
+    assert (tmp_path / "own_attention_by_class.png").exists()
