@@ -413,7 +413,7 @@ def gate_deviations(batches):
 
 
 def most_varied(gates):
-    """Of the gates `[L, C]` of an image the 8 channels that differ most over its lines, `[L, 8]`."""
+    """Of the gates `[L, C]` of an image the 8 channels that differ most over L, `[L, 8]`."""
     return gates[:, gates.var(0, correction=0).topk(8).indices]
 
 
