@@ -563,6 +563,13 @@ def test_the_marked_pixels_cell_is_outlined_and_the_cells_once(sheets):
     assert sheets[-1]["panels"][0].boxes == ((33, 50, 40, 60),)
 
 
+def test_cells_of_maps_that_are_zero_but_for_one_row_or_column_of_cells():
+    m, column, row = blocks([5, 14, 14, 7], [10, 20, 20, 10]), *torch.zeros(2, 40, 60)
+    column[:, 10:30], row[19:33] = m[:, 10:30], m[19:33]
+    lines, box = evaluate.cells([column, row], (20, 11), (40, 60))
+    assert lines == [[0, 5, 19, 33, 40], [0, 10, 30, 50, 60]] and box == (19, 10, 33, 30)
+
+
 @pytest.mark.parametrize(
     "figure",
     [
@@ -613,6 +620,9 @@ def test_figures_of_classes_share_a_scale_and_the_legend_has_their_classes(sheet
 def test_figures_of_classes_that_are_all_alike_are_drawn_too(sheets):
     found = sheet_of(Shown({1: torch.full((40, 60), 2.0)}, about_pixel=False), sheets)
     assert found["panels"][2].scale == ("2", "2")
+    image = torch.full((3, 40, 60), 90, dtype=torch.uint8)
+    expected = evaluate.draw_figure(" | 0 | 1", torch.zeros(40, 60), image, []).tile
+    assert torch.equal(found["panels"][2].tile, expected)
 
 
 def test_the_prediction_names_the_map_that_it_is(sheets):
@@ -994,6 +1004,9 @@ def test_what_is_compared_is_where_most_differs_near_borders_of_the_truth():
     assert evaluate.compared([a, b])[1] == (2, 2, 10, 10)
     top, left, bottom, right = evaluate.compared([a, b], truth)[1]
     assert top <= 26 and 28 <= bottom and left <= 26 and 28 <= right
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    for known, box in ((truth, (top, left, bottom, right)), (None, (2, 2, 10, 10))):
+        assert evaluate.comparison({"a": a, "b": b}, image, [(0, 0, 0)] * 3, known)[1] == box
     b[20:32, 20:32] = 0  # nothing differs there: as without the truth
     assert evaluate.compared([a, b], truth)[1] == (2, 2, 10, 10)
     truth[26:28, 26:28] = 255  # no border, since only one class is known
@@ -1075,7 +1088,7 @@ class Regularized(Constant):
         return self.classifier(self.last(images - 0.2))
 
 
-def test_class_dependency_is_also_measured_where_car_acts(capsys):
+def test_class_dependency_is_also_measured_where_car_acts(capsys, monkeypatch):
     args = evaluate.arguments(["--checkpoint", "x.pt", "--analyse"])
     args.workers, net = 0, Regularized().eval()
     found = evaluate.analyse(net, Two(), torch.device("cpu"), args)
@@ -1090,8 +1103,11 @@ def test_class_dependency_is_also_measured_where_car_acts(capsys):
     assert found[names[1]] != found[names[1] + " where CAR acts"]
     lines = capsys.readouterr().out.splitlines()
     assert sum("class dependency where CAR acts: how alike" in line for line in lines) == 1
-    net.regularized = "classifier"
+    net.regularized, passes, measure = "classifier", [], evaluate.class_dependency
+    count = lambda *given: passes.append(given) or measure(*given)  # noqa: E731
+    monkeypatch.setattr(evaluate, "class_dependency", count)
     assert list(evaluate.analyse(net, Two(), torch.device("cpu"), args)) == names
+    assert len(passes) == 1
 
 
 class Many(Two):
