@@ -518,9 +518,7 @@ def compared(predictions, truth=None):
 
 
 def comparison(predictions, image, palette, truth=None):
-    """(the Panels that compare label maps of an image, name -> `[H, W]`; the enlarged box; a
-    sentence about it)
-    """
+    """(Panels that compare label maps of an image, name -> `[H, W]`; enlarged box; what it is)"""
     maps = {name: m.cpu() for name, m in predictions.items()}
     difference, box = compared(list(maps.values()), truth)
     panels = [data.label_panel(name, m, palette, boxes=(box,)) for name, m in maps.items()]
@@ -648,9 +646,8 @@ def draw_matrix(values, columns, title, rows=None, cell=28, margin=130):
     above = _names(columns[::-1], cell, margin).transpose(Image.Transpose.ROTATE_270)
     picture.paste(above, (margin, 0))
     zero = (-low / (high - low), "0") if low < 0 < high else ()
-    ends = f"{low:.3g}", f"{high:.3g}"
-    panel = data.Panel(title, TF.pil_to_tensor(picture), ends, (), zero)
-    return data.sheet([panel], 1, width=picture.width)
+    tile, ends = TF.pil_to_tensor(picture), (f"{low:.3g}", f"{high:.3g}")
+    return data.sheet([data.Panel(title, tile, ends, (), zero)], 1, width=picture.width)
 
 
 def _names(names, cell, margin):
@@ -919,9 +916,8 @@ def analyse(net, dataset, device, args):
         kept[name] = value.tolist()
         names = [axis.split(", ") for axis in axes]
         rows, columns = [*names, dataset.classes, dataset.classes][:2]
-        table, down, across = value, rows, columns
-        if len(columns) > 6:  # a line of text for each
-            table, down, across = value.T, columns, rows
+        turned = len(columns) > 6  # a line of text for each column
+        table, down, across = (value.T, columns, rows) if turned else (value, rows, columns)
         if len(across) <= 6:
             print(title, " " * 20 + "".join(f"{column:>12}" for column in across), sep="\n")
             for row, line in zip(down, table.tolist()):
