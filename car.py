@@ -398,9 +398,11 @@ class CARNet(nn.Module):
         return losses | self.car(X, labels_at(labels, X.shape[2:], pixels))
 
     def figures(self, image, pixel=None):
-        """Fig. 4.4: the similarity of each pixel to `pixel` (pixel_relation), `[H, W]`."""
-        title = "similarity of each pixel's feature to that of the marked pixel"
-        return {title: pixel_relation(self, image, pixel, self.regularized)}
+        """Fig. 4.4: pixel_relation to `pixel`, `[H, W]`, over that of `pixel` to itself (ours)."""
+        products = pixel_relation(self, image, pixel, self.regularized)
+        row, column = backbones.one_pixel(pixel, products.shape)
+        title = "dot product with the marked pixel's feature (its own is 1)"
+        return {title: products / products[row, column].clamp(min=1e-12)}
 
 
 def regularize(net, classifier, num_classes, regularized=None, **terms):

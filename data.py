@@ -20,7 +20,6 @@ To copy: this file stands alone.
 import argparse
 import colorsys
 import contextlib
-import hashlib
 import io
 import itertools
 import math
@@ -91,8 +90,6 @@ LIMITS = {
     "free some space, or take another folder",
     r"InductorError|BackendCompilerFailed|CxxCompiler": "--compile: torch.compile does not work "
     "here; leave it out",
-    r"Expected to have finished reduction": "a parameter of the network gets no gradient; freeze "
-    "it by requires_grad_(False), or leave it out",
     r"more than 1 value": "batch norm needs more than one value per channel; take a "
     "--batch-size of at least 2 for each process, or larger crops",
 }
@@ -445,20 +442,19 @@ def read_image(path, upright=False, huge=False, say=None):
     what looks wrong about photographs in that folder [a warning]. Raises UserError where it cannot
     be read.
     """
-    say, these = say or warn_once, f"photographs in '{path.parent}'"
     with _reading(path, huge=huge):
         content = path.read_bytes()
         image = Image.open(io.BytesIO(content))  # reads the header alone
         decoded = _decoded(image, content)
         if decoded is not None:
             return decoded
-        deep = image.mode.startswith("I;16") or ";16" in str(image.tile)
         image.load()
         if upright:
             with contextlib.suppress(Exception):  # a broken EXIF block: as it is stored
                 image = ImageOps.exif_transpose(image)
         elif _is_turned(image):
-            say(f"{these} carry an EXIF orientation; with labels the pixels are used as stored")
+            text = f"photographs in '{path.parent}' carry an EXIF orientation"
+            (say or warn_once)(f"{text}; with labels the pixels are used as stored")
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -467,11 +463,7 @@ def read_image(path, upright=False, huge=False, say=None):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         # convert would copy what is RGB already
-        image = TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
-        if deep and image.max() < 16:
-            say(f"{these} have 16 bits and no value above 4095, nearly black; 12 bits in 16? Then "
-                "save them again, times 16")  # fmt: skip
-        return image
+        return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _decoded(image, content):
@@ -581,8 +573,7 @@ def images_in(folder, kinds=None):
 
 
 def photographs(paths, results=()):
-    """Files as they are; folders as the pictures in them, but those in the folders `results`.
-
+    """Files as they are; folders as the pictures in them, but those in the folders `results`;
     UserError for a folder without any.
     """
     paths, files = [Path(path) for path in paths], []
@@ -989,9 +980,7 @@ def _pascal_voc(root, split, name="pascal_voc"):
 
 def _pascal_voc_aug(root, split):
     """train: (VOC train + SBD train + SBD val) - VOC val; where VOC has a label, VOC's, else SBD's,
-    as PNG or as shipped.
-
-    Without SBD's lists, what is in SegmentationClassAug is taken instead.
+    as PNG or as shipped. Without SBD's lists, what is in SegmentationClassAug is taken instead.
     """
     voc, sbd = root / "VOCdevkit" / "VOC2012", root / "benchmark_RELEASE" / "dataset"
     files, *rest = _pascal_voc(root, split, "pascal_voc_aug")
@@ -1316,6 +1305,8 @@ class Panel(NamedTuple):
     tile: torch.Tensor  # uint8 [3, h, w]
     scale: tuple = ()  # the words at the two ends of a colour bar under it
     boxes: tuple = ()  # windows outlined on it: (top, left, bottom, right) in pixels of the tile
+    mark: tuple = ()  # a tick on the colour bar: its place in 0…1, and the word under it
+    lines: tuple = ((), ())  # the rows and the columns of the tile at which thin lines are drawn
 
 
 def label_panel(title, label, palette, **kwargs):
@@ -1337,37 +1328,20 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
 
     Under them a legend of the classes that occur in the label maps `maps`, and the caption.
     """
-    font, line, gap = ImageFont.load_default(13), 17, 8
+    line, gap = 17, 8
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     total = min(columns, len(panels)) * (width + gap) + gap
     canvas = Image.new("RGB", (total, 3 * width * len(rows) + 4000), "white")  # cut at the end
     draw, y = ImageDraw.Draw(canvas), gap
+    draw.font = ImageFont.load_default(13)
     for row in rows:
         titles = [textwrap.wrap(panel.title, width // 7) for panel in row]
         top = bottom = y + line * max(1, *map(len, titles))
         for column, (panel, title) in enumerate(zip(row, titles)):
             x = gap + column * (width + gap)
             for i, text in enumerate(title):
-                draw.text((x, y + i * line), text, "black", font)
-            tile = Image.fromarray(panel.tile.permute(1, 2, 0).numpy())
-            factor = min(width / tile.width, 2 * width / tile.height)
-            size = max(1, round(tile.width * factor)), max(1, round(tile.height * factor))
-            tile = tile.resize(size, 0)
-            canvas.paste(tile, (x, top))
-            below = top + tile.height
-            draw.rectangle((x - 1, top - 1, x + tile.width, below), outline="#888888")
-            for box in panel.boxes:
-                upper, left, lower, right = (round(side * factor) for side in box)
-                for color, by in ("black", 0), ("white", 1):
-                    corners = x + left - by, top + upper - by, x + right + by, top + lower + by
-                    draw.rectangle(corners, outline=color)
-            if panel.scale:
-                bar = heat(torch.linspace(0, 1, width)[None].expand(8, -1)).permute(1, 2, 0)
-                canvas.paste(Image.fromarray(bar.numpy()), (x, below + 3))
-                draw.text((x, below + 11), panel.scale[0], "black", font)
-                draw.text((x + width, below + 11), panel.scale[1], "black", font, anchor="ra")
-                below += line + 8
-            bottom = max(bottom, below)
+                draw.text((x, y + i * line), text, "black")
+            bottom = max(bottom, _draw_panel(canvas, draw, panel, x, top, width))
         y = bottom + gap
     names = dict(enumerate(zip(classes, palette)))
     names |= {IGNORE: ("ignored", (0, 0, 0)), UNKNOWN: ("another level", GREY)}
@@ -1375,21 +1349,60 @@ def sheet(panels, columns, maps=(), classes=(), palette=(), caption="", width=30
     for i, number in enumerate(occur):
         (name, color), x, top = names[number], gap + i % across * 130, y + i // across * line
         draw.rectangle((x, top + 2, x + 12, top + 14), tuple(color), "black")
-        draw.text((x + 18, top), name[:15], "black", font)
+        draw.text((x + 18, top), name[:15], "black")
     y += line * -(-len(occur) // across)
     for text in textwrap.wrap(caption, total // 7):
-        draw.text((gap, y), text, "black", font)
+        draw.text((gap, y), text, "black")
         y += line
     return canvas.crop((0, 0, total, y + gap))
 
 
-def chart(title, series, width=480, height=340):
-    """Lines through points: name -> [(x, y), …]. Drawn at twice the size, for smooth lines."""
-    picture = Image.new("RGB", (2 * width, 2 * height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
-    left, top, right, bottom = 120, 30 * len(series) + 40, 2 * width - 40, 2 * height - 60
-    draw.text((left, 16), title, "black", font)
-    points = [point for line in series.values() for point in line] or [(1, 1)]
+def _draw_panel(canvas, draw, panel, x, top, width):
+    """A Panel without its title, its upper left corner at (x, top). Returns the y below it."""
+    tile = Image.fromarray(panel.tile.permute(1, 2, 0).numpy())
+    factor = min(width / tile.width, 2 * width / tile.height)
+    right, below = x + max(1, round(tile.width * factor)), top + max(1, round(tile.height * factor))
+    canvas.paste(tile.resize((right - x, below - top), 0), (x, top))
+    for row in panel.lines[0]:
+        draw.line((x, top + round(row * factor), right - 1, top + round(row * factor)), "#aaaaaa")
+    for column in panel.lines[1]:
+        draw.line((x + round(column * factor), top, x + round(column * factor), below), "#aaaaaa")
+    draw.rectangle((x - 1, top - 1, right, below), outline="#888888")
+    for box in panel.boxes:
+        upper, left, lower, end = (round(side * factor) for side in box)
+        for color, by in ("black", 0), ("white", 1):
+            corners = x + left - by, top + upper - by, x + end + by, top + lower + by
+            draw.rectangle(corners, outline=color)
+    if not panel.scale:
+        return below
+    bar = heat(torch.linspace(0, 1, width)[None].expand(8, -1)).permute(1, 2, 0)
+    canvas.paste(Image.fromarray(bar.numpy()), (x, below + 3))
+    low, high = panel.scale
+    draw.text((x, below + 11), low, "black")
+    draw.text((x + width, below + 11), high, "black", anchor="ra")
+    if panel.mark:
+        place, word = panel.mark
+        at, beside = x + round(place * (width - 1)), 8 + draw.textlength(word) / 2
+        draw.line((at, below + 3, at, below + 13), "white", 3)
+        draw.line((at, below + 3, at, below + 13), "black")
+        at = max(at, x + draw.textlength(low) + beside)  # the word does not touch those at the ends
+        at = min(at, x + width - draw.textlength(high) - beside)
+        draw.text((at, below + 11), word, "black", anchor="ma")
+    return below + 25
+
+
+def chart(title, series, axis="step", width=480, height=340):
+    """Lines through points: name -> [(x, y), …]; equal series are one line. axis: what x is."""
+    picture = Image.new("RGB", (2 * width, 2 * height), "white")  # made smaller, for smooth lines
+    draw, lines = ImageDraw.Draw(picture), {}
+    draw.font = ImageFont.load_default(24)
+    for name, line in series.items():
+        lines.setdefault(tuple(line), []).append(name.replace("_", " "))
+    lines.pop((), None)  # nothing was measured
+    left, top, right, bottom = 120, 30 * len(lines) + 40, 2 * width - 40, 2 * height - 80
+    draw.text((left, 16), title, "black")
+    draw.text(((left + right) / 2, 2 * height - 8), axis, "black", anchor="mb")
+    points = [point for line in lines for point in line] or [(1, 1)]
     x_end, low = max(x for x, _ in points), min(0, *(y for _, y in points))
     high = max(y for _, y in points) or 1
     power = 10.0 ** math.floor(math.log10(high)) if high > 0 else 1
@@ -1402,14 +1415,16 @@ def chart(title, series, width=480, height=340):
     for i in range(5):
         x, y = place(i / 4 * x_end, low + i / 4 * (high - low))
         draw.line((left, y, right, y), "#dddddd", 2)
-        draw.text((left - 12, y), f"{low + i / 4 * (high - low):.3g}", "black", font, anchor="rm")
-        draw.text((x, bottom + 14), f"{i / 4 * x_end:.4g}", "black", font, anchor="mt")
+        draw.text((left - 12, y), f"{low + i / 4 * (high - low):.3g}", "black", anchor="rm")
+        draw.text((x, bottom + 14), f"{i / 4 * x_end:.4g}", "black", anchor="mt")
     colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf")
-    for i, (name, line) in enumerate(series.items()):
-        color = colors[i % len(colors)]
-        draw.line([place(*point) for point in line], color, 4, joint="curve")
-        text = f"{name.replace('_', ' ')}  {line[-1][1]:.3g}" if line else name
-        draw.text((right, 16 + 30 * i), text, color, font, anchor="ra")
+    for i, (line, names) in enumerate(lines.items()):
+        color, corners = colors[i % len(colors)], [place(*point) for point in line]
+        draw.line(corners, color, 4 if i else 8, joint="curve")  # one over the first leaves it seen
+        for x, y in corners if len(line) < 8 else ():
+            draw.circle((x, y), 8, color)
+        text = f"{' = '.join(names)}  {line[-1][1]:.3g}"
+        draw.text((right, 16 + 30 * i), text, color, anchor="ra")
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -1471,21 +1486,6 @@ def report(data, title, workers=0):
         warn(f"{number} of {len(data)} {text}")
 
 
-def warn_of_copies(root):
-    """Warn of photographs that are in two splits of `folder`; trainval may hold those of others."""
-    splits = [path for path in root.glob("images/*") if path.name != "trainval"]
-    files = [(split, path) for split in sorted(splits) for path in images_in(split)]
-    sizes, contents = Counter(path.stat().st_size for _, path in files), {}
-    for split, path in files:
-        if sizes[path.stat().st_size] > 1:
-            content = hashlib.sha256(path.read_bytes()).digest()
-            contents.setdefault(content, {})[split] = path
-    shared = [list(places.values()) for places in contents.values() if len(places) > 1]
-    if shared:
-        warn(f"{len(shared)} photographs are in more than one split, as '{shared[0][0]}' and "
-             f"'{shared[0][1]}'; what a network learnt by heart is measured too")  # fmt: skip
-
-
 def main(arguments=None):
     """`python data.py NAME --data-root DIR --split train`"""
     text = "Check a dataset: every label is read; a report and a contact sheet."
@@ -1518,8 +1518,6 @@ def _run(args):
     if output.parent.resolve() in folders or output.exists() and inside:
         raise UserError(f"--output {output} is among the dataset's files; take another folder")
     report(data, f"{args.name} {args.split}", args.workers)
-    if args.name == "folder":
-        warn_of_copies(Path(args.data_root or default_root("folder")))
     panels, maps = [], []
     for index in pick_images(data, 8):
         image, label = data.raw(index)

@@ -15,6 +15,7 @@ in neither labels nor predictions has no IoU: it is left out of the mean, and na
 
 import argparse
 import ast
+import bisect
 import importlib.util
 import inspect
 import json
@@ -43,7 +44,10 @@ import data
 from data import UserError, guarded, own_session
 
 AMP = ("auto", "bf16", "fp16", "off")  # mixed precision; auto: bf16, or what the GPU has; CPU: off
-ENLARGED = "Enlarged: the outlined window, where the predictions differ most."
+CELLS = "Thin lines: the positions of the coarse map, each drawn as a block."
+ENLARGED = "Enlarged: the outlined window, where the predictions differ most"
+ALIKE = "how alike the mean features of two classes are, 0…1; less is better"
+READ = "each row over its largest. Bright squares off the diagonal are classes that are alike."
 
 
 # --------------------------------------------------------------------------- metrics and prediction
@@ -76,7 +80,7 @@ def table(result, classes):
     rows = [(f"  {name}", iou) for name, iou in zip(classes, result["IoU"]) if iou is not None]
     for name in ("mIoU", "pixel_accuracy", "class_accuracy"):
         rows.append((name.replace("_", " "), math.nan if result[name] is None else result[name]))
-    rows += [(f"mIoU at scale {s}", v) for s, v in result.get("mIoU_at_scale", {}).items()]
+    rows += [(f"mIoU, scale {s} alone", v) for s, v in result.get("mIoU_at_scale", {}).items()]
     lines = [f"{name:<22} {value:6.3f}" for name, value in rows]
     absent = ", ".join(name for name, iou in zip(classes, result["IoU"]) if iou is None)
     if absent:
@@ -442,7 +446,8 @@ def fade(photo):
 
 def draw_figure(title, figure, photo, palette, boxes=()):
     """The data.Panel of a label map, or of numbers from 0, over the photograph if of its size.
-    title: "TEXT"; or "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1.
+    title: "TEXT"; "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1; "… | MARK", and a
+    number that is marked on it.
     """
     if not figure.is_floating_point():
         return data.label_panel(title, figure, palette, boxes=boxes)
@@ -450,12 +455,35 @@ def draw_figure(title, figure, photo, palette, boxes=()):
     values = figure.detach().float().cpu()
     largest = 1.0 if ends else values.nan_to_num(0).max().item()
     values = values / max(largest, 1e-12)
-    tile, scale = data.heat(values), tuple(ends) or ("0", f"{largest:.3g}")
+    tile, scale = data.heat(values), tuple(ends[:2]) or ("0", f"{largest:.3g}")
+    mark = (float(ends[2]), ends[2]) if len(ends) > 2 else ()
     if values.shape != photo.shape[1:]:
-        return data.Panel(title, tile, scale)
+        return data.Panel(title, tile, scale, (), mark)
     share = 0.25 + 0.6 * values.nan_to_num(0)
     tile = (share * tile + (1 - share) * fade(photo)).to(torch.uint8)
-    return data.Panel(title, tile, scale, boxes)
+    return data.Panel(title, tile, scale, boxes, mark)
+
+
+def cells(maps, pixel, size):
+    """((rows, columns) where cells begin or end, box (top, left, bottom, right) of the pixel's).
+
+    Those of the maps that have `size` show each position of a coarse map as a block, a cell, at
+    whose border rows, or columns, differ. Without cells, with more than 40 a side or smaller ones
+    than 4 pixels, which could not be seen: empty lists, and a box around the pixel.
+    """
+    maps = [m.float() for m in maps if m.is_floating_point() and m.shape == size]
+    maps, borders = torch.stack([torch.zeros(size), *maps]).nan_to_num(-1), []
+    for x in maps, maps.mT:
+        differ = (x[:, 1:] != x[:, :-1]).any(2).any(0)
+        borders.append([0, *(differ.nonzero().flatten() + 1).tolist(), x.shape[1]])
+    (row, column), by = pixel or (0, 0), max(3, size[1] // 60)
+    counts = [len(border) - 1 for border in borders]
+    few = all(count <= min(40, side / 4) for count, side in zip(counts, size))
+    if not few or max(counts) == 1:
+        return ([], []), (row - by, column - by, row + by, column + by)
+    rows, columns = borders
+    i, j = bisect.bisect(rows, row), bisect.bisect(columns, column)
+    return borders, (rows[i - 1], columns[j - 1], rows[i], columns[j])
 
 
 def error_map(prediction, truth, photo):
@@ -466,21 +494,33 @@ def error_map(prediction, truth, photo):
     return tile.to(torch.uint8)
 
 
-def compared(predictions):
-    """(share of the pairs of label maps that disagree, box (top, left, bottom, right) of most)"""
+def near_borders(labels, by=3):
+    """The pixels, labelled, within `by` pixels of another label: `[H, W]` -> bool `[H, W]`."""
+    known, window = labels != data.IGNORE, (2 * by + 1, 1, by)  # side, stride, padding
+    lowest = 255 - F.max_pool2d(255 - labels[None].float(), *window)
+    highest = F.max_pool2d(labels.where(known, 0)[None].float(), *window)
+    return known & (highest > lowest)[0]
+
+
+def compared(predictions, truth=None):
+    """(share of the pairs of label maps that disagree, box (top, left, bottom, right) of most)
+
+    truth: most are counted near its borders; elsewhere differences only decide between equals.
+    """
     pairs = [a != b for i, a in enumerate(predictions) for b in predictions[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
+    weights = 1 if truth is None else near_borders(truth) + 1e-6
     size = [max(1, side // 4) for side in difference.shape]
-    where = F.avg_pool2d(difference[None], (size[0], 1), stride=1)
+    where = F.avg_pool2d((weights * difference.double())[None], (size[0], 1), stride=1)
     where = F.avg_pool2d(where, (1, size[1]), stride=1)[0]
     row, column = divmod(where.argmax().item(), where.shape[1])
     return difference, (row, column, row + size[0], column + size[1])
 
 
 def comparison(predictions, image, palette, truth=None):
-    """(the Panels that compare label maps of an image, name -> `[H, W]`; the enlarged box)"""
+    """(Panels that compare label maps of an image, name -> `[H, W]`; enlarged box; what it is)"""
     maps = {name: m.cpu() for name, m in predictions.items()}
-    difference, box = compared(list(maps.values()))
+    difference, box = compared(list(maps.values()), truth)
     panels = [data.label_panel(name, m, palette, boxes=(box,)) for name, m in maps.items()]
     title = "where they differ | same | different"
     panels.append(draw_figure(title, difference, image, palette, (box,)))
@@ -490,7 +530,8 @@ def comparison(predictions, image, palette, truth=None):
         maps["truth"] = truth
     for name, m in maps.items():
         panels.append(data.label_panel(f"{name}, enlarged", m[top:bottom, left:right], palette))
-    return panels, box
+    near = "." if truth is None else ", counted within 3 pixels of the borders of the truth."
+    return panels, box, ENLARGED + near
 
 
 def pixel_of(net, pixel, size):
@@ -506,32 +547,47 @@ def pixel_of(net, pixel, size):
     return None
 
 
+def on_one_scale(figures, classes):
+    """Figures by title. Those of classes, whose key is a number, get one scale, to be compared."""
+    numbers = [k for k in figures if isinstance(k, int)]
+    low = min([figures[k].min().item() for k in numbers], default=0)
+    high = max([figures[k].max().item() for k in numbers], default=0)
+    for k in numbers:
+        title = f"attention of {classes[k]} | {low:.3g} | {high:.3g}"
+        figures[title] = (figures.pop(k) - low) / max(high - low, 1e-12)
+    return figures
+
+
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None, amp="off"):
     """The sheet of one image: itself, truth, prediction, errors, the method's figures."""
-    figures, boxes, prediction = {}, (), prediction.cpu()
+    figures, title, boxes, prediction = {}, "prediction", (), prediction.cpu()
     pixel = pixel_of(net, pixel, prediction.shape)
     if hasattr(net, "figures"):
         device, about = next(net.parameters()).device, {"pixel": pixel} if pixel else {}
         with autocast(device, amp):
             figures = net.figures(data.normalise(image.to(device)), **about)
-    names = {k: f"attention of {classes[k]}" if isinstance(k, int) else k for k in figures}
-    figures = {names[k]: m.cpu() for k, m in figures.items()}
+    of_classes = torch.tensor([k for k in figures if isinstance(k, int)])
+    figures = on_one_scale({k: m.cpu() for k, m in figures.items()}, classes)
     caption = getattr(net, "caption", "") if figures else ""
     maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
     if len(maps) > 1 and all(m.shape == prediction.shape for m in figures.values()):
-        own, box = comparison(maps, image, palette, truth)
+        own, box, sentence = comparison(maps, image, palette, truth)
         repeated = [name for name, m in maps.items() if torch.equal(m, prediction)]
         own = [panel for panel in own if panel.title not in repeated]
-        boxes, caption = (box,), f"{caption} {ENLARGED}"
+        title = " = ".join(dict.fromkeys([title, *repeated]))
+        boxes, caption = (box,), f"{caption} {sentence}"
     else:
-        if pixel:
-            (row, column), by = pixel, max(3, image.shape[2] // 60)
-            boxes = ((row - by, column - by, row + by, column + by),)
-        own = [draw_figure(title, m, image, palette, boxes) for title, m in figures.items()]
-    panels = [data.label_panel("prediction", prediction, palette, boxes=boxes)]
+        lines, box = cells(figures.values(), pixel, prediction.shape)
+        boxes = (box,) if pixel else ()
+        own = [draw_figure(name, m, image, palette, boxes) for name, m in figures.items()]
+        if lines[0]:  # drawn once
+            first = [panel.tile.shape for panel in own].index(image.shape)
+            own[first] = own[first]._replace(lines=lines)
+            caption = f"{caption} {CELLS}"
+    panels = [data.label_panel(title, prediction, palette, boxes=boxes)]
     if truth is not None:
         panels.append(data.Panel("errors (red)", error_map(prediction, truth, image)))
-    maps = [prediction, *maps.values()]
+    maps = [prediction, of_classes, *maps.values()]
     return _sheet(image, truth, boxes, [*panels, *own], maps, classes, palette, caption)
 
 
@@ -583,13 +639,15 @@ def draw_matrix(values, columns, title, rows=None, cell=28, margin=130):
     tiles[:, values.isnan()] = 200
     width, height = cell * len(columns), cell * len(rows)
     squares = TF.to_pil_image(tiles).resize((width, height), Image.Resampling.NEAREST)
-    picture = Image.new("RGB", (margin + width, margin + height), "white")
+    size = max(width, height // 2, 300)  # not below 300, for the title
+    picture = Image.new("RGB", (margin + size, margin + height), "white")
     picture.paste(squares, (margin, margin))
     picture.paste(_names(rows, cell, margin), (0, margin))
     above = _names(columns[::-1], cell, margin).transpose(Image.Transpose.ROTATE_270)
     picture.paste(above, (margin, 0))
-    panel = data.Panel(title, TF.pil_to_tensor(picture), (f"{low:.3g}", f"{high:.3g}"))
-    return data.sheet([panel], 1, width=picture.width)
+    zero = (-low / (high - low), "0") if low < 0 < high else ()
+    tile, ends = TF.pil_to_tensor(picture), (f"{low:.3g}", f"{high:.3g}")
+    return data.sheet([data.Panel(title, tile, ends, (), zero)], 1, width=picture.width)
 
 
 def _names(names, cell, margin):
@@ -665,8 +723,6 @@ def arguments(argv=None):
     others = done & {"--pixel", "--images"}
     if others and "compare" in given:
         raise UserError(f"--compare has no effect with {others.pop()}; leave one of them out")
-    if not given.get("json", ".json").endswith(".json"):
-        raise UserError(f"--json {given['json']}: expected a file that ends in .json")
     args = argparse.Namespace(**{name: values[0] for name, values in FLAGS.items()} | given)
     args.crop_size = two_sides(args.crop_size)
     return args
@@ -677,11 +733,11 @@ def run(args):
     device, rank, world = processes(args.device)
     amp_dtype(args.amp, device)  # whether the device has it
     if args.json and rank == 0:  # better known now than at the end whether it can be written
-        folder = Path(args.json).parent
-        if Path(args.json).is_dir() or Path(args.json).name == "config.json":
-            raise UserError(f"--json {args.json} is a folder or a run's record; take another name")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        file = Path(args.json)
+        if file.suffix != ".json" or file.name == "config.json" or file.is_dir():
+            raise UserError(f"--json {file}: expected a file that ends in .json, no run's record")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
     if world > 1 and (args.cost or args.speed or args.images):
         raise UserError("--cost, --speed and --images are for one process, without torchrun")
     changes = args.output_stride, parse_options(args.option)
@@ -735,8 +791,6 @@ def photographs(net, checkpoint, device, args, views):
     name, count = Counter(outputs).most_common(1)[0]
     if count > 1:
         raise UserError(f"--images: {count} photographs share the output file {name}; split them")
-    if max(len(os.fsencode(output)) for output in outputs) > 255:
-        raise UserError("--images: an output file would have a name of over 255 bytes; rename it")
     make_folders(args, {file.parent for file in files if file.is_file()})
     for file in files:
         try:
@@ -791,6 +845,11 @@ def whole_split(net, checkpoint, device, rank, args, views):
         print(", ".join(f"{key} {value}" for key, value in about.items() if value))
         print(table(result, dataset.classes))
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
+        if args.figures and "mIoU_at_scale" in result:
+            points = sorted((float(s), v) for s, v in result["mIoU_at_scale"].items() if v == v)
+            file = Path(args.figures) / "scales.png"
+            data.chart("at each scale alone", {"mIoU": points}, "scale").save(file)
+            print(f"mIoU over scale: {file}")
         seen = settings.get("train_split") == "trainval" and name == settings["dataset"]
         if seen and args.split in ("train", "val", "trainval"):
             data.warn(f"{args.split} was trained on (--train-split trainval)")
@@ -819,8 +878,8 @@ def draw_figures(nets, dataset, device, args, views):
         image, truth = dataset[index]
         maps = {k: label_map(n, image, device, args.amp, **views).cpu() for k, n in nets.items()}
         if args.compare:
-            panels, box = comparison(maps, image, palette, truth)
-            about = maps.values(), classes, palette, ENLARGED
+            panels, box, sentence = comparison(maps, image, palette, truth)
+            about = maps.values(), classes, palette, sentence
             picture = _sheet(image, truth, (box,), panels, *about)
         else:
             about = truth, args.pixel, args.amp
@@ -836,14 +895,15 @@ def analyse(net, dataset, device, args):
     """
     numbers, kept, K = {}, {}, dataset.num_classes
     with autocast(device, args.amp):
-        if hasattr(net, "classifier"):
+        layers = ["classifier", getattr(net, "regularized", "classifier")]
+        for layer in dict.fromkeys(layers) if hasattr(net, "classifier") else ():
             pairs = read_all(dataset, device, args.workers, "class dependency")
-            dependency = class_dependency(net, pairs, K).cpu()
+            dependency = class_dependency(net, pairs, K, layer).cpu()
             occur = dependency.diag() > 0
             others = occur & occur.unsqueeze(1) & ~torch.eye(K, dtype=torch.bool)
-            what = "how alike the mean features of two classes are, 0…1; less is better"
-            numbers[f"class dependency: {what}"] = dependency[others].mean().item()
-            numbers[f"class dependency of pairs: {what}, each row over its largest"] = dependency
+            where = "" if layer == "classifier" else " where CAR acts"
+            numbers[f"class dependency{where}: {ALIKE}"] = dependency[others].mean().item()
+            numbers[f"class dependency of pairs{where}: {ALIKE}; {READ}"] = dependency
         if hasattr(net, "analyse"):
             numbers |= net.analyse(read_all(dataset, device, args.workers, "analysis"))
     for key, value in numbers.items():
@@ -851,19 +911,21 @@ def analyse(net, dataset, device, args):
         name = title.partition(":")[0]
         if isinstance(value, float):
             kept[name] = value
-            print(f"{value:.3f}  {title}")
+            print(f"{value:5.3f}".replace("nan", "  –"), "", title)
             continue
         kept[name] = value.tolist()
         names = [axis.split(", ") for axis in axes]
         rows, columns = [*names, dataset.classes, dataset.classes][:2]
-        if len(columns) <= 6:
-            print(title, " " * 20 + "".join(f"{column:>12}" for column in columns), sep="\n")
-            for row, line in zip(rows, kept[name]):
+        turned = len(columns) > 6  # a line of text for each column
+        table, down, across = (value.T, columns, rows) if turned else (value, rows, columns)
+        if len(across) <= 6:
+            print(title, " " * 20 + "".join(f"{column:>12}" for column in across), sep="\n")
+            for row, line in zip(down, table.tolist()):
                 print(f"{row:<20}" + "".join(f"{x:12.3f}" for x in line).replace("nan", "  –"))
         if args.figures:
             file = Path(args.figures) / f"{name.replace(' ', '_')}.png"
             draw_matrix(value, columns, title, rows).save(file)
-            print(f"{title}: {file}")
+            print(f"{name}: {file}")
     return kept
 
 

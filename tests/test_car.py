@@ -6,6 +6,7 @@ import copy
 import doctest
 import functools
 import math
+import types
 from collections import OrderedDict
 from itertools import product
 
@@ -1440,9 +1441,24 @@ def test_fig_4_4_of_a_network_has_the_images_size_and_knows_the_place():
     (similarity,) = net.figures(image, (19, 39)).values()
     features = entering(net, "last.1", image[None])[0]
     assert similarity.shape == (45, 70) and similarity.min() >= 0
+    assert similarity[19, 39] == 1  # the marked pixel's product with itself
     dots = torch.einsum(
         "c,chw->hw", features[:, 2, 5], features
     )  # stride 8: rows 16 to 24, columns 32 to 40
     assert similarity[43, 69] == pytest.approx(
-        dots[5, 9].item(), rel=1e-4
+        (dots[5, 9] / dots[2, 5]).item(), rel=1e-4
     )  # next to row 40, column 72
+    products = car.pixel_relation(net, image, (19, 39), "last.1")
+    torch.testing.assert_close(similarity * dots[2, 5], products)
+
+
+@pytest.mark.equation
+def test_fig_4_4_is_drawn_over_the_marked_pixels_own_product(monkeypatch):
+    net, products = types.SimpleNamespace(regularized="last"), torch.tensor([[2.0, 6, 0]])
+    monkeypatch.setattr(car, "pixel_relation", lambda *given: products)
+    for pixel, expected in ((0, 0), [[1.0, 3, 0]]), ((0, 1), [[1 / 3, 1, 0]]):
+        (found,) = car.CARNet.figures(net, torch.zeros(3, 1, 3), pixel).values()
+        torch.testing.assert_close(found, torch.tensor(expected))
+    products[:] = 0  # the marked pixel's feature is 0
+    (found,) = car.CARNet.figures(net, torch.zeros(3, 1, 3), (0, 2)).values()
+    assert found.tolist() == [[0, 0, 0]]

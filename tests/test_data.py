@@ -1073,6 +1073,84 @@ def test_legend_shows_the_classes_that_occur_and_ignored():
     assert shown() == []
 
 
+def frame_of(picture):
+    """(top, left) of the pixels inside the frame of a sheet's first tile."""
+    return np.argwhere((picture == 0x88).all(-1)).min(0) + 1
+
+
+@pytest.mark.parametrize("place", [0.7, 0.25])
+def test_a_mark_is_a_tick_at_its_place_on_the_colour_bar_with_a_word_under_it(place):
+    tile = torch.full((3, 8, 8), 9, dtype=torch.uint8)
+    plain = np.asarray(data.sheet([data.Panel("", tile, ("0", "1"))], 1, width=200))
+    panel = data.Panel("", tile, ("0", "1"), mark=(place, "here"))
+    picture = np.asarray(data.sheet([panel], 1, width=200))
+    assert picture.shape == plain.shape
+    top, left = frame_of(picture)
+    bar = slice(top + 200 + 3, top + 200 + 11)
+    changed = np.flatnonzero((picture[bar] != plain[bar]).any((0, 2))) - left
+    at = round(place * 199)
+    assert changed.tolist() == [at - 1, at, at + 1] and (picture[bar, left + at] == 0).all()
+    assert (picture[bar, left + at - 1] == 255).all()
+    word = np.flatnonzero((picture[bar.stop + 3 :] != plain[bar.stop + 3 :]).any((0, 2))) - left
+    assert abs((word[0] + word[-1]) / 2 - at) < 3 and 15 < word[-1] - word[0] < 40
+
+
+@pytest.mark.parametrize("place", [0.02, 0.98])
+def test_a_marks_word_does_not_touch_those_at_the_ends(place):
+    tile, ends = torch.full((3, 8, 8), 9, dtype=torch.uint8), ("-0.0812", "0.0613")
+    plain = np.asarray(data.sheet([data.Panel("", tile, ends)], 1, width=200))
+    panel = data.Panel("", tile, ends, mark=(place, "0"))
+    picture = np.asarray(data.sheet([panel], 1, width=200))
+    top, _ = frame_of(picture)
+    below = top + 200 + 14
+    old, word = (x[below:] != 255 for x in (plain, picture))
+    old, word = old.any((0, 2)), (word & ~old).any((0, 2))
+    assert word.any() and not (old & word).any()
+    middle = np.flatnonzero(word)
+    assert not old[middle[0] - 4 : middle[-1] + 5].any()
+
+
+def test_lines_are_drawn_at_rows_and_columns_of_the_tile_and_nowhere_else():
+    tile = torch.full((3, 10, 20), 9, dtype=torch.uint8)
+    panel = data.Panel("", tile, lines=([0, 4, 10], [5]))
+    picture = np.asarray(data.sheet([panel], 1, width=40))  # twice as large
+    top, left = frame_of(picture)
+    drawn = (picture[top : top + 20, left : left + 40] != 9).any(-1)
+    expected = np.zeros((20, 40), bool)
+    expected[[0, 8]] = expected[:, 10] = True  # row 10 is on the frame
+    assert (drawn == expected).all()
+
+
+def inked(picture, color):
+    """Where the ink of a chart is nearer to `color` than to white."""
+    far = np.abs(np.asarray(picture).astype(int) - np.array(color)).sum(-1)
+    return far < 90
+
+
+def test_equal_series_are_one_line_and_those_without_points_none():
+    blue, orange = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)
+    line = [(step, 4 - step / 10) for step in range(1, 31)]
+    same = data.chart("loss", {"loss": line, "cross_entropy": list(line), "none": []})
+    alone = data.chart("loss", {"loss = cross_entropy": line})
+    assert (np.asarray(same) == np.asarray(alone)).all()
+    assert inked(same, blue).any() and not inked(same, orange).any()
+    close = [(x, 0.999 * y) for x, y in line]  # what is drawn over the first leaves it seen
+    both = data.chart("loss", {"loss": line, "cross_entropy": close})
+    columns = [inked(both, color)[60:].any(0) for color in (blue, orange)]
+    assert (columns[0] & columns[1]).sum() > 250
+
+
+def test_a_chart_says_what_x_is_and_shows_a_point_alone():
+    points = {"mIoU": [(0.5, 0.25), (2, 0.75)]}
+    pictures = [np.asarray(data.chart("t", points, *axis)) for axis in ((), ("scale",))]
+    rows, columns = np.nonzero((pictures[0] != pictures[1]).any(-1))
+    assert rows.min() > 320 and 200 < columns.min() and columns.max() < 330  # in the middle below
+    default = np.asarray(data.chart("t", points, "step"))
+    assert (pictures[0] == default).all()
+    alone = inked(data.chart("t", {"mIoU": [(1, 0.5)]}), (0x1F, 0x77, 0xB4))[40:]
+    assert 30 < alone.sum() < 90
+
+
 def test_picked_images_are_spread_and_show_many_classes():
     class Few(list):
         def __getitem__(self, i):
@@ -1809,32 +1887,6 @@ def test_one_class_and_blank_lines_among_the_classes_are_mistakes(tmp_path):
     assert folder(tmp_path, [[0]], classes="one\ntwo\n\n \n").classes == ["one", "two"]
 
 
-@pytest.mark.parametrize("kind", ["gray.png", "gray.tiff", "gray.pgm", "rgb.png"])
-def test_photographs_of_12_bits_in_16_are_counted_in_a_warning(kind, tmp_path, capsys):
-    dataset = folder(tmp_path, np.zeros((5, 7)))
-    gray = np.arange(35, dtype=np.uint16).reshape(5, 7) * 117  # up to 3978
-    name, end = kind.split(".")
-    content = rgb16(5, 7, 38)  # up to 3952
-    if name == "gray":
-        Image.fromarray(gray).save(tmp_path / f"dark.{end}")
-        content = (tmp_path / f"dark.{end}").read_bytes()
-    dataset.files[0][0].write_bytes(content)
-    data.warn_once.cache_clear()
-    assert dataset[0][0].max() == 15
-    dataset[0]
-    text = f"photographs in '{tmp_path / 'images/train'}' have 16 bits and no value above 4095"
-    assert capsys.readouterr().err.count(text) == 1
-    data.report(dataset, "mine", workers=1)
-    assert f"warning: 1 of 1 {text}" in capsys.readouterr().err
-    bright = rgb16(5, 7, 600)
-    if name == "gray":
-        Image.fromarray(gray * 16).save(tmp_path / f"dark.{end}")
-        bright = (tmp_path / f"dark.{end}").read_bytes()
-    dataset.files[0][0].write_bytes(bright)
-    data.report(dataset, "mine")
-    assert "16 bits" not in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "P.png", "P.gif", "RGB.png", "L.png"])
 def test_what_transparency_hides_becomes_white_and_the_rest_stays(kind, tmp_path, recwarn):
     mode, end = kind.split(".")
@@ -1900,23 +1952,6 @@ def test_images_of_lists_may_have_another_ending(tmp_path):
     assert [path.name for path in dataset.files[0]] == ["a.jfif", "a.png"]
     assert [path.name for path in dataset.files[1]] == ["b.jpg", "b.PNG"]
     assert dataset[0][1].tolist() == dataset[1][1].tolist() == [[0, 20, 255]]
-
-
-def test_photographs_in_two_splits_are_counted_in_a_warning(tmp_path, capsys):
-    for split, count in (("train", 4), ("val", 3), ("trainval", 6)):
-        for i in range(count):
-            save(tmp_path / f"images/{split}/{split}{i}.png", photo(seed=i if i < 2 else count + i))
-            save(tmp_path / f"labels/{split}/{split}{i}.png", np.zeros((4, 6), np.uint8))
-    (tmp_path / "classes.txt").write_text("one\ntwo\n")
-    flags = ["folder", "--data-root", str(tmp_path), "--output", str(tmp_path / "s.png")]
-    assert data.main([*flags, "--workers", "0"]) == 0
-    images = tmp_path / "images"
-    text = f"2 photographs are in more than one split, as '{images / 'train/train0.png'}' and "
-    assert f"warning: {text}'{images / 'val/val0.png'}'" in capsys.readouterr().err
-    for i in range(2):
-        save(images / f"val/val{i}.png", photo(seed=90 + i))
-    assert data.main([*flags, "--workers", "0"]) == 0
-    assert "more than one split" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["/{}/{}.jpg /{}/{}.png", "VOC2012/{}/{}.jpg ../x/{}/{}.png"])

@@ -496,6 +496,154 @@ def test_figures_have_a_scale_and_lie_over_the_image_where_they_have_its_size():
     assert other.tile[:, 0, 0].tolist() == [255, 255, 140]
 
 
+def test_a_figures_title_may_mark_a_number_on_its_scale():
+    image = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    for size in ((4, 6), (2, 3)):
+        panel = evaluate.draw_figure("unity | 0 | 1 | 0.9", torch.ones(size), image, [])
+        assert panel[0] == "unity" and panel.scale == ("0", "1") and panel.mark == (0.9, "0.9")
+    assert evaluate.draw_figure("unity | 0 | 1", torch.ones(4, 6), image, []).mark == ()
+
+
+class Shown(nn.Module):
+    """A network with the figures it is given, about a pixel or not."""
+
+    def __init__(self, figures, about_pixel=True):
+        super().__init__()
+        self.classifier, self.shown, self.about_pixel = nn.Conv2d(3, 4, 1), figures, about_pixel
+
+    def figures(self, image, pixel=None):
+        return self.shown
+
+    caption = "What to look for."
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """The arguments that `data.sheet` is called with."""
+    seen = []
+    names = "panels columns maps classes palette caption".split()
+    monkeypatch.setattr(data, "sheet", lambda *given: seen.append(dict(zip(names, given))))
+    return seen
+
+
+def sheet_of(net, sheets, size=(40, 60), prediction=None, truth=None, pixel=None):
+    image = torch.full((3, *size), 90, dtype=torch.uint8)
+    if prediction is None:
+        prediction = torch.zeros(size, dtype=torch.long)
+    palette, classes = [(i, i, i) for i in range(4)], ["sky", "road", "car", "tree"]
+    evaluate.figure_sheet(net, image, prediction, palette, classes, truth, pixel)
+    return sheets[-1]
+
+
+def blocks(rows, columns, seed=0):
+    """A map of random numbers, each drawn as a block: so many rows and columns high and wide."""
+    torch.manual_seed(seed)
+    x = torch.rand(len(rows), len(columns))
+    rows, columns = (torch.tensor(sides) for sides in (rows, columns))
+    return x.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def test_the_marked_pixels_cell_is_outlined_and_the_cells_once(sheets):
+    m = blocks([5, 14, 14, 7], [10, 20, 20, 10])
+    row = torch.zeros_like(m)  # its rows are the cells' rows, and it is 0 elsewhere
+    row[5:19] = m[5:19]
+    small = torch.rand(3, 3)
+    found = sheet_of(Shown({"small": small, "row": row, "both": m}), sheets, pixel=(18, 10))
+    panels = {panel.title: panel for panel in found["panels"]}
+    box = (5, 10, 19, 30)
+    for name in ("image", "prediction", "row", "both"):
+        assert panels[name].boxes == (box,)
+    assert panels["small"].boxes == () and panels["small"].lines == ((), ())
+    assert panels["row"].lines == [[0, 5, 19, 33, 40], [0, 10, 30, 50, 60]]
+    assert panels["both"].lines == ((), ())
+    assert found["caption"] == f"What to look for. {evaluate.CELLS}"
+    sheet_of(Shown({"both": m}), sheets, pixel=(19, 9))
+    assert sheets[-1]["panels"][0].boxes == ((19, 0, 33, 10),)
+    sheet_of(Shown({"both": m}), sheets, pixel=(39, 59))
+    assert sheets[-1]["panels"][0].boxes == ((33, 50, 40, 60),)
+
+
+def test_cells_of_maps_that_are_zero_but_for_one_row_or_column_of_cells():
+    m, column, row = blocks([5, 14, 14, 7], [10, 20, 20, 10]), *torch.zeros(2, 40, 60)
+    column[:, 10:30], row[19:33] = m[:, 10:30], m[19:33]
+    lines, box = evaluate.cells([column, row], (20, 11), (40, 60))
+    assert lines == [[0, 5, 19, 33, 40], [0, 10, 30, 50, 60]] and box == (19, 10, 33, 30)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        torch.rand(40, 60),  # no blocks
+        torch.zeros(40, 60),  # all one
+        blocks([3] * 12 + [4], [3] * 20),  # too small
+        torch.rand(4, 6),  # of another size
+    ],
+)
+def test_without_cells_that_can_be_seen_a_box_is_around_the_pixel(figure, sheets):
+    found = sheet_of(Shown({"a": figure}), sheets, pixel=(18, 10))
+    assert found["panels"][0].boxes == ((15, 7, 21, 13),)
+    assert all(panel.lines == ((), ()) for panel in found["panels"])
+    assert found["caption"] == "What to look for."
+    found = sheet_of(Shown({"a": figure}, about_pixel=False), sheets)
+    assert found["panels"][0].boxes == ()
+
+
+def test_more_than_forty_cells_a_side_are_not_outlined():
+    for count, seen in ((40, True), (41, False)):
+        m = blocks([8] * 3, [8] * count)
+        lines, box = evaluate.cells([m], (9, 17), m.shape)
+        assert bool(lines[0]) == seen and box == ((8, 16, 16, 24) if seen else (4, 12, 14, 22))
+
+
+def test_cells_of_a_map_one_position_high_and_where_nothing_is_known():
+    m = blocks([40], [20, 20, 20])
+    m[:, 20:40] = math.nan
+    lines, box = evaluate.cells([m], (3, 25), (40, 60))
+    assert lines == [[0, 40], [0, 20, 40, 60]] and box == (0, 20, 40, 40)
+
+
+def test_figures_of_classes_share_a_scale_and_the_legend_has_their_classes(sheets):
+    first, second = torch.rand(40, 60), 3 + torch.rand(40, 60)
+    first[0, 0], second[0, 0] = -0.5, 4.5
+    net = Shown({0: first, 3: second}, about_pixel=False)
+    found = sheet_of(net, sheets, prediction=torch.ones(40, 60, dtype=torch.long))
+    sky, tree = found["panels"][2:]
+    assert (sky.title, tree.title) == ("attention of sky", "attention of tree")
+    assert sky.scale == tree.scale == ("-0.5", "4.5")
+    image = torch.full((3, 40, 60), 90, dtype=torch.uint8)
+    for panel, m in ((sky, first), (tree, second)):
+        expected = evaluate.draw_figure(" | 0 | 1", (m + 0.5) / 5, image, []).tile
+        assert torch.equal(panel.tile, expected)
+    assert set().union(*(m.unique().tolist() for m in found["maps"])) == {0, 1, 3}
+
+
+def test_figures_of_classes_that_are_all_alike_are_drawn_too(sheets):
+    found = sheet_of(Shown({1: torch.full((40, 60), 2.0)}, about_pixel=False), sheets)
+    assert found["panels"][2].scale == ("2", "2")
+    image = torch.full((3, 40, 60), 90, dtype=torch.uint8)
+    expected = evaluate.draw_figure(" | 0 | 1", torch.zeros(40, 60), image, []).tile
+    assert torch.equal(found["panels"][2].tile, expected)
+
+
+def test_the_prediction_names_the_map_that_it_is(sheets):
+    prediction, coarse = torch.ones(40, 60, dtype=torch.long), torch.zeros(40, 60).long()
+    net = Shown({"from coarse": coarse, "from fine": prediction.clone()}, about_pixel=False)
+    truth = torch.zeros(40, 60, dtype=torch.uint8)
+    found = sheet_of(net, sheets, prediction=prediction, truth=truth)
+    titles = [panel.title for panel in found["panels"]]
+    assert titles[:3] == ["image", "truth", "prediction = from fine"]
+    assert "from fine" not in titles and {"from coarse", "from fine, enlarged"} <= set(titles)
+    assert found["caption"].startswith("What to look for. Enlarged: ")
+    assert found["caption"].endswith("within 3 pixels of the borders of the truth.")
+    found = sheet_of(net, sheets, prediction=prediction)
+    assert found["caption"].endswith("where the predictions differ most.")
+    net = Shown({"from coarse": coarse, "prediction": prediction}, about_pixel=False)
+    titles = [panel.title for panel in sheet_of(net, sheets, prediction=prediction)["panels"]]
+    assert titles[:3] == ["image", "prediction", "from coarse"] and titles.count("prediction") == 1
+    titles = [panel.title for panel in sheet_of(net, sheets, prediction=2 * prediction)["panels"]]
+    assert titles.count("prediction") == 2  # the method's map is another one: both are shown
+
+
 def test_errors_are_red_what_is_right_is_light_and_what_is_ignored_black():
     truth, prediction = torch.tensor([[0, 1, 255]]), torch.tensor([[0, 2, 2]])
     tile = evaluate.error_map(prediction, truth, torch.full((3, 1, 3), 50, dtype=torch.uint8))
@@ -559,7 +707,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(trained, tmp_path, capsys):
         assert "expected a number from 0.001 to 1000" in line
     (tmp_path / "a.json").mkdir()  # cannot be written: said before anything is computed
     folder = str(tmp_path / "a.json")
-    assert "is a folder or a run's record" in mistake(
+    assert "a.json: expected a file that ends in .json" in mistake(
         capsys, "--checkpoint", checkpoint, "--json", folder
     )
     line = mistake(capsys, "--checkpoint", checkpoint, "--json", checkpoint)
@@ -789,7 +937,7 @@ def test_several_scales_are_measured_together_and_each_alone():
         prediction = evaluate.predict(net, images, (0.5, 1.0, 1.5), True).argmax(1)
         matrix.update(prediction, labels[None])
     assert result["mIoU"] == matrix.result()["mIoU"]
-    assert "mIoU at scale 0.5" in evaluate.table(result, dataset.classes)
+    assert "mIoU, scale 0.5 alone   0." in evaluate.table(result, dataset.classes)
 
 
 def test_compared_by_hand():
@@ -804,7 +952,9 @@ def test_compared_by_hand():
     assert difference[5, 10] == 1 and difference[7, 7] == 0
     assert box == (4, 9, 6, 13)  # rows 4, 5 and columns 9 to 12
     image, palette = torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)]
-    panels, found = evaluate.comparison({"a": a, "b": b, "c": c}, image, palette, truth=c)
+    panels, found, text = evaluate.comparison({"a": a, "b": b, "c": c}, image, palette, truth=c)
+    near = "where the predictions differ most, counted within 3 pixels of the borders of the truth."
+    assert text == f"Enlarged: the outlined window, {near}"
     titles = ["image", "a", "b", "c", "truth"]
     enlarged = [f"{title}, enlarged" for title in titles]
     assert [panel.title for panel in panels] == ["a", "b", "c", "where they differ", *enlarged]
@@ -819,11 +969,73 @@ def test_compared_by_hand():
     assert all(panel.boxes == (box,) for panel in panels[:4]) and not panels[4].boxes
 
 
+def literal_near_borders(labels, by):
+    H, W = labels.shape
+    near = torch.zeros(H, W, dtype=torch.bool)
+    for y in range(H):
+        for x in range(W):
+            around = {
+                labels[i, j].item()
+                for i in range(max(0, y - by), min(H, y + by + 1))
+                for j in range(max(0, x - by), min(W, x + by + 1))
+            }
+            near[y, x] = labels[y, x] != 255 and len(around - {255}) > 1
+    return near
+
+
+@pytest.mark.parametrize("by", [1, 3])
+@pytest.mark.parametrize("size", [(12, 17), (1, 9), (5, 1), (2, 2)])
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_near_borders_are_pixels_whose_window_holds_two_labels(by, size, ignored, dtype):
+    torch.manual_seed(0)
+    labels = 254 * (torch.rand(size) < 0.06) + 1 * (torch.rand(size) < 0.05)
+    labels[torch.rand(size) < ignored] = 255
+    found = evaluate.near_borders(labels.clamp(max=255).to(dtype), by)
+    assert torch.equal(found, literal_near_borders(labels.clamp(max=255), by))
+
+
+def test_what_is_compared_is_where_most_differs_near_borders_of_the_truth():
+    truth = torch.zeros(32, 32, dtype=torch.uint8)
+    truth[26:28, 26:28] = 1  # a thin thing
+    a, b = torch.zeros(2, 32, 32, dtype=torch.long)
+    b[2:18, 2:18] = 2  # a large difference, within a class
+    b[26:28, 26:28] = 1
+    assert evaluate.compared([a, b])[1] == (2, 2, 10, 10)
+    top, left, bottom, right = evaluate.compared([a, b], truth)[1]
+    assert top <= 26 and 28 <= bottom and left <= 26 and 28 <= right
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    for known, box in ((truth, (top, left, bottom, right)), (None, (2, 2, 10, 10))):
+        assert evaluate.comparison({"a": a, "b": b}, image, [(0, 0, 0)] * 3, known)[1] == box
+    b[20:32, 20:32] = 0  # nothing differs there: as without the truth
+    assert evaluate.compared([a, b], truth)[1] == (2, 2, 10, 10)
+    truth[26:28, 26:28] = 255  # no border, since only one class is known
+    b[26, 26] = 1
+    assert evaluate.compared([a, b], truth)[1] == (2, 2, 10, 10)
+
+
 def test_a_matrix_with_losses_begins_at_its_lowest_and_has_its_own_rows():
     values = torch.tensor([[-0.5, 1.5, math.nan]])
     picture = evaluate.draw_matrix(values, ["a", "b", "c"], "title", ["row"], cell=20, margin=40)
     found = [picture.getpixel((8 + x, 8 + 17 + 50)) for x in (50, 70, 90)]
     assert found == [(10, 10, 60), (255, 255, 140), (200, 200, 200)]
+
+
+def test_zero_is_marked_on_the_bar_of_a_matrix_that_has_it_inside(monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "sheet", lambda panels, *rest, **kwargs: seen.extend(panels))
+    for values in ([-0.5, 1.5], [0.25, 1.0], [-2.0, -1.0]):
+        evaluate.draw_matrix(torch.tensor([values]), ["a", "b"], "title", ["row"])
+    assert [panel.mark for panel in seen] == [(0.25, "0"), (), ()]
+    assert [panel.scale for panel in seen] == [("-0.5", "1.5"), ("0", "1"), ("-2", "-1")]
+
+
+def test_a_high_matrix_is_not_made_smaller(monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "sheet", lambda panels, *rest, width: seen.append((panels, width)))
+    evaluate.draw_matrix(torch.rand(150, 1), ["a"], "title", [f"class {i}" for i in range(150)])
+    ((panel,), width) = seen[0]
+    assert panel.tile.shape[2] == width and panel.tile.shape[1] <= 2 * width
 
 
 class Analysed(Constant):
@@ -863,6 +1075,118 @@ def test_analyse_by_command(trained, tmp_path, capsys):
     assert f"{found['class dependency']:.3f}  class dependency: " in capsys.readouterr().out
 
 
+class Regularized(Constant):
+    """What CAR acts on is not what enters the classifier."""
+
+    regularized = "last"
+
+    def __init__(self):
+        super().__init__(4)
+        self.last = nn.ReLU()
+
+    def forward(self, images):
+        return self.classifier(self.last(images - 0.2))
+
+
+def test_class_dependency_is_also_measured_where_car_acts(capsys, monkeypatch):
+    args = evaluate.arguments(["--checkpoint", "x.pt", "--analyse"])
+    args.workers, net = 0, Regularized().eval()
+    found = evaluate.analyse(net, Two(), torch.device("cpu"), args)
+    names = ["class dependency", "class dependency of pairs"]
+    assert list(found) == [name + where for where in ("", " where CAR acts") for name in names]
+    for layer, name in (("classifier", names[1]), ("last", names[1] + " where CAR acts")):
+        pairs = evaluate.read_all(Two(), torch.device("cpu"), 0, "again")
+        expected = evaluate.class_dependency(net, pairs, 4, layer)
+        assert found[name] == expected.tolist()
+        mean = expected[~torch.eye(4, dtype=torch.bool)].mean().item()
+        assert found[name.replace(" of pairs", "")] == pytest.approx(mean)
+    assert found[names[1]] != found[names[1] + " where CAR acts"]
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("class dependency where CAR acts: how alike" in line for line in lines) == 1
+    net.regularized, passes, measure = "classifier", [], evaluate.class_dependency
+    count = lambda *given: passes.append(given) or measure(*given)  # noqa: E731
+    monkeypatch.setattr(evaluate, "class_dependency", count)
+    assert list(evaluate.analyse(net, Two(), torch.device("cpu"), args)) == names
+    assert len(passes) == 1
+
+
+class Many(Two):
+    """Eight classes, which are too many for a row of text."""
+
+    classes, num_classes = list("abcdefgh"), 8
+    palette = [(i, i, i) for i in range(8)]
+
+
+class Row(nn.Module):
+    """A network that measures a number that is not known, and some for each class."""
+
+    def analyse(self, pairs):
+        values = torch.arange(8.0) / 8
+        values[1] = math.nan
+        table = torch.stack([values, values + 1])
+        return {"none: no class": math.nan, "own: of each class | probability": values[None],
+                "two: of each class | x, y": table, "other: square": torch.eye(8),
+                "high: of each class | a, b, c, d, e, f, g, h | u": values[:, None]}  # fmt: skip
+
+
+def test_what_is_unknown_and_what_is_of_each_class_is_printed_readably(tmp_path, capsys):
+    args = evaluate.arguments(["--checkpoint", "x.pt", "--analyse", "--figures", str(tmp_path)])
+    args.workers = 0
+    found = evaluate.analyse(Row(), Many(), torch.device("cpu"), args)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["–", "none:", "no", "class"]
+
+    def after(title, count):
+        start = lines.index(title) + 1
+        return [line.split() for line in lines[start : start + count]]
+
+    own = after("own: of each class", 9)
+    assert own[:3] == [["probability"], ["a", "0.000"], ["b", "–"]] and own[8] == ["h", "0.875"]
+    two = after("two: of each class", 9)
+    assert two[:2] == [["x", "y"], ["a", "0.000", "1.000"]] and two[8] == ["h", "0.875", "1.875"]
+    assert after("high: of each class", 2) == [["u"], ["a", "0.000"]]
+    assert "other: square" not in lines and f"other: {tmp_path / 'other.png'}" in lines
+    columns = [
+        line.rindex("0.875") for line in lines if line.startswith("h ") and "1.8" not in line
+    ]
+    assert len(columns) == 2 and len(set(columns)) == 1
+    text = json.dumps(evaluate.without_nan(found), allow_nan=False)
+    assert json.loads(text)["own"][0][:3] == [0.0, None, 0.25] and json.loads(text)["none"] is None
+    files = {"own.png", "two.png", "other.png", "high.png"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+
+
+def test_the_map_of_class_dependency_says_how_to_read_it(tmp_path, monkeypatch):
+    args = evaluate.arguments(["--checkpoint", "x.pt", "--analyse", "--figures", str(tmp_path)])
+    args.workers, titles = 0, []
+    picture = Image.new("RGB", (4, 4))
+    monkeypatch.setattr(evaluate, "draw_matrix", lambda *given: titles.append(given[2]) or picture)
+    evaluate.analyse(Regularized().eval(), Two(), torch.device("cpu"), args)
+    assert len(titles) == 2
+    end = "each row over its largest. Bright squares off the diagonal are classes that are alike."
+    assert all(title.endswith(end) for title in titles)
+    names = ["class_dependency_of_pairs.png", "class_dependency_of_pairs_where_CAR_acts.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_miou_over_scale_is_drawn(trained, tmp_path, capsys, monkeypatch):
+    _, checkpoint, _ = trained
+    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", "0"]
+    seen, draw = [], data.chart
+    monkeypatch.setattr(data, "chart", lambda *given: seen.append(given) or draw(*given))
+    numbers, figures = tmp_path / "n.json", tmp_path / "f"
+    flags += ["--figures", str(figures), "--json", str(numbers)]
+    assert evaluate.main([*flags, "--scales", "1", "0.5", "1.5"]) == 0
+    out = capsys.readouterr().out
+    assert f"mIoU over scale: {figures / 'scales.png'}" in out and "mIoU, scale 0.5 alone" in out
+    alone = json.loads(numbers.read_text())["mIoU_at_scale"]
+    points = [(0.5, alone["0.5"]), (1.0, alone["1"]), (1.5, alone["1.5"])]
+    assert [(series, axis) for _, series, axis in seen] == [({"mIoU": points}, "scale")]
+    assert Image.open(figures / "scales.png").size == (480, 340)
+    assert evaluate.main(flags) == 0
+    assert "alone" not in capsys.readouterr().out and len(seen) == 1
+
+
 def test_fig_4_5_class_dependency_by_hand():
     # A 1x1 classifier on images of 1x3 pixels: what enters it are the images. Class 0 has the mean
     # (2, 0), class 1 (1, 1), class 2 (-1, 0); class 3 does not occur.
@@ -900,14 +1224,14 @@ def test_class_dependency_leaves_no_hook_behind():
     assert not net.classifier._forward_pre_hooks
 
 
-def test_long_names_and_a_root_for_shapes_are_refused(trained, tmp_path, capsys):
+def test_a_runs_record_long_names_and_a_root_for_shapes_are_refused(trained, tmp_path, capsys):
     _, checkpoint, _ = trained
     photo = tmp_path / f"{'b' * 245}.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(photo)
     line = mistake(capsys, "--checkpoint", checkpoint, "--images", str(photo))
-    assert "a name of over 255 bytes" in line
+    assert "File name too long" in line
     line = mistake(capsys, "--checkpoint", checkpoint, "--json", str(tmp_path / "config.json"))
-    assert "is a folder or a run's record" in line
+    assert "expected a file that ends in .json, no run's record" in line
     flags = ["--dataset", "shapes", "--data-root", str(tmp_path)]
     line = mistake(capsys, "--checkpoint", checkpoint, *flags)
     assert "--data-root has no effect here" in line
