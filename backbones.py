@@ -104,7 +104,6 @@ class Backbone(nn.Module):
 
 class _Levels(nn.Sequential):
     """A model's layers up to its last level: images -> the outputs of the layers named in `ends`.
-
     (create_feature_extractor reorders a Swin Transformer's parameters and hides layers from hooks.)
     """
 
@@ -133,9 +132,8 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     path only; the classes Xception65 and HRNet say with which names.)
     multi_grid: factors of the dilation rates of the last stage's blocks (there, Sect. 3.2.1: 1, 2,
     4; rates 2, 4, 8 at output stride 16) or of the last three convolutions of xception65. The last
-    factor repeats. Only ResNets and xception65 have it.
-
-    Raises ValueError for an unknown name, stride or multi_grid, and as load_weights.
+    factor repeats. Only ResNets and xception65 have it. ValueError for an unknown name, stride or
+    multi_grid, and as load_weights.
     """
     if name not in _LEVELS:
         raise ValueError(f"unknown backbone '{name}'; there are {', '.join(NAMES)}")
@@ -414,8 +412,7 @@ def load_weights(model, path):
 
     The state dict may be in the file under "model" or "state_dict", its names may begin with
     "module." or "_orig_mod.", and may be those of the authors of Swin Transformer or ConvNeXt.
-
-    Raises ValueError that names keys or shapes that differ, and as load_file.
+    ValueError that names keys or shapes that differ, and as load_file.
     """
     try:
         state = load_file(path)
@@ -473,8 +470,8 @@ class Decoder(nn.Module):
     """The decoder of DeepLabv3+.
 
     x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256, H, W]`. `resize`
-    is the backbone's. Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018,
-    Fig. 2; with plain 3x3 convolutions, of which Table 2.1 of the thesis counts the multiply-adds.
+    is the backbone's. As Xception65: ECCV 2018, Fig. 2; with plain 3x3 convolutions, of which Table
+    2.1 of the thesis counts the multiply-adds.
     """
 
     def __init__(self, channels, low_channels):
@@ -639,6 +636,14 @@ def pixels_of(net, sides, size):
     if not ours or not found or len(found) < sum(n > 1 for n in size):
         return spread(sides, size)
     return [at(stride or found[0], n) for stride, n in zip(strides, size)]
+
+
+def near_border(labels):
+    """The labelled pixels within 3 pixels (7x7) of another label: `[N, H, W]` -> bool."""
+    known, values = labels != 255, labels.float()
+    largest = F.max_pool2d(values.masked_fill(~known, -1), 7, 1, 3)
+    smallest = -F.max_pool2d(-values, 7, 1, 3)  # 255 only where nothing is labelled
+    return known & (largest > smallest)
 
 
 # ------------------------------------------------------------------------------------- for networks

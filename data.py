@@ -20,6 +20,7 @@ To copy: this file stands alone.
 import argparse
 import colorsys
 import contextlib
+import hashlib
 import io
 import itertools
 import math
@@ -90,6 +91,8 @@ LIMITS = {
     "free some space, or take another folder",
     r"InductorError|BackendCompilerFailed|CxxCompiler": "--compile: torch.compile does not work "
     "here; leave it out",
+    r"Expected to have finished reduction": "a parameter of the network gets no gradient; freeze "
+    "it by requires_grad_(False), or leave it out",
     r"more than 1 value": "batch norm needs more than one value per channel; take a "
     "--batch-size of at least 2 for each process, or larger crops",
 }
@@ -442,19 +445,20 @@ def read_image(path, upright=False, huge=False, say=None):
     what looks wrong about photographs in that folder [a warning]. Raises UserError where it cannot
     be read.
     """
+    say, these = say or warn_once, f"photographs in '{path.parent}'"
     with _reading(path, huge=huge):
         content = path.read_bytes()
         image = Image.open(io.BytesIO(content))  # reads the header alone
         decoded = _decoded(image, content)
         if decoded is not None:
             return decoded
+        deep = image.mode.startswith("I;16") or ";16" in str(image.tile)
         image.load()
         if upright:
             with contextlib.suppress(Exception):  # a broken EXIF block: as it is stored
                 image = ImageOps.exif_transpose(image)
         elif _is_turned(image):
-            text = f"photographs in '{path.parent}' carry an EXIF orientation"
-            (say or warn_once)(f"{text}; with labels the pixels are used as stored")
+            say(f"{these} carry an EXIF orientation; with labels the pixels are used as stored")
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
@@ -463,7 +467,11 @@ def read_image(path, upright=False, huge=False, say=None):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         # convert would copy what is RGB already
-        return TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+        image = TF.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+        if deep and image.max() < 16:
+            say(f"{these} have 16 bits and no value above 4095, nearly black; 12 bits in 16? Then "
+                "save them again, times 16")  # fmt: skip
+        return image
 
 
 def _decoded(image, content):
@@ -1486,6 +1494,21 @@ def report(data, title, workers=0):
         warn(f"{number} of {len(data)} {text}")
 
 
+def warn_of_copies(root):
+    """Warn of photographs that are in two splits of `folder`; trainval may hold those of others."""
+    splits = [path for path in root.glob("images/*") if path.name != "trainval"]
+    files = [(split, path) for split in sorted(splits) for path in images_in(split)]
+    sizes, contents = Counter(path.stat().st_size for _, path in files), {}
+    for split, path in files:
+        if sizes[path.stat().st_size] > 1:
+            content = hashlib.sha256(path.read_bytes()).digest()
+            contents.setdefault(content, {})[split] = path
+    shared = [list(places.values()) for places in contents.values() if len(places) > 1]
+    if shared:
+        warn(f"{len(shared)} photographs are in more than one split, as '{shared[0][0]}' and "
+             f"'{shared[0][1]}'; what a network learnt by heart is measured too")  # fmt: skip
+
+
 def main(arguments=None):
     """`python data.py NAME --data-root DIR --split train`"""
     text = "Check a dataset: every label is read; a report and a contact sheet."
@@ -1518,6 +1541,8 @@ def _run(args):
     if output.parent.resolve() in folders or output.exists() and inside:
         raise UserError(f"--output {output} is among the dataset's files; take another folder")
     report(data, f"{args.name} {args.split}", args.workers)
+    if args.name == "folder":
+        warn_of_copies(Path(args.data_root or default_root("folder")))
     panels, maps = [], []
     for index in pick_images(data, 8):
         image, label = data.raw(index)

@@ -444,16 +444,16 @@ def fade(photo):
     return 100 + 0.6 * photo.float().mean(0, keepdim=True).expand(3, -1, -1)
 
 
-def draw_figure(title, figure, photo, palette, boxes=()):
-    """The data.Panel of a label map, or of numbers from 0, over the photograph if of its size.
-    title: "TEXT"; "TEXT | LOW | HIGH", the words at the ends of a scale 0 to 1; "… | MARK", and a
-    number that is marked on it.
+def draw_figure(title, figure, photo, palette, boxes=(), largest=None):
+    """The data.Panel of a label map, or of numbers from 0 to `largest` (None: their own), over the
+    photograph if of its size. title: "TEXT"; "TEXT | LOW | HIGH", the words at the ends of a scale
+    0 to 1; "TEXT | LOW | HIGH | MARK", and a number that is marked on it.
     """
     if not figure.is_floating_point():
         return data.label_panel(title, figure, palette, boxes=boxes)
     title, *ends = title.split(" | ")
     values = figure.detach().float().cpu()
-    largest = 1.0 if ends else values.nan_to_num(0).max().item()
+    largest = 1.0 if ends else largest or values.nan_to_num(0).max().item()
     values = values / max(largest, 1e-12)
     tile, scale = data.heat(values), tuple(ends[:2]) or ("0", f"{largest:.3g}")
     mark = (float(ends[2]), ends[2]) if len(ends) > 2 else ()
@@ -494,14 +494,6 @@ def error_map(prediction, truth, photo):
     return tile.to(torch.uint8)
 
 
-def near_borders(labels, by=3):
-    """The pixels, labelled, within `by` pixels of another label: `[H, W]` -> bool `[H, W]`."""
-    known, window = labels != data.IGNORE, (2 * by + 1, 1, by)  # side, stride, padding
-    lowest = 255 - F.max_pool2d(255 - labels[None].float(), *window)
-    highest = F.max_pool2d(labels.where(known, 0)[None].float(), *window)
-    return known & (highest > lowest)[0]
-
-
 def compared(predictions, truth=None):
     """(share of the pairs of label maps that disagree, box (top, left, bottom, right) of most)
 
@@ -509,7 +501,7 @@ def compared(predictions, truth=None):
     """
     pairs = [a != b for i, a in enumerate(predictions) for b in predictions[i + 1 :]]
     difference = torch.stack(pairs).float().mean(0)
-    weights = 1 if truth is None else near_borders(truth) + 1e-6
+    weights = 1 if truth is None else backbones.near_border(truth[None])[0] + 1e-6
     size = [max(1, side // 4) for side in difference.shape]
     where = F.avg_pool2d((weights * difference.double())[None], (size[0], 1), stride=1)
     where = F.avg_pool2d(where, (1, size[1]), stride=1)[0]
@@ -547,17 +539,6 @@ def pixel_of(net, pixel, size):
     return None
 
 
-def on_one_scale(figures, classes):
-    """Figures by title. Those of classes, whose key is a number, get one scale, to be compared."""
-    numbers = [k for k in figures if isinstance(k, int)]
-    low = min([figures[k].min().item() for k in numbers], default=0)
-    high = max([figures[k].max().item() for k in numbers], default=0)
-    for k in numbers:
-        title = f"attention of {classes[k]} | {low:.3g} | {high:.3g}"
-        figures[title] = (figures.pop(k) - low) / max(high - low, 1e-12)
-    return figures
-
-
 def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=None, amp="off"):
     """The sheet of one image: itself, truth, prediction, errors, the method's figures."""
     figures, title, boxes, prediction = {}, "prediction", (), prediction.cpu()
@@ -566,8 +547,10 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
         device, about = next(net.parameters()).device, {"pixel": pixel} if pixel else {}
         with autocast(device, amp):
             figures = net.figures(data.normalise(image.to(device)), **about)
-    of_classes = torch.tensor([k for k in figures if isinstance(k, int)])
-    figures = on_one_scale({k: m.cpu() for k, m in figures.items()}, classes)
+    of_classes = [k for k in figures if isinstance(k, int)]
+    largest = max((figures[k].max().item() for k in of_classes), default=None)  # one scale
+    names = {k: f"attention of {classes[k]}" if k in of_classes else k for k in figures}
+    figures = {names[k]: m.cpu() for k, m in figures.items()}
     caption = getattr(net, "caption", "") if figures else ""
     maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
     if len(maps) > 1 and all(m.shape == prediction.shape for m in figures.values()):
@@ -579,7 +562,8 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     else:
         lines, box = cells(figures.values(), pixel, prediction.shape)
         boxes = (box,) if pixel else ()
-        own = [draw_figure(name, m, image, palette, boxes) for name, m in figures.items()]
+        about = image, palette, boxes, largest
+        own = [draw_figure(name, m, *about) for name, m in figures.items()]
         if lines[0]:  # drawn once
             first = [panel.tile.shape for panel in own].index(image.shape)
             own[first] = own[first]._replace(lines=lines)
@@ -587,7 +571,7 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     panels = [data.label_panel(title, prediction, palette, boxes=boxes)]
     if truth is not None:
         panels.append(data.Panel("errors (red)", error_map(prediction, truth, image)))
-    maps = [prediction, of_classes, *maps.values()]
+    maps = [prediction, torch.tensor(of_classes), *maps.values()]
     return _sheet(image, truth, boxes, [*panels, *own], maps, classes, palette, caption)
 
 

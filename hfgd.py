@@ -331,7 +331,7 @@ class HFGD(nn.Module):
             return {}
         K, counts = self.classifier.out_channels, 0
         for images, labels in pairs:
-            near = labels.masked_fill(~near_border(labels), 255)
+            near = labels.masked_fill(~backbones.near_border(labels), 255)
             for image, *truths in zip(images, labels, near):
                 predicted = self.figures(image).values()  # from coarse, from fine features
                 found = [backbones.confusion(y, at, K) for y in predicted for at in truths]
@@ -339,13 +339,6 @@ class HFGD(nn.Module):
         what = "features: mIoU, higher is better; fine should win, by a larger factor near borders"
         axes = "coarse features, fine features | everywhere, near border"
         return {f"{what} (3 pixels) | {axes}": backbones.iou(counts).nanmean(2)}
-
-
-def near_border(labels):
-    """True where two labels, neither 255, are within 3 pixels (7x7): int64 `[N, H, W]` -> bool."""
-    largest = F.max_pool2d(labels.masked_fill(labels == 255, -1).float(), 7, 1, 3)
-    smallest = -F.max_pool2d(-labels.float(), 7, 1, 3)  # 255 only where nothing is labelled
-    return largest > smallest
 
 
 # -------------------------------------------------------------------------- what the tables compare

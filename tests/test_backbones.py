@@ -1,5 +1,6 @@
 import importlib
 import math
+from itertools import product
 from urllib.error import URLError
 
 import numpy as np
@@ -1210,3 +1211,37 @@ def test_confusion_and_iou_by_hand_and_by_loops():
     assert torch.equal(
         backbones.iou(torch.stack(both)), torch.stack([backbones.iou(c) for c in both])
     )
+
+
+@pytest.mark.equation
+def test_near_a_border_by_hand():
+    # The labels change between columns 4 and 5. At the right 255 is next to a label: no border.
+    row = torch.tensor([[[7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 255, 255]]])
+    assert backbones.near_border(row).nonzero()[:, 2].tolist() == [2, 3, 4, 5, 6, 7]
+    assert torch.equal(backbones.near_border(row.mT), backbones.near_border(row).mT)
+    labels = torch.zeros(1, 9, 9, dtype=torch.long)
+    labels[0, 4, 4] = 1  # one pixel: the window of 7x7 around it, its corners too
+    assert backbones.near_border(labels)[0].nonzero().tolist() == [
+        [i, j] for i in range(1, 8) for j in range(1, 8)
+    ]
+
+
+@pytest.mark.equation
+@pytest.mark.parametrize("size", [(24, 31), (1, 23), (19, 1), (1, 1)])
+def test_near_a_border_equals_the_loop(size):
+    labels = torch.zeros(3, *size, dtype=torch.long)
+    labels[0, :, size[1] // 2 :] = 254
+    labels[0, size[0] // 2 :, :9] = 255
+    for _ in range(2):
+        labels[1, torch.randint(size[0], ()), torch.randint(size[1], ())] = 1
+    labels[2] = 255
+    labels[2, ::11, ::5] = torch.randint(2, labels[2, ::11, ::5].shape)
+    found, (H, W) = backbones.near_border(labels), size
+    assert found.dtype == torch.bool and found.shape == labels.shape
+    for n, i, j in product(range(3), range(H), range(W)):
+        rows, columns = range(max(0, i - 3), min(H, i + 4)), range(max(0, j - 3), min(W, j + 4))
+        around = {labels[n, a, b].item() for a, b in product(rows, columns)} - {255}
+        assert found[n, i, j] == (labels[n, i, j] != 255 and len(around) > 1)
+    if min(size) > 1:
+        assert all(0 < near.float().mean() < 1 for near in found[:2])
+    assert torch.equal(backbones.near_border(labels.byte()), found)

@@ -2494,3 +2494,46 @@ def test_a_contact_sheet_never_takes_the_place_of_a_picture_of_another_split(pho
     assert data.main(given) == 2
     assert "is among the dataset's files" in capsys.readouterr().err
     assert picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["gray.png", "gray.tiff", "gray.pgm", "rgb.png"])
+def test_photographs_of_12_bits_in_16_are_counted_in_a_warning(kind, tmp_path, capsys):
+    dataset = folder(tmp_path, np.zeros((5, 7)))
+    gray = np.arange(35, dtype=np.uint16).reshape(5, 7) * 117  # up to 3978
+    name, end = kind.split(".")
+    content = rgb16(5, 7, 38)  # up to 3952
+    if name == "gray":
+        Image.fromarray(gray).save(tmp_path / f"dark.{end}")
+        content = (tmp_path / f"dark.{end}").read_bytes()
+    dataset.files[0][0].write_bytes(content)
+    data.warn_once.cache_clear()
+    assert dataset[0][0].max() == 15
+    dataset[0]
+    text = f"photographs in '{tmp_path / 'images/train'}' have 16 bits and no value above 4095"
+    assert capsys.readouterr().err.count(text) == 1
+    data.report(dataset, "mine", workers=1)
+    assert f"warning: 1 of 1 {text}" in capsys.readouterr().err
+    bright = rgb16(5, 7, 600)
+    if name == "gray":
+        Image.fromarray(gray * 16).save(tmp_path / f"dark.{end}")
+        bright = (tmp_path / f"dark.{end}").read_bytes()
+    dataset.files[0][0].write_bytes(bright)
+    data.report(dataset, "mine")
+    assert "16 bits" not in capsys.readouterr().err
+
+
+def test_photographs_in_two_splits_are_counted_in_a_warning(tmp_path, capsys):
+    for split, count in (("train", 4), ("val", 3), ("trainval", 6)):
+        for i in range(count):
+            save(tmp_path / f"images/{split}/{split}{i}.png", photo(seed=i if i < 2 else count + i))
+            save(tmp_path / f"labels/{split}/{split}{i}.png", np.zeros((4, 6), np.uint8))
+    (tmp_path / "classes.txt").write_text("one\ntwo\n")
+    flags = ["folder", "--data-root", str(tmp_path), "--output", str(tmp_path / "s.png")]
+    assert data.main([*flags, "--workers", "0"]) == 0
+    images = tmp_path / "images"
+    text = f"2 photographs are in more than one split, as '{images / 'train/train0.png'}' and "
+    assert f"warning: {text}'{images / 'val/val0.png'}'" in capsys.readouterr().err
+    for i in range(2):
+        save(images / f"val/val{i}.png", photo(seed=90 + i))
+    assert data.main([*flags, "--workers", "0"]) == 0
+    assert "more than one split" not in capsys.readouterr().err

@@ -892,7 +892,7 @@ def test_figures_show_the_coarse_and_the_fine_prediction(monkeypatch):
     evaluate.figure_sheet(net, photo, prediction, [(0, 0, 0)] * 3, ["a", "b", "c"])
     enlarged = ["image, enlarged", f"{coarse}, enlarged", f"{fine}, enlarged"]
     # The fine prediction is the prediction: it is not shown twice.
-    expected = ["image", "prediction", coarse, "where they differ", *enlarged]
+    expected = ["image", f"prediction = {fine}", coarse, "where they differ", *enlarged]
     assert [panel.title for panel in seen] == expected and seen[4].tile.shape == (3, 11, 17)
     assert len({panel.boxes for panel in seen[:4]}) == 1 and seen[0].boxes
     assert net.caption.startswith("The prediction is from fine features.")  # so the sheet says it
@@ -903,39 +903,6 @@ def test_figures_need_guidance_and_evaluation_mode():
     assert network(guided=False).eval().figures(torch.randn(3, 33, 33)) == {}
     with pytest.raises(ValueError, match=r"net.eval\(\)"):
         network().figures(torch.randn(3, 33, 33))
-
-
-@pytest.mark.equation
-def test_near_a_border_by_hand():
-    # The labels change between columns 4 and 5. At the right 255 is next to a label: no border.
-    row = torch.tensor([[[7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 255, 255]]])
-    assert hfgd.near_border(row).nonzero()[:, 2].tolist() == [2, 3, 4, 5, 6, 7]
-    assert torch.equal(hfgd.near_border(row.mT), hfgd.near_border(row).mT)
-    labels = torch.zeros(1, 9, 9, dtype=torch.long)
-    labels[0, 4, 4] = 1  # one pixel: the window of 7x7 around it, its corners too
-    assert hfgd.near_border(labels)[0].nonzero().tolist() == [
-        [i, j] for i in range(1, 8) for j in range(1, 8)
-    ]
-
-
-@pytest.mark.equation
-@pytest.mark.parametrize("size", [(24, 31), (1, 23), (19, 1), (1, 1)])
-def test_near_a_border_equals_the_loop(size):
-    labels = torch.zeros(3, *size, dtype=torch.long)
-    labels[0, :, size[1] // 2 :] = 254
-    labels[0, size[0] // 2 :, :9] = 255
-    for _ in range(2):
-        labels[1, torch.randint(size[0], ()), torch.randint(size[1], ())] = 1
-    labels[2] = 255
-    labels[2, ::11, ::5] = torch.randint(2, labels[2, ::11, ::5].shape)
-    found, (H, W) = hfgd.near_border(labels), size
-    assert found.dtype == torch.bool and found.shape == labels.shape
-    for n, i, j in product(range(3), range(H), range(W)):
-        rows, columns = range(max(0, i - 3), min(H, i + 4)), range(max(0, j - 3), min(W, j + 4))
-        around = {labels[n, a, b].item() for a, b in product(rows, columns)} - {255}
-        assert found[n, i, j] == (len(around) > 1)
-    if min(size) > 1:
-        assert all(0 < near.float().mean() < 1 for near in found)
 
 
 @pytest.mark.network
@@ -954,7 +921,7 @@ def test_analyse_is_the_miou_of_both_predictions_everywhere_and_near_borders():
     net.figures = figures
     numbers = net.analyse([(images[:2], labels[:2]), (images[2:], labels[2:])])
     assert torch.equal(torch.stack(shown), images)
-    (key, found), near = *numbers.items(), hfgd.near_border(labels)
+    (key, found), near = *numbers.items(), backbones.near_border(labels)
     assert key.partition(":")[0] == "features"
     axes = "coarse features, fine features | everywhere, near border"
     assert key.partition(" | ")[2] == axes and found.shape == (2, 2)

@@ -714,7 +714,8 @@ def test_all_classes_are_on_one_sheet_by_name(monkeypatch):
     assert [panel.title for panel in panels] == ["image", "prediction", *names]
     assert all(panel.tile.shape == (3, 40, 50) for panel in panels)
     assert all(panel.scale[0] == "0" and float(panel.scale[1]) > 0 for panel in panels[2:])
-    assert columns == 3 and len(maps) == 1 and caption == net.caption
+    assert columns == 3 and caption == net.caption
+    assert len(maps) == 2 and maps[1].tolist() == [0, 1, 2, 3]  # in the legend
 
 
 # ------------------------------------------------------------------------------------------ numbers
