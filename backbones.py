@@ -215,7 +215,6 @@ def _set_rate(conv, rate):
 
 class JointPyramidUpsampling(nn.Module):
     """A map of stride 8 (Wu et al., "FastFCN: Rethinking Dilated Convolution", 2019, Fig. 3).
-
     Maps of strides 8, 16, 32 of patches -> `[N, 4·512, H/8, W/8]`: each reduced to 512, and four
     separable convolutions of rates 1, 2, 4, 8 on all of them at stride 8.
     """
@@ -318,7 +317,6 @@ class Xception65(nn.Module):
 
 class HighResolutionModule(nn.Module):
     """Basic blocks on each of several maps, then an exchange (Wang et al., TPAMI 2019, Fig. 3).
-
     List of maps `[N, channels[i], H / 2^i, …]`, finest first -> the same.
     """
 
@@ -349,7 +347,6 @@ class HighResolutionModule(nn.Module):
 
 class HRNet(nn.Module):
     """High-resolution network (Wang et al., TPAMI 2019): `[N, 3, H, W]` -> four maps, finest first.
-
     The authors' ImageNet checkpoints (HRNet-Image-Classification) load as they are. Coarser maps
     are upsampled bilinearly, as in their code for segmentation.
     """
@@ -467,11 +464,10 @@ def load_file(path):
 
 
 class Decoder(nn.Module):
-    """The decoder of DeepLabv3+.
-
-    x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4 -> `[N, 256, H, W]`. `resize`
-    is the backbone's. As Xception65: ECCV 2018, Fig. 2; with plain 3x3 convolutions, of which Table
-    2.1 of the thesis counts the multiply-adds.
+    """The decoder of DeepLabv3+: x `[N, channels, h, w]`, low `[N, low_channels, H, W]` at stride 4
+    -> `[N, 256, H, W]`. `resize` is the backbone's. Chen et al., "Encoder-Decoder with Atrous
+    Separable Convolution", ECCV 2018, Fig. 2; with plain 3x3 convolutions, of which Table 2.1 of
+    the thesis counts the multiply-adds.
     """
 
     def __init__(self, channels, low_channels):
@@ -601,7 +597,6 @@ def positions(stride, length, patches=False):
 
 def stride_of(side, length, coarsest=32, patches=False):
     """The stride of a map of `length` positions along an image's `side`, None if it is no stride.
-
     coarsest: the stride for which the image is extended.
     """
     side = extended(torch.empty(1, 1, 1, side), coarsest, patches).shape[3]

@@ -527,10 +527,9 @@ def validate(state, train_set, val_set, stop):
         if better:
             state.save("best.pt", train_set)
         draw_curves(folder)
-        numbers = f"mIoU {result['mIoU']:.4f}, pixel accuracy {result['pixel_accuracy']:.4f}"
-        text = f"step {state.step}: {numbers}"
+        text = f"step {state.step}: mIoU {result['mIoU']:.4f}"
         draw_samples(folder, net, val_set, device, s["amp"], text)
-        tqdm.write(text)
+        tqdm.write(f"{text}, pixel accuracy {result['pixel_accuracy']:.4f}")
     torch.backends.cudnn.benchmark = not s["deterministic"]
     return False
 
@@ -703,9 +702,7 @@ def draw_curves(folder):
     panels = ("loss", losses, terms), ("learning rate", losses, ["lr"]), ("val", results, metrics)
     picture = Image.new("RGB", (480 * len(panels), 340), "white")
     for i, (title, lines, names) in enumerate(panels):
-        series = {
-            n: [(x["step"], x[n]) for x in lines if type(x.get(n)) in (int, float)] for n in names
-        }
+        series = {k: [(x["step"], x[k]) for x in lines if type(x.get(k)) is float] for k in names}
         picture.paste(data.chart(title, series), (480 * i, 0))
     evaluate.replace(folder / "curves.png", lambda path: picture.save(path, format="png"))
 
