@@ -276,8 +276,9 @@ class SPGNet(nn.Module):
             maps = self.class_attention(images)[:, :, : len(rows), : len(columns)]
             counts = counts + sum(wins(*pair) for pair in zip(maps, labels))
         area = counts[0] / counts[1]  # under the ROC curve of each class  [K]
-        what = "probability that a class's pixel has more of it than others; 0.5 is chance, 1 best"
-        mean, each = f"own attention: {what}, mean", f"own attention by class: {what} | attention"
+        what = "the probability that a pixel of a class has more of its attention than another"
+        mean = f"own attention: {what}, mean of the classes; 0.5 is chance, 1 is best"
+        each = f"own attention by class: {what} | attention"
         return {mean: area.nanmean().item(), each: area[None]}
 
 
