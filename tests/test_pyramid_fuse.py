@@ -787,7 +787,8 @@ def test_mistakes_name_what_is_expected(options, message):
 
 @pytest.mark.system
 def test_recipes_are_the_papers():
-    settings = {name: (r["lr"], r["iterations"]) for name, r in pf.RECIPES.items()}
+    papers = {name: r for name, r in pf.RECIPES.items() if name != "shapes"}  # that one is ours
+    settings = {name: (r["lr"], r["iterations"]) for name, r in papers.items()}
     assert settings["ade20k_16k"] == (0.02, round(120 * 16_168 / 16))  # Sect. 5.4
     assert pf.RECIPES["ade20k_16k"]["backbone"] == "hrnet_w32"
     assert settings["ade20k"] == (0.02, round(120 * 20_210 / 16)) and settings["coco_stuff10k"] == (
@@ -795,7 +796,7 @@ def test_recipes_are_the_papers():
         110 * 9_000 // 16,
     )
     assert settings["pascal_context"] == (0.001, 200 * 4_998 // 16)
-    for name, r in pf.RECIPES.items():
+    for name, r in papers.items():
         assert name == "ade20k_16k" or r["backbone"] == "hrnet_w48"
         assert (r["momentum"], r["power"]) == (0.9, 0.9)
         assert (r["batch_size"], r["crop_size"], r["weight_decay"], r["scale"], r["color"]) == (
