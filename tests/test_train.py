@@ -177,6 +177,19 @@ def test_what_shapes_sets_holds_for_a_method_without_a_recipe_and_without_a_back
         train.State(net, settings, origin, torch.device("cpu"), 0)
 
 
+@pytest.mark.parametrize("name", ["caa", "ksac", "car", "spgnet", "pyramid_fuse", "hfgd"])
+def test_the_first_run_of_each_method_has_settings_of_shapes(name):
+    settings, origin = train.resolve({"method": name})
+    assert f"recipe {name}/shapes" in origin.values() and settings["optimizer"] == "adamw"
+    parts = settings["backbone"], None, settings["output_stride"], settings["option"]
+    net = evaluate.network(name, 12, *parts)
+    optimizer = train.State(net, settings, origin, torch.device("cpu"), 0).optimizer
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert rates == {settings["lr"], settings["lr"] * settings["head_lr"]}
+    losses = net(torch.randn(2, 3, 96, 96), torch.randint(12, (2, 96, 96)))
+    assert sum(losses.values()).isfinite()
+
+
 def test_norms_and_biases_are_left_out_of_the_decay_only_where_asked(flags):
     settings, _ = train.resolve(train.arguments(flags)[0])
     net = evaluate.network("my_method", 3, "none")
