@@ -370,8 +370,8 @@ class CAANet(nn.Module):
 
     @torch.no_grad()
     def analyse(self, pairs):
-        """Of (images, labels): with `dual` the conflicts of Sect. 3.2; with two gates how much they
-        differ (ours). Where not within an image, one gate for all rows would do. Else empty.
+        """Of (images, labels): with `dual` the conflicts of Sect. 3.2; with two gates (ours) how
+        much they differ within an image. If they hardly did, one gate for all rows would do.
         """
         if isinstance(self.head, DualAttention):
             counts = 0
