@@ -271,7 +271,7 @@ class CAANet(nn.Module):
     released         True: ReLU after the queries     False          the authors' code
     """
 
-    caption = "The marked pixel takes features from the bright positions."
+    caption = "The marked cell takes features from the bright ones. A gate passes a channel or not."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, attention="axial",
                  channelization=True, channel_layers=5, channel_width=128, activation="leaky_relu",
@@ -363,9 +363,9 @@ class CAANet(nn.Module):
         pictures = {f"{k} of the marked pixel": m[rows[:, None], columns] for k, m in maps.items()}
         if attention.gate_row is not None:
             by_row, by_column = (most_varied(gate[0]) for gate in self.gates(x, size))
-            ends = "in the 8 channels that differ most | 0, closed | 1, open"
-            pictures[f"column step: rows' gates {ends}"] = by_row  # [h, 8]
-            pictures[f"row step: columns' gates {ends}"] = by_column.T  # [8, w]
+            ends = "the 8 channels that vary most | 0, closed | 1, open"
+            pictures[f"gates of the rows, from left to right {ends}"] = by_row  # [h, 8]
+            pictures[f"gates of the columns, from top to bottom {ends}"] = by_column.T  # [8, w]
         return pictures
 
     @torch.no_grad()

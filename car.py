@@ -325,7 +325,7 @@ class CARNet(nn.Module):
     has the last two maps, not HRNet's four together.
     """
 
-    caption = "Bright pixels have features like the marked one's: with CAR those of its class."
+    caption = "Bright: features like the marked pixel's. CAR wants them in its class alone."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="self_attention",
                  pointwise=True, channels=512, pool_pointwise=False, auxiliary=False,
@@ -401,7 +401,7 @@ class CARNet(nn.Module):
         """Fig. 4.4: pixel_relation to `pixel`, `[H, W]`, over that of `pixel` to itself (ours)."""
         products = pixel_relation(self, image, pixel, self.regularized)
         row, column = backbones.one_pixel(pixel, products.shape)
-        title = "dot product with the marked pixel's feature (its own is 1)"
+        title = "dot product of features with the marked pixel's, over its own with itself"
         return {title: products / products[row, column].clamp(min=1e-12)}
 
 

@@ -514,7 +514,7 @@ def comparison(predictions, image, palette, truth=None):
     maps = {name: m.cpu() for name, m in predictions.items()}
     difference, box = compared(list(maps.values()), truth)
     panels = [data.label_panel(name, m, palette, boxes=(box,)) for name, m in maps.items()]
-    title = "where they differ | same | different"
+    title = "where the predictions differ | same | different"
     panels.append(draw_figure(title, difference, image, palette, (box,)))
     top, left, bottom, right = box
     panels.append(data.Panel("image, enlarged", image[:, top:bottom, left:right]))
@@ -549,7 +549,7 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
             figures = net.figures(data.normalise(image.to(device)), **about)
     of_classes = [k for k in figures if isinstance(k, int)]
     largest = max((figures[k].max().item() for k in of_classes), default=None)  # one scale
-    names = {k: f"attention of {classes[k]}" if k in of_classes else k for k in figures}
+    names = {k: f"attention for {classes[k]}" if k in of_classes else k for k in figures}
     figures = {names[k]: m.cpu() for k, m in figures.items()}
     caption = getattr(net, "caption", "") if figures else ""
     maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
@@ -557,7 +557,7 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
         own, box, sentence = comparison(maps, image, palette, truth)
         repeated = [name for name, m in maps.items() if torch.equal(m, prediction)]
         own = [panel for panel in own if panel.title not in repeated]
-        title = " = ".join(dict.fromkeys([title, *repeated]))
+        title = (repeated or [title])[0]
         boxes, caption = (box,), f"{caption} {sentence}"
     else:
         lines, box = cells(figures.values(), pixel, prediction.shape)

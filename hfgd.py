@@ -222,7 +222,7 @@ class HFGD(nn.Module):
     alone, with "ocr" from the last two. Layers that lead to other maps only are frozen.
     """
 
-    caption = "The prediction is from fine features. The same class kernels read coarse ones."
+    caption = "One classifier reads coarse and fine features. Fine ones give the final prediction."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, output_stride=4,
                  encoder="ours", leading=(1, 1), car=True, upsampler="usfpn", width=256,

@@ -150,7 +150,7 @@ class KSACNet(nn.Module):
     output_stride   of the backbone: 8, 16; ours: 32      16             Table 2.1 (OS)
     """
 
-    caption = "KSAC has one kernel for all rates. Frames and crosses: its taps read padding there."
+    caption = "The same channels at each rate; KSAC has one kernel. Near borders it reads padding."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, head="ksac",
                  rates=(6, 12, 18), extra_rates=(), decoder=False, output_stride=16):  # fmt: skip
@@ -221,7 +221,8 @@ class KSACNet(nn.Module):
         figures, x = {}, self.backbone(image)[-1]
         for r, y in zip(self.head.rates, self.head.pyramid(x)):
             note = "" if r < max(x.shape[2:]) else " (beyond the map: centre tap alone)"
-            figures[f"rate {r}{note}: 25 feature maps | 0 | largest of each map"] = tiled(y[0, :25])
+            name = f"atrous rate {r}{note}: 25 channels"
+            figures[f"{name} | 0 | largest of each"] = tiled(y[0, :25])
         return figures
 
 

@@ -381,7 +381,9 @@ class SpecializeAndFuse(nn.Module):
               G, H, I: context="anl", "anl_multi", "ours"; J: output="auxiliary"; K: strides=(32, 4)
     """
 
-    caption = "A trained network takes large regions from coarse levels, borders from finer ones."
+    caption = (
+        "A pixel has the label of the coarsest stride that finds one class in its cell (unity)."
+    )
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, strides=(32, 16, 8, 4),
                  context="ours", output="pyramid", policy="true_positive", threshold=0.9,
@@ -459,7 +461,7 @@ class SpecializeAndFuse(nn.Module):
         labels = [y.argmax(1)[0] for y in semantic]
         pictures = {f"prediction of stride {s} alone": y for s, y in zip(self.strides, labels)}
         for s, p in zip(self.strides, unity_prob):
-            title = f"unity, stride {s}: taken where at least {self.threshold:g}"
+            title = f"unity, stride {s}: one class in a cell; enough from {self.threshold:g} on"
             pictures[f"{title} | 0 | 1 | {self.threshold:g}"] = p[0]
         for i, s in enumerate(self.strides):
             cells = repeat_cells(labels[i], level)

@@ -198,7 +198,7 @@ class SPGNet(nn.Module):
     hard_examples   False: losses of all pixels        True            Table 8; 3 to 7: False
     """
 
-    caption = "The first stage's attention for a class: its objects and what occurs with them."
+    caption = "The first stage's attention for each class, on one scale: bright on its objects."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,

@@ -1323,7 +1323,8 @@ def test_figures_of_a_pixel_outside_the_image_are_refused():
     for pixel in ((33, 0), (0, 18), (-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="33 rows and 18 columns"):
             net.figures(image, pixel)
-    assert all(m.shape == (33, 18) for m in net.figures(image, (32, 17)).values())
+    attention = list(net.figures(image, (32, 17)).values())[:3]
+    assert all(m.shape == (33, 18) for m in attention)
 
 
 @pytest.mark.network
@@ -1409,8 +1410,11 @@ def test_figures_show_the_gates_beside_the_rows_and_columns_of_the_image():
     net = gated()
     gates = [recorded(net.head.attention.gate_col), recorded(net.head.attention.gate_row)]
     figures = {k: m for k, m in net.figures(torch.randn(3, 60, 81)).items() if "gates" in k}
-    what = "gates in the 8 channels that differ most | 0, closed | 1, open"
-    assert list(figures) == [f"column step: rows' {what}", f"row step: columns' {what}"]
+    what = "the 8 channels that vary most | 0, closed | 1, open"
+    assert list(figures) == [
+        f"gates of the rows, from left to right {what}",
+        f"gates of the columns, from top to bottom {what}",
+    ]
     by_row, by_column = figures.values()
     # Extended to 65 x 81: the fifth of the rows 0, 16, … is beyond the image, no column is.
     assert gates[0][0].shape == (1, 5, 512) and gates[1][0].shape == (1, 6, 512)

@@ -546,9 +546,9 @@ def test_figures_are_the_first_25_maps_of_each_rate():
     for head in ("ksac", "aspp"):
         net, image = ksac.build(3, "resnet18", head=head).eval(), torch.randn(3, 60, 90)
         figures = net.figures(image)
-        ends = ": 25 feature maps | 0 | largest of each map"
+        ends = ": 25 channels | 0 | largest of each"
         beyond = " (beyond the map: centre tap alone)"
-        rates = "rate 6", f"rate 12{beyond}", f"rate 18{beyond}"
+        rates = "atrous rate 6", f"atrous rate 12{beyond}", f"atrous rate 18{beyond}"
         assert list(figures) == [f"{rate}{ends}" for rate in rates]
         x = net.backbone(image[None])[-1]  # 65 x 97 pixels, 5 x 7 positions
         for m, y in zip(figures.values(), net.head.pyramid(x)):
@@ -561,7 +561,7 @@ def test_figures_are_the_first_25_maps_of_each_rate():
             assert m.isnan().sum() == m.numel() - 25 * 5 * 7
     net = ksac.build(3, "resnet18", rates=(1, 2, 6), output_stride=32).eval()
     names = [name.split(":")[0] for name in net.figures(image)]
-    assert names == ["rate 1", "rate 3"]  # 1/2 and 1 are both 1
+    assert names == ["atrous rate 1", "atrous rate 3"]  # 1/2 and 1 are both 1
     assert ksac.build(3, "resnet18", head="fcn").eval().figures(image) == {}
     with pytest.raises(ValueError, match="of one image, not of a batch"):
         net.figures(image.expand(2, -1, -1, -1))

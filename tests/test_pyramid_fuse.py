@@ -818,7 +818,10 @@ def test_fig_a_greys_what_is_done_by_coarser():
     figures, strides = net.figures(image), (32, 16, 8, 4)
     names = [f"prediction of stride {s} alone" for s in strides]
     tau = f"{net.threshold:g}"  # the third part of a scale is marked on its bar
-    unity = [f"unity, stride {s}: taken where at least {tau} | 0 | 1 | {tau}" for s in strides[:3]]
+    unity = [
+        f"unity, stride {s}: one class in a cell; enough from {tau} on | 0 | 1 | {tau}"
+        for s in strides[:3]
+    ]
     taken = [f"cells taken from stride {s}" for s in strides]
     ends = "level that is taken | stride 32 | stride 4"
     assert list(figures) == [*names, *unity, *taken, ends]

@@ -709,7 +709,7 @@ def test_all_classes_are_on_one_sheet_by_name(monkeypatch):
     evaluate.figure_sheet(net, image, prediction, palette, classes)
     (panels, (columns, maps, _, _, caption)), names = (
         seen[0],
-        [f"attention of {c}" for c in classes],
+        [f"attention for {c}" for c in classes],
     )
     assert [panel.title for panel in panels] == ["image", "prediction", *names]
     assert all(panel.tile.shape == (3, 40, 50) for panel in panels)
