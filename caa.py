@@ -156,7 +156,9 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels, width=128, layers=5, activation="leaky_relu"):
         super().__init__()
-        backbones.check_choices(activation=(activation, ("leaky_relu", "relu")))
+        if layers < 1 or width < 1 or activation not in ("leaky_relu", "relu"):
+            given = f"layers={layers}, width={width}, activation={activation!r}"
+            raise ValueError(f"{given}: at least one layer and channel, 'leaky_relu' or 'relu'")
         sizes = [channels] + [width] * layers + [channels]
         # No biases and a slope of 0.2, as in the released code.
         self.fc = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:]))
@@ -271,7 +273,7 @@ class CAANet(nn.Module):
     released         True: ReLU after the queries     False          the authors' code
     """
 
-    caption = "The marked cell takes features from the bright ones. A gate passes a channel or not."
+    caption = "The marked cell takes features from the bright ones. Gates weight channels, 0 to 1."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, attention="axial",
                  channelization=True, channel_layers=5, channel_width=128, activation="leaky_relu",
@@ -328,17 +330,15 @@ class CAANet(nn.Module):
         maps = {k: upsample(y, self.stride, size).argmax(1) for k, y in branches.items()}
         return maps, self(images).argmax(1)
 
-    def gates(self, x, size):
-        """The gates of both steps, `[N, h, C]` and `[N, w, C]`, for x, the last map of images of
-        `size`; without rows and columns beyond the image, which exist where it is extended.
-        """
+    def gates(self, x):
+        """The gates of both steps, `[N, h, C]` and `[N, w, C]`, for x, the backbone's last map."""
         attention, seen = self.head.attention, []
         gates = attention.gate_col, attention.gate_row
         hooks = [gate.register_forward_hook(lambda *call: seen.append(call[2])) for gate in gates]
         attention(self.head.reduce(x))
         for hook in hooks:
             hook.remove()
-        return [gate[:, : -(-side // self.stride)] for gate, side in zip(seen, size)]
+        return seen
 
     @torch.no_grad()
     def figures(self, image, pixel=None):
@@ -362,7 +362,8 @@ class CAANet(nn.Module):
         maps = attended(attention, self.head.reduce(x), rows[row], columns[column])
         pictures = {f"{k} of the marked pixel": m[rows[:, None], columns] for k, m in maps.items()}
         if attention.gate_row is not None:
-            by_row, by_column = (most_varied(gate[0]) for gate in self.gates(x, size))
+            lines = rows[-1] + 1, columns[-1] + 1  # without positions far beyond the image
+            by_row, by_column = (most_varied(g[0, :n]) for g, n in zip(self.gates(x), lines))
             ends = "the 8 channels that vary most | 0, closed | 1, open"
             pictures[f"gates of the rows, from left to right {ends}"] = by_row  # [h, 8]
             pictures[f"gates of the columns, from top to bottom {ends}"] = by_column.T  # [8, w]
@@ -383,15 +384,23 @@ class CAANet(nn.Module):
             return {f"{what} | share | {names}": (counts[None, :-1] / counts[-1]).cpu()}
         if getattr(self.head.attention, "gate_row", None) is None:
             return {}
-        what = "gates: standard deviations of a channel's gate; compare with an untrained network"
+        what = "gates: standard deviation of a channel's; more within than between, and one gate"
+        what += " for the whole image would not do"
         axes = "within an image, between images | column step, row step"
-        batches = (self.gates(self.backbone(x)[3], x.shape[2:]) for x, _ in pairs)
-        return {f"{what} | {axes}": gate_deviations(batches).cpu()}
+
+        def batches():
+            for images, _ in pairs:
+                gates = zip(self.gates(self.backbone(images)[3]), images.shape[2:])
+                # Without the position beyond the image, which exists where it is extended.
+                yield [gate[:, : -(-side // self.stride)] for gate, side in gates]
+
+        return {f"{what} | {axes}": gate_deviations(batches()).cpu()}
 
 
 def conflicts(branches, fused, labels):
-    """Sect. 3.2, of the pixels where `fused` is wrong the number right in each branch, in any; all.
-    Label maps: branches `[B, N, H, W]`, fused and labels `[N, H, W]`, 255 = ignored -> `[B + 2]`.
+    """Sect. 3.2: counts of the pixels where `fused` is wrong: those that each branch has right,
+    those that any has right, all. Label maps: branches `[B, N, H, W]`, fused and labels `[N, H,
+    W]`, 255 = ignored -> `[B + 2]`.
     """
     wrong = (fused != labels) & (labels != 255)  # [N, H, W]
     right = wrong & (branches == labels)  # [B, N, H, W]
@@ -399,8 +408,8 @@ def conflicts(branches, fused, labels):
 
 
 def gate_deviations(batches):
-    """Standard deviations of each step's gates, `[2, steps]`, root mean squares over the channels:
-    over the L rows or columns of an image; and, of an image's mean over them, over the images.
+    """Standard deviations of each step's gates, `[2, steps]`, root mean squares over the channels.
+    Row 0: over the L rows or columns of an image. Row 1: of their mean, over the images.
     batches: iterable of lists, for each step the gates `[N, L, C]`; L may change.
     """
     sums, count = 0, 0

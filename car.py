@@ -401,7 +401,7 @@ class CARNet(nn.Module):
         """Fig. 4.4: pixel_relation to `pixel`, `[H, W]`, over that of `pixel` to itself (ours)."""
         products = pixel_relation(self, image, pixel, self.regularized)
         row, column = backbones.one_pixel(pixel, products.shape)
-        title = "dot product of features with the marked pixel's, over its own with itself"
+        title = "dot product of features with the marked pixel's, divided by its own"
         return {title: products / products[row, column].clamp(min=1e-12)}
 
 

@@ -1430,7 +1430,7 @@ def chart(title, series, axis="step", width=480, height=340):
         color, corners = colors[i % len(colors)], [place(*point) for point in line]
         draw.line(corners, color, 4 if i else 8, joint="curve")  # one over the first leaves it seen
         for x, y in corners if len(line) < 8 else ():
-            draw.circle((x, y), 8, color)
+            draw.ellipse((x - 8, y - 8, x + 8, y + 8), color)
         text = f"{' = '.join(names)}  {line[-1][1]:.3g}"
         draw.text((right, 16 + 30 * i), text, color, anchor="ra")
     return picture.resize((width, height), Image.Resampling.LANCZOS)

@@ -522,7 +522,7 @@ def comparison(predictions, image, palette, truth=None):
         maps["truth"] = truth
     for name, m in maps.items():
         panels.append(data.label_panel(f"{name}, enlarged", m[top:bottom, left:right], palette))
-    near = "." if truth is None else ", counted within 3 pixels of the borders of the truth."
+    near = "." if truth is None else ", first of all within 3 pixels of the truth's borders."
     return panels, box, ENLARGED + near
 
 
@@ -555,15 +555,17 @@ def figure_sheet(net, image, prediction, palette, classes, truth=None, pixel=Non
     maps = {k: m for k, m in figures.items() if not m.is_floating_point()}
     if len(maps) > 1 and all(m.shape == prediction.shape for m in figures.values()):
         own, box, sentence = comparison(maps, image, palette, truth)
-        repeated = [name for name, m in maps.items() if torch.equal(m, prediction)]
+        repeated = [name for name, m in maps.items() if torch.equal(m, prediction)][-1:]
         own = [panel for panel in own if panel.title not in repeated]
         title = (repeated or [title])[0]
         boxes, caption = (box,), f"{caption} {sentence}"
     else:
         lines, box = cells(figures.values(), pixel, prediction.shape)
         boxes = (box,) if pixel else ()
-        about = image, palette, boxes, largest
-        own = [draw_figure(name, m, *about) for name, m in figures.items()]
+        of_class = {names[k] for k in of_classes}
+        scales = [largest if name in of_class else None for name in figures]
+        own = [draw_figure(*pair, image, palette, boxes, scale)
+               for pair, scale in zip(figures.items(), scales)]  # fmt: skip
         if lines[0]:  # drawn once
             first = [panel.tile.shape for panel in own].index(image.shape)
             own[first] = own[first]._replace(lines=lines)
@@ -885,7 +887,7 @@ def analyse(net, dataset, device, args):
             dependency = class_dependency(net, pairs, K, layer).cpu()
             occur = dependency.diag() > 0
             others = occur & occur.unsqueeze(1) & ~torch.eye(K, dtype=torch.bool)
-            where = "" if layer == "classifier" else " where CAR acts"
+            where = "" if layer == "classifier" else " at the place of CAR"
             numbers[f"class dependency{where}: {ALIKE}"] = dependency[others].mean().item()
             numbers[f"class dependency of pairs{where}: {ALIKE}; {READ}"] = dependency
         if hasattr(net, "analyse"):
@@ -897,6 +899,7 @@ def analyse(net, dataset, device, args):
             kept[name] = value
             print(f"{value:5.3f}".replace("nan", "  –"), "", title)
             continue
+        value = value.cpu()
         kept[name] = value.tolist()
         names = [axis.split(", ") for axis in axes]
         rows, columns = [*names, dataset.classes, dataset.classes][:2]

@@ -203,7 +203,7 @@ class KSACNet(nn.Module):
         beyond = [str(rate) for rate in getattr(self.head, "rates", ()) if rate >= max(h, w)]
         if beyond and not self.warned:
             self.warned = True
-            text = f"at rate {', '.join(beyond)} the centre tap alone reads a map of {h}x{w}, the "
+            text = f"at rate {', '.join(beyond)} only the centre tap reads a map of {h}x{w}, the "
             text += "others padding; take larger crops, or smaller rates: --option rates=[1,2,3]"
             warnings.warn(text, stacklevel=1)
 

@@ -399,6 +399,8 @@ class SpecializeAndFuse(nn.Module):
         )  # fmt: skip
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}: expected a number in 0…1")
+        if output == "single" and context == "anl_multi":
+            raise ValueError("'anl_multi' is for several levels: with output='single' take 'anl'")
         self.strides, self.output, self.policy = strides, output, policy
         self.threshold, self.finest = threshold, finest
         self.backbone = backbones.build(backbone, 32, weights)
@@ -461,7 +463,7 @@ class SpecializeAndFuse(nn.Module):
         labels = [y.argmax(1)[0] for y in semantic]
         pictures = {f"prediction of stride {s} alone": y for s, y in zip(self.strides, labels)}
         for s, p in zip(self.strides, unity_prob):
-            title = f"unity, stride {s}: one class in a cell; enough from {self.threshold:g} on"
+            title = f"unity, stride {s}: probability of one class, taken from {self.threshold:g}"
             pictures[f"{title} | 0 | 1 | {self.threshold:g}"] = p[0]
         for i, s in enumerate(self.strides):
             cells = repeat_cells(labels[i], level)
@@ -482,8 +484,8 @@ class SpecializeAndFuse(nn.Module):
 
     def analyse(self, pairs):
         """Table 9 (coarse to fine; the paper: fine to coarse), Fig. C. Ours: each level's share;
-        recall and precision of unity-cells, without those "done by coarser", because training and
-        fusion ignore them (Sect. 3.1). NaN where nothing is counted. Empty for one level.
+        recall and precision of unity-cells, without those under a coarser true positive ("done by
+        coarser", Sect. 3.1). NaN where nothing is counted. Empty for one level.
         """
         if self.unity is None:
             return {}

@@ -198,7 +198,7 @@ class SPGNet(nn.Module):
     hard_examples   False: losses of all pixels        True            Table 8; 3 to 7: False
     """
 
-    caption = "The first stage's attention for each class, on one scale: bright on its objects."
+    caption = "The first stage's attention for each class, on one scale; best on its objects."
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
@@ -228,6 +228,9 @@ class SPGNet(nn.Module):
         loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
         size, losses, maps = images.shape[2:], {}, None
         x = backbones.extended(images, 32)
+        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())
+        if self.training and x.shape[2:] == (33, 33) and len(x) == 1 and not synced:
+            raise ValueError("33x33 pixels are too few for batch norm: take two images or larger")
         for i, guide in enumerate(self.guides):
             maps = self.stages[i](x, maps)
             x, x_l = guide(maps[1][0])  # of x_d  [N, D, H/4, W/4]
@@ -276,7 +279,7 @@ class SPGNet(nn.Module):
             maps = self.class_attention(images)[:, :, : len(rows), : len(columns)]
             counts = counts + sum(wins(*pair) for pair in zip(maps, labels))
         area = counts[0] / counts[1]  # under the ROC curve of each class  [K]
-        what = "the probability that a pixel of a class has more of its attention than another"
+        what = "the probability that a class's pixel has more of its attention than another's"
         mean = f"own attention: {what}, mean of the classes; 0.5 is chance, 1 is best"
         each = f"own attention by class: {what} | attention"
         return {mean: area.nanmean().item(), each: area[None]}

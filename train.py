@@ -3,7 +3,6 @@
     python train.py                                    # CAA on synthetic images, in minutes
     python train.py --method caa --dataset camvid --data-root DIR    # any dataset, see data.py
     torchrun --nproc-per-node 8 train.py --method caa --dataset pascal_context    # as the paper did
-    python train.py --output runs/caa-shapes --resume                # go on where a run stopped
 
 Read `run` first: settings, data, network, optimizer, resuming. Then `loop` and `train_step`.
 
@@ -93,7 +92,8 @@ SETTINGS = {
 }
 DEFAULTS = {name: default for name, (default, *_) in SETTINGS.items()}
 # Ours: with them and its recipe each method finds things within minutes, from random weights.
-SHAPES = dict(optimizer="adamw", lr=5e-4, head_lr=4.0, iterations=340, batch_size=4, scale=(1, 1))
+SHAPES = dict(optimizer="adamw", lr=5e-4, head_lr=4.0, iterations=340, batch_size=4,
+              scale=(1.0, 1.0))  # fmt: skip
 AUGMENTATION = ("seed", "crop_size", "scale", "scale_step", "base_size", "color")
 # What may differ when a run goes on: it changes no result, or rounding alone
 FREE = {"workers", "device", "eval_every", "save_every", "data_root", "compile"}
@@ -137,13 +137,16 @@ def resolve(given):
     recipe = recipes.get(dataset, {})
     if unknown := ", ".join(sorted(set(recipe) - set(SETTINGS))):
         raise UserError(f"{method.__name__}.py: unknown settings in a recipe: {unknown}")
-    shapes, ours = dataset.startswith("shapes"), f"recipe {method.__name__}/{dataset}"
-    layers = ("shapes", SHAPES if shapes else {}), (ours, recipe), ("command line", given)
-    for source, values in layers:
+    shapes = SHAPES if dataset.split("+")[0] == "shapes" else {}
+    ours = f"recipe {method.__name__}/{dataset}"
+    for source, values in ("shapes", shapes), (ours, recipe), ("command line", given):
         for name, value in values.items():
             settings[name] = settings[name] | value if name == "option" else value
             origin[name] = source
     check_effect(given, settings)
+    own = (DEFAULTS | shapes | recipe)["optimizer"]
+    if settings["optimizer"] != own and "lr" not in given:
+        raise UserError(f"--optimizer {settings['optimizer']}: give --lr; the default is {own}'s")
     low, high = settings["scale"]
     if low > high or 0 < settings["scale_step"] < 1e-3:
         text = "expected two factors, the smaller one first, and a step of 0 or at least 0.001"
@@ -330,7 +333,7 @@ class State:
         self.net, self.settings, self.origin = net, s, origin
         self.folder, self.device, self.rank = None, device, rank
         if origin.get("head_lr") == "shapes" and not hasattr(net, "backbone"):
-            s["head_lr"] = 1.0  # all of it is the head
+            s["head_lr"], origin["head_lr"] = 1.0, "no backbone"
         self.optimizer = make_optimizer(net, s)
         if s["halve_every"]:
             self.schedule = StepLR(self.optimizer, s["halve_every"], 0.5)

@@ -1107,8 +1107,9 @@ def test_activation_is_the_gates(activation, slope):
     torch.testing.assert_close(net(x), literal_axial(Prefixed(net), "a", x, slope=slope))
     reached = small(activation=activation).head.attention
     assert reached.gate_col.slope == reached.gate_row.slope == slope
-    with pytest.raises(ValueError, match="'gelu': it is one of 'leaky_relu', 'relu'"):
-        small(activation="gelu")
+    for wrong in (dict(activation="gelu"), dict(channel_layers=0), dict(channel_width=0)):
+        with pytest.raises(ValueError, match="at least one layer and channel, 'leaky_relu' or"):
+            small(**wrong)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -1416,9 +1417,9 @@ def test_figures_show_the_gates_beside_the_rows_and_columns_of_the_image():
         f"gates of the columns, from top to bottom {what}",
     ]
     by_row, by_column = figures.values()
-    # Extended to 65 x 81: the fifth of the rows 0, 16, … is beyond the image, no column is.
+    # Extended to 65 x 81. The fifth of the rows 0, 16, … is the nearest of the image's last ones.
     assert gates[0][0].shape == (1, 5, 512) and gates[1][0].shape == (1, 6, 512)
-    for figure, gate, length in ((by_row, gates[0], 4), (by_column.T, gates[1], 6)):
+    for figure, gate, length in ((by_row, gates[0], 5), (by_column.T, gates[1], 6)):
         shown = gate[0][0, :length]
         most = shown.std(0, correction=0).argsort(descending=True)[:8]
         assert torch.equal(figure, shown[:, most]) and len(gate) == 1
@@ -1427,17 +1428,23 @@ def test_figures_show_the_gates_beside_the_rows_and_columns_of_the_image():
 
 @pytest.mark.network
 @pytest.mark.parametrize("backbone, stride", [("resnet18", 16), ("convnext_tiny", 32)])
-def test_gates_are_those_of_the_forward_pass_on_the_image_alone(backbone, stride):
+def test_gates_are_those_of_the_forward_pass_and_analysed_on_the_image_alone(backbone, stride):
     net, images = gated(backbone=backbone, output_stride=stride), torch.randn(2, 3, 60, 40)
     modules = net.head.attention.gate_col, net.head.attention.gate_row
     seen = [recorded(module) for module in modules]
     with torch.no_grad():
         net(images)
-        found = net.gates(net.backbone(images)[3], (60, 40))
+        found = net.gates(net.backbone(images)[3])
+        (deviations,) = net.analyse([(images, None)]).values()
     # 16: extended to 65 x 49, 5 x 4 positions. 32: to 64 x 64, 2 x 2 patches, all with pixels.
-    for gate, whole, length in zip(found, seen, (4, 3) if stride == 16 else (2, 2)):
-        assert gate.shape == (2, length, 512) and len(whole) == 2
-        torch.testing.assert_close(gate, whole[0][:, :length])
+    lengths = (4, 3) if stride == 16 else (2, 2)
+    for gate, whole, i in zip(found, seen, (0, 1)):
+        assert gate.shape[1] == lengths[i] + (stride == 16) and len(whole) == 3
+        torch.testing.assert_close(gate, whole[0])
+        own = whole[0][:, : lengths[i]].double()
+        within = own.var(1, correction=0).mean().sqrt()
+        between = own.mean(1).var(0, correction=0).mean().sqrt()
+        torch.testing.assert_close(deviations[:, i], torch.stack([within, between]))
     assert [len(module._forward_hooks) for module in modules] == [1, 1]  # those of this test
 
 
@@ -1615,14 +1622,12 @@ def test_patches_lie_where_they_are_on_what_cannot_be_dilated(backbone, decoder)
         assert caught[0].shape[2:] == size
         whole = F.interpolate(caught[0], scale_factor=stride, mode="bilinear", align_corners=False)
         torch.testing.assert_close(logits, whole[:, :, :65, :40])
-        shapes = {tuple(m.shape) for m in net.figures(images[0], (7, 39)).values()}
-        assert (
-            shapes == {(65, 40)}
-            and net.figures(images[0], (7, 39))["column step: attention of the marked pixel"][
-                :, 31
-            ].max()
-            == 0
-        )
+        pictures = net.figures(images[0], (7, 39))
+        shapes = [tuple(m.shape) for m in pictures.values()]
+        # 65 x 40 pixels are the nearest ones of 9 or 3 rows, of 5 or 2 columns.
+        gates = [(3, 8), (8, 2)] if decoder and net.stride == 32 else [(9, 8), (8, 5)]
+        assert shapes == [(65, 40)] * 3 + gates
+        assert pictures["column step: attention of the marked pixel"][:, 31].max() == 0
         assert (
             net.figures(images[0], (7, 39))["column step: attention of the marked pixel"][
                 :, 32

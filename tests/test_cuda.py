@@ -314,3 +314,19 @@ def test_too_little_memory_is_one_line(capsys):
         torch.cuda.set_per_process_memory_fraction(1.0)
     line = capsys.readouterr().err.strip()
     assert "--accumulate" in line and "--crop-size" in line and len(line.splitlines()) == 1
+
+
+@needs_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_and_figures_are_made_on_the_gpu_too(method, tmp_path):
+    args = evaluate.arguments(["--checkpoint", "x", "--analyse", "--figures", str(tmp_path)])
+    dataset, device, args.workers = data.dataset("shapes", None, "val"), torch.device("cuda"), 0
+    dataset = torch.utils.data.Subset(dataset, range(2))
+    dataset.num_classes, dataset.classes = 12, dataset.dataset.classes
+    net = importlib.import_module(method).build(12, "resnet18").eval().to(device)
+    assert evaluate.analyse(net, dataset, device, args)
+    image, truth = dataset[0]
+    prediction = evaluate.label_map(net, image, device)
+    about = dataset.dataset.palette, dataset.classes, truth
+    assert evaluate.figure_sheet(net, image, prediction, *about).size[0] > 300

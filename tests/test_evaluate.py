@@ -1073,16 +1073,16 @@ def test_class_dependency_is_also_measured_where_car_acts(capsys, monkeypatch):
     args.workers, net = 0, Regularized().eval()
     found = evaluate.analyse(net, Two(), torch.device("cpu"), args)
     names = ["class dependency", "class dependency of pairs"]
-    assert list(found) == [name + where for where in ("", " where CAR acts") for name in names]
-    for layer, name in (("classifier", names[1]), ("last", names[1] + " where CAR acts")):
+    assert list(found) == [name + where for where in ("", " at the place of CAR") for name in names]
+    for layer, name in (("classifier", names[1]), ("last", names[1] + " at the place of CAR")):
         pairs = evaluate.read_all(Two(), torch.device("cpu"), 0, "again")
         expected = evaluate.class_dependency(net, pairs, 4, layer)
         assert found[name] == expected.tolist()
         mean = expected[~torch.eye(4, dtype=torch.bool)].mean().item()
         assert found[name.replace(" of pairs", "")] == pytest.approx(mean)
-    assert found[names[1]] != found[names[1] + " where CAR acts"]
+    assert found[names[1]] != found[names[1] + " at the place of CAR"]
     lines = capsys.readouterr().out.splitlines()
-    assert sum("class dependency where CAR acts: how alike" in line for line in lines) == 1
+    assert sum("class dependency at the place of CAR: how alike" in line for line in lines) == 1
     net.regularized, passes, measure = "classifier", [], evaluate.class_dependency
     count = lambda *given: passes.append(given) or measure(*given)  # noqa: E731
     monkeypatch.setattr(evaluate, "class_dependency", count)
@@ -1145,7 +1145,7 @@ def test_the_map_of_class_dependency_says_how_to_read_it(tmp_path, monkeypatch):
     assert len(titles) == 2
     end = "each row over its largest. Bright squares off the diagonal are classes that are alike."
     assert all(title.endswith(end) for title in titles)
-    names = ["class_dependency_of_pairs.png", "class_dependency_of_pairs_where_CAR_acts.png"]
+    names = ["class_dependency_of_pairs.png", "class_dependency_of_pairs_at_the_place_of_CAR.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 

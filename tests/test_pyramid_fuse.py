@@ -777,6 +777,7 @@ def test_bf16_trains():
         (dict(finest="none"), "finest='none': it is one of 'pixel', 'ignore_mixed'"),
         (dict(policy="best"), "'true_positive', 'ground_truth', 'naive'"),
         (dict(context="ocr"), "'ours', 'anl', 'anl_multi', None"),
+        (dict(context="anl_multi", output="single"), "take 'anl'"),
         (dict(levels=3), "SpecializeAndFuse has no option levels"),
     ],
 )
@@ -819,7 +820,7 @@ def test_fig_a_greys_what_is_done_by_coarser():
     names = [f"prediction of stride {s} alone" for s in strides]
     tau = f"{net.threshold:g}"  # the third part of a scale is marked on its bar
     unity = [
-        f"unity, stride {s}: one class in a cell; enough from {tau} on | 0 | 1 | {tau}"
+        f"unity, stride {s}: probability of one class, taken from {tau} | 0 | 1 | {tau}"
         for s in strides[:3]
     ]
     taken = [f"cells taken from stride {s}" for s in strides]

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import normed, trained
+from conftest import LIGHT, normed, trained
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
@@ -716,6 +716,17 @@ def test_all_classes_are_on_one_sheet_by_name(monkeypatch):
     assert all(panel.scale[0] == "0" and float(panel.scale[1]) > 0 for panel in panels[2:])
     assert columns == 3 and caption == net.caption
     assert len(maps) == 2 and maps[1].tolist() == [0, 1, 2, 3]  # in the legend
+
+
+@pytest.mark.network
+def test_one_small_image_is_a_clear_error_in_training_and_fine_in_evaluation():
+    images, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.int64)
+    net = spgnet.build(3, LIGHT, channels=16)
+    for side in (2, 33):
+        with pytest.raises(ValueError, match="too few for batch norm: take two images or larger"):
+            net(images[:1, :, :side, :side], labels[:1, :side, :side])
+    assert net(images[:, :, :32, :32], labels[:, :32, :32]) and net(images[:1], labels[:1])
+    assert net.eval()(images[:1, :, :32, :32]).shape == (1, 3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------ numbers

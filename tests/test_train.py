@@ -172,6 +172,7 @@ def test_what_shapes_sets_holds_for_a_method_without_a_recipe_and_without_a_back
     net = evaluate.network("my_method", 3, "none")
     train.State(net, settings, origin, torch.device("cpu"), 0)
     assert settings["head_lr"] == 1.0  # the method names no backbone
+    assert origin["head_lr"] == "no backbone"
     settings, origin = train.resolve(train.arguments(command)[0])
     with pytest.raises(evaluate.UserError, match="--head-lr: my_method has no part named backbone"):
         train.State(net, settings, origin, torch.device("cpu"), 0)
@@ -1079,6 +1080,7 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     "given, reason",
     [
         ("--momentum 0.5 --optimizer adam", "--momentum has no effect here: the optimizer is adam"),
+        ("--optimizer adam", "--optimizer adam: give --lr; the default is adamw's"),
         ("--power 1 --halve-every 2", "--power has no effect here: the learning rate is halved"),
         ("--init a.pt --weights imagenet", "--weights has no effect here: --init gives"),
         ("--dataset shapes --data-root a", "--data-root has no effect here: shapes is drawn"),
