@@ -546,8 +546,7 @@ _COMMON = dict(
     batch_size=16, crop_size=512, scale=(0.5, 2.0), base_size=520, color="brightness",
 )  # fmt: skip
 RECIPES = {
-    # Ours, as SHAPES in train.py: a cell of 32 would be a third of an image of 96.
-    "shapes": dict(lr=1e-3, head_lr=2.0, iterations=560, option=dict(strides=(16, 8, 4))),
+    "shapes": dict(lr=1e-3, head_lr=1.0, iterations=560, option=dict(strides=(16, 8, 4))),  # ours
     "ade20k": _COMMON | dict(lr=0.02, iterations=151_575),  # 120 epochs of 20,210
     "ade20k_16k": _COMMON | dict(backbone="hrnet_w32", lr=0.02, iterations=121_260),  # of 16,168
     "coco_stuff10k": _COMMON | dict(lr=0.001, head_lr=10, iterations=61_875),  # 110 of 9,000
