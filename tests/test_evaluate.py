@@ -634,7 +634,7 @@ def test_the_prediction_names_the_map_that_it_is(sheets):
     assert titles[:3] == ["image", "truth", "from fine"]
     assert titles.count("from fine") == 1 and {"from coarse", "from fine, enlarged"} <= set(titles)
     assert found["caption"].startswith("What to look for. Enlarged: ")
-    assert found["caption"].endswith("within 3 pixels of the borders of the truth.")
+    assert found["caption"].endswith("within 3 pixels of the truth's borders.")
     found = sheet_of(net, sheets, prediction=prediction)
     assert found["caption"].endswith("where the predictions differ most.")
     net = Shown({"from coarse": coarse, "prediction": prediction}, about_pixel=False)
@@ -953,7 +953,7 @@ def test_compared_by_hand():
     assert box == (4, 9, 6, 13)  # rows 4, 5 and columns 9 to 12
     image, palette = torch.zeros(3, 8, 16, dtype=torch.uint8), [(0, 0, 0), (1, 2, 3), (4, 5, 6)]
     panels, found, text = evaluate.comparison({"a": a, "b": b, "c": c}, image, palette, truth=c)
-    near = "where the predictions differ most, counted within 3 pixels of the borders of the truth."
+    near = "where the predictions differ most, first of all within 3 pixels of the truth's borders."
     assert text == f"Enlarged: the outlined window, {near}"
     titles = ["image", "a", "b", "c", "truth"]
     enlarged = [f"{title}, enlarged" for title in titles]

@@ -497,7 +497,7 @@ def test_rates_beyond_the_map_are_a_warning_at_the_first_training_step(head):
         for _ in range(3):
             net(images, labels)  # 3x4 positions: a tap of rate 3 still reads the row
     (text,) = (str(warning.message) for warning in seen)
-    start = "at rate 4, 7 the centre tap alone reads a map of 3x4, the others padding; take "
+    start = "at rate 4, 7 only the centre tap reads a map of 3x4, the others padding; take "
     assert text.startswith(start) and "\n" not in text and "--option rates=" in text
 
 

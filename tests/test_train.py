@@ -110,9 +110,13 @@ def start(arguments, method, processes=1, **how):
         "SLOW_FROM": "30",  # so that a run lasts until a test ends it
     }
     command = [sys.executable, *launcher, train.__file__, *arguments]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
-    )
+    how = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | how
+    # Tests in the background of a shell ignore SIGINT; a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, **how)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ----------------------------------------------------------------------------------------- settings
