@@ -144,15 +144,13 @@ def resolve(given):
             settings[name] = settings[name] | value if name == "option" else value
             origin[name] = source
     check_effect(given, settings)
-    own = (DEFAULTS | shapes | recipe)["optimizer"]
-    if settings["optimizer"] != own and "lr" not in given:
-        raise UserError(f"--optimizer {settings['optimizer']}: give --lr; the default is {own}'s")
+    if settings["optimizer"] != (DEFAULTS | shapes | recipe)["optimizer"] and "lr" not in given:
+        raise UserError(f"--optimizer {settings['optimizer']}: give --lr; the default is another's")
     low, high = settings["scale"]
     if low > high or 0 < settings["scale_step"] < 1e-3:
         text = "expected two factors, the smaller one first, and a step of 0 or at least 0.001"
         raise UserError(f"--scale {low} {high} --scale-step {settings['scale_step']}: {text}")
-    if settings["data_root"] is None:
-        settings["data_root"] = str(data.default_root(settings["dataset"]))
+    settings["data_root"] = settings["data_root"] or str(data.default_root(settings["dataset"]))
     for name in ("eval_every", "save_every"):
         settings[name] = settings[name] or max(100, math.ceil(settings["iterations"] / 10))
     return settings, origin
