@@ -198,7 +198,7 @@ class SPGNet(nn.Module):
     hard_examples   False: losses of all pixels        True            Table 8; 3 to 7: False
     """
 
-    caption = "The first stage's attention for each class, on one scale; best on its objects."
+    caption = "The first stage's attention for each class, one scale. Is it bright on its objects?"
 
     def __init__(self, num_classes, backbone="resnet50", weights=None, *, backbones=None,
                  channels=256, guidance="spg", excite="sigmoid", identity=True, supervise=True,
@@ -228,8 +228,8 @@ class SPGNet(nn.Module):
         loss_of = online_hard_example_loss if self.hard_examples else backbones.pixel_cross_entropy
         size, losses, maps = images.shape[2:], {}, None
         x = backbones.extended(images, 32)
-        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self.modules())
-        if self.training and x.shape[2:] == (33, 33) and len(x) == 1 and not synced:
+        few = self.training and len(x) == 1 and x.shape[2:] == (33, 33)
+        if few and not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()):
             raise ValueError("33x33 pixels are too few for batch norm: take two images or larger")
         for i, guide in enumerate(self.guides):
             maps = self.stages[i](x, maps)
@@ -286,9 +286,9 @@ class SPGNet(nn.Module):
 
 
 def wins(maps, labels):
-    """Pairs of a position of class c and one of another class in an image: float64 `[2, K]`, those
-    where map c is higher at the former, a tie counting one half; all. maps `[K, h, w]`, labels
-    int64 `[h, w]`, 255 = ignored.
+    """Pairs of a position of class c and one of another class: counts, float64 `[2, K]`. Row 0: map
+    c is higher at the position of class c; a tie counts one half. Row 1: all pairs. Of one image:
+    maps `[K, h, w]`, labels int64 `[h, w]`, 255 = ignored.
     """
     counts, labelled = torch.zeros(2, len(maps), dtype=torch.float64), labels != 255
     for c in labels[labelled].unique().tolist():
