@@ -134,7 +134,12 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
     4; rates 2, 4, 8 at output stride 16) or of the last three convolutions of xception65. The last
     factor repeats. Only ResNets and xception65 have it. ValueError for an unknown name, stride or
     multi_grid, and as load_weights.
+    name: also a torch module: images -> a list of four maps, finest first, aligned as a ResNet's.
     """
+    if isinstance(name, nn.Module):
+        if weights or multi_grid:
+            raise ValueError("the backbone is a module: its weights and multi_grid are its own")
+        return _of_module(name, output_stride)
     if name not in _LEVELS:
         raise ValueError(f"unknown backbone '{name}'; there are {', '.join(NAMES)}")
     ends, channels, known = _LEVELS[name]
@@ -148,6 +153,21 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
         _dilate(model, output_stride, multi_grid)
     strides = tuple(min(stride, 32 if jpu else output_stride) for stride in (4, 8, 16, 32))
     return Backbone(model, ends, channels, strides, jpu)
+
+
+@torch.no_grad()
+def _of_module(module, output_stride):
+    """The Backbone of a user's module, if its maps have the right sides for an image of 97x97."""
+    strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
+    maps = module.eval()(next(module.parameters()).new_zeros(1, 3, 97, 97))
+    sizes = [[96 // stride + 1] * 2 for stride in strides]
+    listed = isinstance(maps, (list, tuple))
+    found = [list(m.shape)[2:] for m in maps] if listed else f"a {type(maps).__name__}"
+    if found != sizes:
+        text = f"{type(module).__name__} as backbone, output stride {output_stride}: from an image"
+        text += f" of 97x97 expected a list of maps of the sizes {sizes}, not {found}"
+        raise ValueError(f"{text}; give the output_stride that it has, 8, 16 or 32")
+    return Backbone(module.train(), None, tuple(m.shape[1] for m in maps), strides)
 
 
 def parts(name, weights=None):
@@ -432,10 +452,8 @@ def load_weights(model, path):
         raise ValueError(f"'{path}' does not fit: {reason}") from error
     missing, unknown = _compared(found.missing_keys), found.unexpected_keys
     if missing or unknown:
-        raise ValueError(
-            f"'{path}' does not fit: {len(missing)} missing from the file {missing[:4]}, "
-            f"{len(unknown)} not in the network {unknown[:4]}"
-        )
+        text = f"'{path}' does not fit: {len(missing)} missing from the file {missing[:4]}"
+        raise ValueError(f"{text}, {len(unknown)} not in the network {unknown[:4]}")
 
 
 def load_file(path):
@@ -573,7 +591,11 @@ def extended(images, stride, patches=False):
 
 def upsample(logits, stride, size, patches=False):
     """Logits `[N, K, h, w]` at `stride` -> float32 `[N, K, *size]`, bilinear; size: the image's."""
-    return resize(logits.float(), stride, patches)[:, :, : size[0], : size[1]]
+    x = resize(logits.float(), stride, patches)
+    if torch.compiler.is_compiling():  # a view would tie an exported program to images of its size
+        bottom, right = (wanted - side for wanted, side in zip(size, x.shape[2:]))
+        return F.pad(x, (0, right, 0, bottom))
+    return x[:, :, : size[0], : size[1]]
 
 
 def resize(x, like, patches=False):

@@ -280,7 +280,7 @@ class CAANet(nn.Module):
                  se=False, dual=None, auxiliary=True, decoder=False, output_stride=8,
                  released=False):  # fmt: skip
         super().__init__()
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # released multi-grid
+        grid = (1, 2, 4) if str(backbone).startswith("resnet") else None  # released multi-grid
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         self.backbone.reads(0 if decoder else 3, 3)
         low, high = self.backbone.channels[0], self.backbone.channels[3]

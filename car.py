@@ -338,9 +338,9 @@ class CARNet(nn.Module):
         if released and place != "linear":
             raise ValueError(f"place={place!r}: released=True has its own, leave it out")
         if output_stride is None:
-            output_stride = 32 if head == "uper" or backbone.startswith("hrnet") else 8
+            output_stride = 32 if head == "uper" or str(backbone).startswith("hrnet") else 8
         # Multi-grid is the released configuration's.
-        grid = (1, 2, 4) if backbone.startswith("resnet") and output_stride < 32 else None
+        grid = (1, 2, 4) if str(backbone).startswith("resnet") and output_stride < 32 else None
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         before, high = self.backbone.channels[-2:]
         levels, self.stride = [3], self.backbone.strides[-1]

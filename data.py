@@ -533,7 +533,9 @@ def read_label(path, lut, huge=False):
         wrong = np.unique(ids[label == UNKNOWN]).tolist()
         known = _ranges(np.flatnonzero(lut != UNKNOWN).tolist())
         text = f"'{path}' holds the label ids {wrong[:8]}; this dataset has {known}"
-        raise UserError(f"{text}; correct the file")
+        named = any((folder / "classes.txt").is_file() for folder in path.parents)
+        more = ", or add a line to classes.txt" if named else ""
+        raise UserError(f"{text}; write 255 there{more}")
     return torch.from_numpy(label)
 
 

@@ -75,14 +75,18 @@ class ConfusionMatrix:
         }
 
 
-def table(result, classes):
-    """The result as text: IoU per class, then the means; classes without an IoU are named last."""
-    rows = [(f"  {name}", iou) for name, iou in zip(classes, result["IoU"]) if iou is not None]
+def table(results, classes):
+    """Results as text, a column each: IoU per class, the means; classes without an IoU are last."""
+    ious = dict(zip(classes, zip(*(result["IoU"] for result in results))))
+    rows = [(f"  {name}", row) for name, row in ious.items() if any(v is not None for v in row)]
     for name in ("mIoU", "pixel_accuracy", "class_accuracy"):
-        rows.append((name.replace("_", " "), math.nan if result[name] is None else result[name]))
-    rows += [(f"mIoU, scale {s} alone", v) for s, v in result.get("mIoU_at_scale", {}).items()]
-    lines = [f"{name:<22} {value:6.3f}" for name, value in rows]
-    absent = ", ".join(name for name, iou in zip(classes, result["IoU"]) if iou is None)
+        rows.append((name.replace("_", " "), [result[name] for result in results]))
+    for s in results[0].get("mIoU_at_scale", ()):
+        rows.append((f"mIoU, scale {s} alone", [result["mIoU_at_scale"][s] for result in results]))
+    numbers = [[math.nan if value is None else value for value in row] for _, row in rows]
+    lines = [f"{name:<22}" + "".join(f" {value:6.3f}" for value in row)
+             for (name, _), row in zip(rows, numbers)]  # fmt: skip
+    absent = ", ".join(name for name, row in ious.items() if not any(v is not None for v in row))
     if absent:
         lines.append(f"not in the mean (neither labelled nor predicted): {absent}")
     return "\n".join(lines)
@@ -673,7 +677,7 @@ FLAGS = {
     "split": ("val", SPLIT, str, "split of the dataset [val]"),
     "workers": (2, SPLIT, whole(0, 512), "loader processes [2]"),
     "analyse": (False, SPLIT, ON, "the numbers that the method's paper argues with"),
-    "compare": ([], FIGURES, MANY, "other checkpoints: their predictions beside each other"),
+    "compare": ([], SPLIT, MANY, "other checkpoints: their numbers, and --figures, side by side"),
     "scales": ([1.0], VIEWS, SCALES, "scales to average over [1]"),
     "flip": (False, VIEWS, ON, "average over the mirrored image too"),
     "window": (None, VIEWS, whole(1), "side of sliding windows in pixels [whole images]"),
@@ -706,9 +710,8 @@ def arguments(argv=None):
             raise UserError(f"{flag(name)} has no effect here: it goes with {' or '.join(uses)}")
     if ("checkpoint" in given) == ("method" in given):
         raise UserError("give --checkpoint FILE, or --method NAME with --cost or --speed")
-    others = done & {"--pixel", "--images"}
-    if others and "compare" in given:
-        raise UserError(f"--compare has no effect with {others.pop()}; leave one of them out")
+    if {"pixel", "compare"} <= set(given):
+        raise UserError("--compare has no effect with --pixel; leave one of them out")
     args = argparse.Namespace(**{name: values[0] for name, values in FLAGS.items()} | given)
     args.crop_size = two_sides(args.crop_size)
     return args
@@ -822,14 +825,20 @@ def whole_split(net, checkpoint, device, rank, args, views):
             file = Path(args.save_predictions) / f"{dataset.name(index)}.png"
             save_prediction(prediction, dataset.palette, file, getattr(dataset, "raw_ids", None))
 
-    result = evaluate(net, dataset, device, args.amp, args.workers, save, **views)
-    labelled = result.pop("labelled")
+    results = {}
+    for path, one in nets.items():
+        save_own = save if one is net else None
+        results[path] = evaluate(one, dataset, device, args.amp, args.workers, save_own, **views)
+    labelled = [result.pop("labelled") for result in results.values()][0]
+    result = results[args.checkpoint]
     about = dict(checkpoint=args.checkpoint, step=checkpoint["step"], dataset=name)
     about |= dict(split=args.split, images=len(dataset), **views)
     about |= dict(output_stride=args.output_stride, option=args.option)
     if rank == 0:
         print(", ".join(f"{key} {value}" for key, value in about.items() if value))
-        print(table(result, dataset.classes))
+        for i, path in enumerate(nets if args.compare else (), 1):
+            print(f"  column {i}: {path}")
+        print(table(list(results.values()), dataset.classes))
         warn_of_absent(labelled, dataset, f"{name} {args.split}")
         if args.figures and "mIoU_at_scale" in result:
             points = sorted((float(s), v) for s, v in result["mIoU_at_scale"].items() if v == v)
@@ -841,7 +850,10 @@ def whole_split(net, checkpoint, device, rank, args, views):
             data.warn(f"{args.split} was trained on (--train-split trainval)")
         if args.analyse:
             result["analysis"] = analyse(net, dataset, device, args)
-    result["IoU"] = dict(zip(dataset.classes, result["IoU"]))
+    for one in results.values():
+        one["IoU"] = dict(zip(dataset.classes, one["IoU"]))
+    if args.compare:
+        about["compared"] = {path: results[path] for path in args.compare}
     return result | about
 
 

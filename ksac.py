@@ -160,7 +160,7 @@ class KSACNet(nn.Module):
             listed = isinstance(value, (tuple, list)) and len(value) >= fewest
             if not listed or not all(type(rate) is int and rate >= 1 for rate in value):
                 raise ValueError(f"{name}={value!r}: expected whole numbers from 1 on: (6, 12, 18)")
-        grid = (1, 2, 4) if backbone.startswith("resnet") else None  # multi-grid; not stated
+        grid = (1, 2, 4) if str(backbone).startswith("resnet") else None  # multi-grid; not stated
         self.backbone = backbones.build(backbone, output_stride, weights, grid)
         low, high = self.backbone.channels[0], self.backbone.channels[-1]
         if head == "ksac":  # ASPP ignores extra_rates: rate 24 makes it worse (Sect. 2.4.3)

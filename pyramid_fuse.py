@@ -94,7 +94,8 @@ def pyramid_labels(labels, strides=(32, 16, 8, 4), finest="pixel"):
 def repeat_cells(x, like):
     """Up: x `[…, h, w]` at the size of `like`, each cell repeated."""
     by = like.shape[-1] // x.shape[-1]
-    return x.repeat_interleave(by, -2).repeat_interleave(by, -1)
+    rows, columns = (torch.arange(n, device=x.device) // by for n in like.shape[-2:])
+    return x.index_select(-2, rows).index_select(-1, columns)
 
 
 @torch.no_grad()
@@ -184,8 +185,6 @@ def unity_counts(unity_prob, unity, threshold=0.9):
 
 def resized(x, size):
     """Pixels or cells x `[N, C, h, w]` at `size`, bilinear: cell i covers pixels 4i … 4i + 3."""
-    if x.shape[2:] == torch.Size(size):
-        return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -404,7 +403,7 @@ class SpecializeAndFuse(nn.Module):
         self.strides, self.output, self.policy = strides, output, policy
         self.threshold, self.finest = threshold, finest
         self.backbone = backbones.build(backbone, 32, weights)
-        hrnet = backbone.startswith("hrnet")
+        hrnet = isinstance(self.backbone.body, backbones.HRNet)
         self.decoder = None if hrnet else ResNetDecoder(self.backbone.channels)
         channels = (self.decoder or self.backbone).channels
         factors = [stride // 4 for stride in strides]

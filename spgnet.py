@@ -47,8 +47,6 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 import backbones
 
-EXCITES = ("sigmoid", "softmax", "sum")
-
 # ------------------------------------------------------------------------------------------ layers
 
 
@@ -61,7 +59,7 @@ class SemanticPredictionGuidance(nn.Module):
 
     def __init__(self, channels, num_classes, out_channels, excite="sigmoid", identity=True):
         super().__init__()
-        backbones.check_choices(excite=(excite, EXCITES))
+        backbones.check_choices(excite=(excite, ("sigmoid", "softmax", "sum")))
         self.excite, self.identity = excite, identity
         self.logits = nn.Conv2d(channels, num_classes, 1)
         self.attention = nn.Conv2d(num_classes, channels, 1)
@@ -242,6 +240,10 @@ class SPGNet(nn.Module):
             return logits
         return losses | {"cross_entropy": loss_of(logits, labels)}
 
+    @property
+    def backbone(self):  # train.py's --head-lr is for all other layers
+        return nn.ModuleList(part for stage in self.stages for part in (stage.stem, stage.levels))
+
     def class_attention(self, images):
         """Fig. 4: the attention of each class in the first guidance, `[N, K, H/4, W/4]`, float32:
         the l2 norm over the 15 channels of m with the class's largest weights in W_m.
@@ -302,9 +304,9 @@ def wins(maps, labels):
 
 def check_values(names, channels, guidance):
     """ValueError for option values that SPGNet does not know."""
-    several = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
-    if not several or not names:
-        raise ValueError(f"backbones={names!r}: expected a name for each stage: ('resnet50',)")
+    texts = isinstance(names, (tuple, list)) and [isinstance(name, str) for name in names]
+    if not texts or not all(texts):
+        raise ValueError("backbones: expected a name for each stage, ('resnet50',), and no module")
     if not isinstance(channels, int) or channels < 16 or channels % 16:
         raise ValueError(f"channels={channels!r}: expected a multiple of 16")
     backbones.check_choices(guidance=(guidance, ("spg", "se", "ge", None)))
@@ -335,8 +337,7 @@ class WithoutGuidance(nn.Module):
 
 def gather_excite(x):
     """x `[N, C, H, W]` times the sigmoid of its local averages (Hu et al., NeurIPS 2018)."""
-    # The paper names neither form nor extent. Ours: GE-θ⁻, without weights, of extent e = 8.
-    # Windows have 2e - 1 = 15 positions a side, one at every eighth position.
+    # Ours: GE-θ⁻, without weights, of extent e = 8: 2e - 1 = 15 positions, at every eighth one.
     gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
     return x * backbones.resize(gathered, x).sigmoid()
 
@@ -365,7 +366,7 @@ _COMMON = dict(  # Sect. 4.2; ResNet-50: Sect. 4.3; ImageNet weights are inferre
     weight_decay=1e-4, scale=(0.5, 2.0), scale_step=0.25, color="none", bn_momentum=0.1,
 )  # fmt: skip
 RECIPES = {
-    "shapes": dict(lr=1e-3, option=dict(channels=64)),  # ours, as SHAPES in train.py
+    "shapes": dict(lr=1e-3, head_lr=1.0, option=dict(channels=64)),  # ours, as SHAPES in train.py
     # Sect. 4.2 gives no crop size; this is DeepLab's. Tables 1, 2: `--train-split trainval` (Sect.
     # 4.2), evaluated at the scales 0.75 1 1.25 1.5 1.75 2 (Sect. 4.3).
     "cityscapes": _COMMON | dict(iterations=80_000, batch_size=8, crop_size=769),

@@ -188,8 +188,10 @@ def resumed(last, given):
         if json.dumps(value) == json.dumps(settings[name]):  # a list equals a tuple
             continue
         if name not in FREE:
-            text = f"{flag(name)} {value} differs from this run's {settings[name]}"
-            raise UserError(f"{text}; leave it out, or start a new run with --init {last}")
+            new = f"--method {settings['method']} --dataset {settings['dataset']} --init {last}"
+            text = f"{flag(name)} {value} differs from this run's {settings[name]}; leave it out"
+            text += f", or start a new run from its weights: python train.py {new} {flag(name)}"
+            raise UserError(f"{text} {value}, and the run's other flags")
         settings[name], origin[name] = value, "command line"
     return settings, origin
 
@@ -293,12 +295,20 @@ def initialise(net, path, classes):
 def with_losses(net, s, num_classes, rank):
     """--car: the terms of car.py join in training; what is saved and evaluated is `net`."""
     form = {"paper": {"literal": True}, "released": {"released": True}}.get(s["car"], {})
+    layers = [k for k, m in net.named_modules()
+              if isinstance(m, nn.Conv2d) and m.out_channels == num_classes]  # fmt: skip
+    if hasattr(net, "classifier"):
+        layers = ["classifier"]
+    if len(layers) != 1:
+        found = f"{num_classes} channels come from {', '.join(layers) or 'no convolution'}"
+        text = f"{s['method']} has no .classifier, the convolution that gives the logits; {found}"
+        raise UserError(f"--car: {text}; name one of its own: self.classifier = …")
     try:
-        model = evaluate.method_file("car").regularize(net, "classifier", num_classes, **form)
+        model = evaluate.method_file("car").regularize(net, layers[0], num_classes, **form)
     except ValueError as error:
         raise UserError(f"--car: {error}") from error
     if rank == 0 and not hasattr(net, "regularized"):
-        print("--car acts on what enters .classifier, because the network names no .regularized")
+        print(f"--car acts on what enters .{layers[0]}, because the network names no .regularized")
     return model
 
 
@@ -660,7 +670,7 @@ def print_end(state, val_set, stopped):
         return
     results = [line for line in read_log(state.folder) if "mIoU" in line]
     if results:
-        print(evaluate.table(results[-1], val_set.classes))
+        print(evaluate.table(results[-1:], val_set.classes))
     found, file = f"best mIoU {state.best:.4f}", "best.pt"
     if state.best < 0:
         found, file = "no best.pt: no label in val, or it is lost", "last.pt"

@@ -1245,3 +1245,69 @@ def test_near_a_border_equals_the_loop(size):
     if min(size) > 1:
         assert all(0 < near.float().mean() < 1 for near in found[:2])
     assert torch.equal(backbones.near_border(labels.byte()), found)
+
+
+class Four(nn.Module):
+    """A network from elsewhere: ResNet-18's four maps, or what `wrong` makes of them."""
+
+    def __init__(self, wrong=None):
+        super().__init__()
+        self.stem, levels, _ = backbones.parts("resnet18")
+        self.levels, self.wrong = nn.ModuleList(levels), wrong
+
+    def forward(self, x):
+        maps, x = [], self.stem(x)
+        for level in self.levels:
+            maps.append(x := level(x))
+        return self.wrong(maps) if self.wrong else maps
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["ksac", "caa", "car", "pyramid_fuse", "hfgd"])
+def test_a_module_with_four_maps_is_a_backbone(name):
+    options = {"output_stride": 32} if name in ("ksac", "caa", "car") else {}
+    module, method = Four(), importlib.import_module(name)
+    net, own = (method.build(3, one, **options) for one in (module, "resnet18"))
+    assert net.backbone.body is module and net.backbone.strides == (4, 8, 16, 32)
+    if options:  # theirs has a multi-grid
+        own.backbone = backbones.build("resnet18", 32)
+    renamed = dict(zip(net.state_dict(), own.state_dict().values(), strict=True))
+    net.load_state_dict(renamed)
+    images = torch.randn(2, 3, 70, 41)
+    assert torch.equal(net.eval()(images), own.eval()(images))
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    "module, stride, expected",
+    [
+        (Four(), 8, r"Four as backbone, output stride 8: .*\[13, 13\]\], not .*\[4, 4\]\]; give"),
+        (Four(lambda maps: maps[1:]), 32, r"expected a list of maps of the sizes \[\[25, 25\], "),
+        (Four(dict.fromkeys), 32, "not a dict; give the output_stride that it has"),
+        (Four(lambda maps: maps[3]), 32, "not a Tensor"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_told_what_is_expected(module, stride, expected):
+    with pytest.raises(ValueError, match=expected):
+        backbones.build(module, stride)
+
+
+@pytest.mark.network
+def test_a_module_has_its_own_weights():
+    with pytest.raises(ValueError, match="its weights and multi_grid are its own"):
+        backbones.build(Four(), 32, weights="imagenet")
+    with pytest.raises(ValueError, match="expected a name for each stage, .* and no module"):
+        importlib.import_module("spgnet").build(3, Four())
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", ["ksac", "caa", "car", "spgnet", "pyramid_fuse", "hfgd"])
+def test_a_network_is_exported_at_one_size_and_runs_at_others(name):
+    net = importlib.import_module(name).build(3, "resnet18").eval()
+    free = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    example = (torch.randn(2, 3, 96, 128),)
+    program = torch.export.export(net, example, dynamic_shapes=(free,)).module()
+    with torch.no_grad():
+        for shape in ((1, 3, 75, 101), (3, 3, 160, 65)):
+            images = torch.randn(shape)
+            assert torch.equal(program(images), net(images))

@@ -101,12 +101,16 @@ def test_nothing_labelled_gives_nan_and_no_error():
 
 
 def test_table_names_the_classes_that_are_left_out():
-    text = evaluate.table(
-        {"mIoU": 0.5, "pixel_accuracy": 0.6, "class_accuracy": 0.7, "IoU": [0.5, None]},
-        ["cat", "dog"],
-    )
+    one = {"mIoU": 0.5, "pixel_accuracy": 0.6, "class_accuracy": 0.7, "IoU": [0.5, None]}
+    text = evaluate.table([one], ["cat", "dog"])
     assert "cat                   0.500" in text
     assert text.endswith("not in the mean (neither labelled nor predicted): dog")
+    lines = evaluate.table([one, one | {"mIoU": 0.25, "IoU": [0.1, 0.4]}], ["cat", "dog"])
+    assert lines.splitlines()[:3] == [
+        "  cat                   0.500  0.100",
+        "  dog                     nan  0.400",
+        "mIoU                    0.500  0.250",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ predict
@@ -351,15 +355,25 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     assert [file.name for file in pictures] == [f"{i}.png" for i in range(5)]
     # image, truth, two predictions, difference; image, both and the truth enlarged: three columns
     assert Image.open(pictures[0]).width == 3 * 308 + 8
+    printed, alone = capsys.readouterr().out, tmp_path / "alone.json"
+    assert f"  column 1: {checkpoint}\n  column 2: {other}\n" in printed
+    both = ["--json", str(tmp_path / "both.json"), "--compare", str(other)]
+    assert evaluate.main([*flags[:2], *flags[4:], *both]) == 0  # without pictures
+    flags_of_other = ["--checkpoint", str(other), *flags[4:], "--json", str(alone)]
+    assert evaluate.main(flags_of_other) == 0
+    numbers = json.loads((tmp_path / "both.json").read_text())
+    second, alone = numbers["compared"][str(other)], json.loads(alone.read_text())
+    assert second["mIoU"] == alone["mIoU"] != numbers["mIoU"] and second["IoU"] == alone["IoU"]
+    assert f"{numbers['mIoU']:.3f}  {second['mIoU']:.3f}\n" in printed
     capsys.readouterr()
     assert evaluate.main([*flags, "--compare", str(strange)]) == 2
     assert "strange.pt' was trained on other classes" in capsys.readouterr().err
     line = mistake(capsys, *flags[:4], "--compare", checkpoint)
     assert "a checkpoint is compared with others" in line
-    line = mistake(capsys, "--checkpoint", checkpoint, "--compare", str(other))
-    assert "--compare has no effect here: it goes with --figures" in line
+    line = mistake(capsys, "--checkpoint", checkpoint, "--cost", "--compare", str(other))
+    assert "--compare has no effect here: it goes with a whole split" in line
     line = mistake(capsys, *flags[:4], "--compare", str(other), "--images", "a.jpg")
-    assert "--compare has no effect with --images" in line
+    assert "--compare has no effect here: it goes with a whole split" in line
     line = mistake(capsys, *flags[:4], "--compare", str(other), "--pixel", "1", "1")
     assert "--compare has no effect with --pixel" in line
 
@@ -937,7 +951,7 @@ def test_several_scales_are_measured_together_and_each_alone():
         prediction = evaluate.predict(net, images, (0.5, 1.0, 1.5), True).argmax(1)
         matrix.update(prediction, labels[None])
     assert result["mIoU"] == matrix.result()["mIoU"]
-    assert "mIoU, scale 0.5 alone   0." in evaluate.table(result, dataset.classes)
+    assert "mIoU, scale 0.5 alone   0." in evaluate.table([result], dataset.classes)
 
 
 def test_compared_by_hand():

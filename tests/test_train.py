@@ -228,6 +228,18 @@ def test_what_is_not_the_backbone_learns_at_a_multiple(flags):
         train.make_optimizer(nn.Conv2d(1, 1, 1), settings)
 
 
+def test_spgnets_encoders_are_its_backbone_and_keep_their_names(flags):
+    settings, _ = train.resolve({"method": "spgnet", "dataset": "shapes", "head_lr": 4.0})
+    net = evaluate.network("spgnet", 3, "resnet18", options={"channels": 16})
+    slow, fast = train.make_optimizer(net, settings).param_groups
+    assert fast["lr"] == 4 * slow["lr"]
+    inside = ("stages.0.stem.", "stages.0.levels.", "stages.1.levels.")
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert len(slow["params"]) + len(fast["params"]) == len(names)
+    assert all(names[id(p)].startswith(inside) for p in slow["params"])
+    assert not any(names[id(p)].startswith(inside) for p in fast["params"])
+
+
 def test_learning_rate_falls_as_the_recipe_says(flags):
     settings, _ = train.resolve(train.arguments([*flags, "--iterations", "10", "--lr", "0.8"])[0])
 
@@ -931,6 +943,16 @@ def test_car_trains_any_method_and_saves_it_as_it_is(flags, method, tmp_path, tw
     )  # the mean of squares, the square of the mean
 
 
+def test_car_finds_the_one_convolution_that_gives_the_classes(flags, tmp_path, capsys):
+    options = "--option", "width=4", "--option", "drop=0.0"
+    for name in ("classifier", "cls"):
+        named = *options, "--option", f"name={name}", "--output", str(tmp_path / name)
+        assert train.main([*flags, *named, "--car", "--iterations", "2"]) == 0
+        assert f"--car acts on what enters .{name}, because" in capsys.readouterr().out
+    first, second = (train.read_log(tmp_path / name)[0] for name in ("classifier", "cls"))
+    assert first["inter_c2p"] == second["inter_c2p"] > 0
+
+
 def test_init_carries_the_weights_over_and_names_what_is_new(flags, tmp_path, capsys):
     assert train.main([*flags, "--output", str(tmp_path / "a")]) == 0
     net = evaluate.network("my_method", 7, "none", options={"width": 3})
@@ -1065,9 +1087,9 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
             str(tmp_path / method),
         )
         assert "--car: this " in line and "has CAR's losses already: add them once" in line
-    assert "--car: Net has no 'classifier'; its last layers: " in mistake(
-        capsys, *flags, "--car", "--option", "name=cls"
-    )
+    line = mistake(capsys, *flags, "--car", "--option", "name=cls")  # conv has 3 channels too
+    assert "my_method has no .classifier, the convolution that gives the logits; 3 chan" in line
+    assert line.endswith("come from conv, cls; name one of its own: self.classifier = …")
     small = [
         *flags,
         "--batch-size",
@@ -1142,7 +1164,10 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
         capsys, *flags, "--output", folder
     )
     line = mistake(capsys, "--lr", "0.1", "--output", folder, "--resume")
-    assert "--lr 0.1 differs from this run's 0.3" in line
+    assert "--lr 0.1 differs from this run's 0.3; leave it out" in line
+    line = mistake(capsys, "--iterations", "60", "--output", folder, "--resume")
+    new = f"python train.py --method my_method --dataset folder --init {folder}/last.pt"
+    assert f"or start a new run from its weights: {new} --iterations 60" in line
     assert train.main(["--output", folder, "--resume", "--workers", "1"]) == 0  # nothing left to do
     assert train.main([*flags, "--option", "pair=(1,2)", "--output", folder + "2"]) == 0
     assert (
@@ -1201,7 +1226,8 @@ def test_a_wrong_label_ends_the_run_with_its_file(flags, photos, tmp_path, capsy
     flags = [*flags, "--data-root", str(copy), "--workers", "2", "--output", str(tmp_path / "run")]
     line = mistake(capsys, *flags)
     assert line.endswith(
-        "1.png' holds the label ids [9]; this dataset has 0-2, 255; correct the file"
+        "1.png' holds the label ids [9]; this dataset has 0-2, 255; write 255 there, or add a line"
+        " to classes.txt"
     )
     gc.collect()
 
