@@ -445,6 +445,7 @@ def read_image(path, upright=False, huge=False, say=None):
     what looks wrong about photographs in that folder [a warning]. Raises UserError where it cannot
     be read.
     """
+    path = Path(path)
     say, these = say or warn_once, f"photographs in '{path.parent}'"
     with _reading(path, huge=huge):
         content = path.read_bytes()

@@ -144,8 +144,10 @@ def resolve(given):
             settings[name] = settings[name] | value if name == "option" else value
             origin[name] = source
     check_effect(given, settings)
-    if settings["optimizer"] != (DEFAULTS | shapes | recipe)["optimizer"] and "lr" not in given:
-        raise UserError(f"--optimizer {settings['optimizer']}: give --lr; the default is another's")
+    usual = (DEFAULTS | shapes | recipe)["optimizer"]
+    if settings["optimizer"] != usual and "lr" not in given:
+        text = f"--optimizer {settings['optimizer']}: give --lr too; {settings['lr']:g} is"
+        raise UserError(f"{text} for {usual}, from the {origin['lr']}")
     low, high = settings["scale"]
     if low > high or 0 < settings["scale_step"] < 1e-3:
         text = "expected two factors, the smaller one first, and a step of 0 or at least 0.001"
