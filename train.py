@@ -146,8 +146,8 @@ def resolve(given):
     check_effect(given, settings)
     usual = (DEFAULTS | shapes | recipe)["optimizer"]
     if settings["optimizer"] != usual and "lr" not in given:
-        text = f"--optimizer {settings['optimizer']}: give --lr too; {settings['lr']:g} is"
-        raise UserError(f"{text} for {usual}, from the {origin['lr']}")
+        text = f"--optimizer {settings['optimizer']}: give --lr too"
+        raise UserError(f"{text}; {settings['lr']:g} is for {usual} ('{origin['lr']}')")
     low, high = settings["scale"]
     if low > high or 0 < settings["scale_step"] < 1e-3:
         text = "expected two factors, the smaller one first, and a step of 0 or at least 0.001"

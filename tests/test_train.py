@@ -1106,7 +1106,7 @@ def test_mistakes_are_one_line(flags, photos, tmp_path, capsys):
     "given, reason",
     [
         ("--momentum 0.5 --optimizer adam", "--momentum has no effect here: the optimizer is adam"),
-        ("--optimizer adam", "adam: give --lr too; 0.3 is for sgd, from the recipe my_method"),
+        ("--optimizer adam", "adam: give --lr too; 0.0005 is for adamw ('shapes')"),
         ("--power 1 --halve-every 2", "--power has no effect here: the learning rate is halved"),
         ("--init a.pt --weights imagenet", "--weights has no effect here: --init gives"),
         ("--dataset shapes --data-root a", "--data-root has no effect here: shapes is drawn"),
