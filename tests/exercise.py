@@ -38,9 +38,12 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMERS = hasattr(signal, "setitimer")  # Windows has none
 LIMIT = 10  # seconds of CPU time for one test
 PATIENCE = 6  # times the limit on the clock, so that a busy machine takes no marks
+TIMERS = []  # (timer, its signal, times the limit); Windows has none
+if hasattr(signal, "setitimer"):
+    TIMERS.append((signal.ITIMER_PROF, signal.SIGPROF, 1))
+    TIMERS.append((signal.ITIMER_REAL, signal.SIGALRM, PATIENCE))
 STARTING = 120  # seconds on the clock that a process has besides those of its tests
 ALIKE_FROM = 50  # statements and expressions: in three lines or fewer there is little to choose
 
@@ -59,9 +62,9 @@ class Exercise(NamedTuple):
     first: int = 1  # so many parts, hand-worked, come first: each has to hold for those after it
 
 
-FLOAT64 = "Tests compare in float64: what comes in float64 leaves in float64."
+FLOAT64 = "The tests use float64: a result of float64 tensors must be float64, too."
 HALF = FLOAT64 + " Half precision is computed in float32."
-RELEASED = HALF + " `released` is a part of its own and no other asks for it."
+RELEASED = HALF + " `released` is a part of its own. No other part asks for it."
 
 ORDER = {
     1: "The first part counts alone. The others count once it holds.",
@@ -356,9 +359,9 @@ def sheet(names, output):
             "submit, only the files named below are read.\n\n"
             "`python tests/exercise.py grade .` marks the parts whose tests are in this folder. "
             "Parts \"kept for grading\" run at your teacher's.\n\n"
-            f"Each test has {LIMIT} seconds of CPU time, and {PATIENCE * LIMIT} on the clock. It "
-            "runs on Linux and macOS, and on Windows without these limits: there only the process "
-            "of all tests has one.\n"]  # fmt: skip
+            f"Each test has {LIMIT} seconds of CPU time, and {PATIENCE * LIMIT} on the clock. The "
+            "marking runs on Linux and macOS. It also runs on Windows, without these limits: there "
+            "only the whole process has one.\n"]  # fmt: skip
     for name in names:
         exercise, module = EXERCISES[name], name.split(".")[0]
         tests = (output / f"tests/test_{module}.py").read_text("utf-8")
@@ -394,9 +397,11 @@ def told(found, expected):
     if found.dtype != expected.dtype:
         return came(str(found.dtype), str(expected.dtype))
     found, expected = found.detach().double(), expected.detach().double()
+    apart = (found - expected).abs().nan_to_num(float("inf"))
+    if apart.max() < 1e-5 * expected.abs().max():
+        return f"off by {apart.max():.0e} at most, as if float64 had been lost on the way"
     if found.numel() <= 12:
         return "expected {}, got {}".format(*(rounded(x.tolist()) for x in (expected, found)))
-    apart = (found - expected).abs().nan_to_num(float("inf"))
     place = [i.item() for i in (apart == apart.max()).nonzero()[0]]
     a, b = (rounded(x[tuple(place)].item()) for x in (expected, found))
     return f"of {found.numel()} numbers the one at {place} is furthest off: expected {a}, got {b}"
@@ -438,10 +443,14 @@ def asserted(text, line):
         return " ".join(text.split())
     # pytest's own explanations are cut off, and what tensors are apart from their numbers
     text = re.split(r"\n\s*(?:\+  where|comparison|At index|Full diff|\(pytest)", text)[0]
-    text = re.sub(r"tensor\((.*?)(?:, dtype=[\w.]+)?(?:, grad_fn=<\w+>)?\)", r"\1", text)
+    text = re.sub(
+        r"(?:tensor|torch\.Size)\((.*?)(?:, dtype=[\w.]+)?(?:, grad_fn=<\w+>)?\)", r"\1", text
+    )
     text = " ".join(text.split()).removeprefix("assert ")
+    if re.fullmatch(r"\(.* and .*\)|\([^()]*\)", text):
+        text = text[1:-1].split(" and ")[-1]  # those before it hold
     left, equals, right = text.partition(" == ")
-    if equals and " and " not in text:
+    if equals:
         return came(left, right)
     return f"this does not hold: {line if text.split()[-1] in ('True', 'False') else text}"
 
@@ -474,7 +483,7 @@ class Recorder:
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self.record("broken", str(report.longrepr).strip().splitlines()[-1])
+            self.record("broken", str(report.longrepr).splitlines()[-1].removeprefix("E   "))
 
     def pytest_collection_modifyitems(self, items):
         items[:] = [item for item in items if any(matches(item.name, p) for p in self.parts)]
@@ -529,21 +538,17 @@ def limited(seconds):
     """Ends what is in it after `seconds` of CPU time, or after many more on the clock (a sleep)."""
 
     def expire(number, frame):
-        cpu = number == signal.SIGPROF
-        after = f"{seconds:g} seconds of CPU time" if cpu else f"{PATIENCE * seconds:g} seconds"
-        raise TimeoutError(f"not done after {after}")
+        if number == signal.SIGPROF:
+            raise TimeoutError(f"not done after {seconds:g} seconds of CPU time")
+        raise TimeoutError(f"not done after {PATIENCE * seconds:g} seconds")
 
-    timers = {}
-    if TIMERS:
-        timers[signal.ITIMER_PROF] = signal.SIGPROF, seconds
-        timers[signal.ITIMER_REAL] = signal.SIGALRM, PATIENCE * seconds
-    for timer, (number, after) in timers.items():
+    for timer, number, times in TIMERS:
         signal.signal(number, expire)
-        signal.setitimer(timer, after)
+        signal.setitimer(timer, times * seconds)
     try:
         yield
     finally:
-        for timer in timers:
+        for timer, *_ in TIMERS:
             signal.setitimer(timer, 0)
 
 
@@ -720,6 +725,7 @@ def grade_all(folders, names, limit, output=None, table=None):
     for folder in folders:
         if folder not in new:
             print(f"{short[folder]}: its files have not changed, the marks are those of before")
+    kept = {path: entry for path, entry in kept.items() if Path(path) not in new}
     sentences = alike(folders, names, short)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         work = {pool.submit(grade, folder, names, limit): folder for folder in new}
@@ -729,13 +735,15 @@ def grade_all(folders, names, limit, output=None, table=None):
                 entry = dict(submission=short[folder], digest=digests[folder])
                 kept[str(folder)] = entry | counted(done.result(), flags(folder, names))
                 keep(kept, sentences, output, table)
-                print(f"{number}/{len(new)} {line_of(kept[str(folder)])}", flush=True)
+                if len(folders) > 1:
+                    print(f"{number}/{len(new)} {line_of(kept[str(folder)])}", flush=True)
         except KeyboardInterrupt:
             STOPPED.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(RUNNING):
                 end(process)
-            sys.exit("exercise.py: interrupted; the same command with --json goes on from here")
+            on = "the same command goes on from here" if output else "--json would keep the marks"
+            sys.exit(f"exercise.py: interrupted; {on}")
     keep(kept, sentences, output, table)
     for folder in folders:
         show(kept[str(folder)])
@@ -814,7 +822,7 @@ def line_of(entry):
 
 def show(entry):
     """What each part of a submission has, in words."""
-    print(f"\n{entry['submission']}: {score(entry)}")
+    print(f"\n{line_of(entry)}")
     for flag in entry["flags"]:
         print(f"  look at {flag}")
     for name, exercise in entry["exercises"].items():
@@ -858,7 +866,7 @@ FILES = re.compile(r"\btests?[/_]|exercise\.|results\.jsonl")
 def tree_of(path):
     """The syntax tree of a file; an empty one where there is none."""
     with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
-        return ast.parse(path.read_text("utf-8"))
+        return ast.parse(path.read_bytes())
     return ast.Module([], [])
 
 
@@ -923,15 +931,14 @@ def body(tree, name):
         start = 1 if ast.get_docstring(node) else 0
         inside = [x for part in (node.args, *node.body[start:]) for x in ast.walk(part)]
         size += sum(isinstance(x, (ast.stmt, ast.expr)) for x in inside)
-        own = [x.arg for x in inside if isinstance(x, ast.arg)]
-        own += [x.id for x in inside if isinstance(getattr(x, "ctx", None), ast.Store)
-                and isinstance(x, ast.Name)]  # fmt: skip
-        number = {variable: f"v{i}" for i, variable in enumerate(dict.fromkeys(own))}
+        own = [x.arg if isinstance(x, ast.arg) else x.id for x in inside if isinstance(x, ast.arg)
+               or (isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store))]  # fmt: skip
+        numbers = {variable: f"v{i}" for i, variable in enumerate(dict.fromkeys(own))}
         for x in inside:
             if isinstance(x, ast.arg):
-                x.arg, x.annotation = number[x.arg], None
+                x.arg, x.annotation = numbers[x.arg], None
             elif isinstance(x, ast.Name):
-                x.id = number.get(x.id, x.id)
+                x.id = numbers.get(x.id, x.id)
         text += "".join(map(ast.dump, [node.args, *node.body[start:]]))
     return text if size >= ALIKE_FROM else ""
 
@@ -980,6 +987,7 @@ def main():
     elif args.command == "make":
         make(check(args.names), args.output)
     elif args.command == "grade":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the processes, as Ctrl-C
         grade_all(args.folders, check(args.exercise), args.limit, args.json, args.csv)
     else:
         run(args.folder, args.file, args.limit, args.names)

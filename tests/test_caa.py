@@ -718,6 +718,7 @@ def test_float16_features_are_pooled_in_float32():
             A, value, lambda p, seen=seen: seen.append(p) or torch.ones_like(p), axis
         )
         z = caa.channelized(A, value, None, axis).double()
+        assert seen, "the gate was not called"
         assert y.dtype == torch.float16 and seen[0].dtype == torch.float32
         pooled = z.mean(3 if axis == "column" else 2).transpose(1, 2) / 32
         torch.testing.assert_close(seen[0].double(), pooled, rtol=1e-4, atol=0)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -280,6 +281,9 @@ MISTAKES = [
      "two dtypes meet, such as float32 and float64: RuntimeError"),
     ("caa.column_attention", "torch.promote_types(query.dtype, torch.float32)", "torch.float32",
      "with axis=column: float32 came where float64 was expected"),
+    ("ksac.shared_atrous", "padding=r) for r in rates]  # Σ_k",
+     "padding=r).float() for r in rates]",
+     r"with shared_atrous=rearranged, rates=\(1, 2\): float32 came where float64 was expected"),
     ("ksac.shared_atrous", "    taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)",
      "    return separate(x, weight, rates)\n    taps = weight.flip(2, 3).flatten(0, 2)",
      "multiply-adds of `rearranged` for three rates.* expected 147456.* got 442368"),
@@ -402,12 +406,19 @@ def test_a_class_goes_on_where_it_was_interrupted(tmp_path, capsys, monkeypatch)
     wrong = [(what, marks, "no") for what, _, marks in exercise.EXERCISES[names[1]].parts]
     class_ = ["ann", "ben", "cyd", "dan"]
     folders = [submitted(tmp_path / student, caa=f"# {student}\n") for student in class_]
-    output, done, stops = tmp_path / "grades.json", [], {"cyd"}
+    output, done = tmp_path / "grades.json", []
+    stops = {"cyd": {"ann", "ben"}}  # who interrupts, once the marks of these are kept
     idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
                             start_new_session=True)  # fmt: skip
 
+    def kept():
+        text = output.read_text("utf-8") if output.exists() else '{"submissions": {}}'
+        return {entry["submission"] for entry in json.loads(text)["submissions"].values()}
+
     def grade(folder, names, limit):
         if folder.name in stops:
+            while kept() != stops[folder.name]:
+                time.sleep(0.01)
             raise KeyboardInterrupt
         if stops and folder.name == "dan":  # not before the interruption has been seen
             exercise.STOPPED.wait(600)
@@ -424,24 +435,29 @@ def test_a_class_goes_on_where_it_was_interrupted(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(exercise, "grade", grade)
     monkeypatch.setattr(exercise, "RUNNING", {idle})
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    with pytest.raises(SystemExit, match="interrupted; the same command with --json goes on"):
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on from here"):
         again()
     assert idle.poll() is not None and exercise.STOPPED.is_set()
-    kept = json.loads(output.read_text("utf-8"))["submissions"].values()
-    assert {"ann", "ben"} >= {entry["submission"] for entry in kept} == set(done) != set()
+    assert kept() == {"ann", "ben"}
     stops.clear()
-    before, _ = list(done), capsys.readouterr()
+    capsys.readouterr()
     printed = again()
-    assert sorted(before + done) == class_
-    assert printed.count("its files have not changed") == len(before)
-    assert printed.count(": 5/14 (caa.column_attention 5/5, caa.channelized 0/9)") == len(done)
+    assert done == ["cyd", "dan"]
+    assert printed.count("its files have not changed") == 2
+    each = "5/14 (caa.column_attention 5/5, caa.channelized 0/9)"
+    assert f"1/2 cyd: {each}\n2/2 dan: {each}\n" in printed
     assert again().count("its files have not changed") == 4 and not done
     submitted(folders[1], caa="# ben again\n", ksac="# is not graded\n")
     submitted(folders[2], ksac="# is not graded\n")
     again()
     assert done == ["ben"]
+    stops["ben"] = {"ann"}
+    with pytest.raises(SystemExit, match="interrupted"):
+        again(limit=20)
+    assert kept() == {"ann"}  # the others' marks are too old
+    stops.clear()
     again(limit=20)
-    assert done == class_
+    assert done == class_[1:]
     entry = json.loads(output.read_text("utf-8"))["submissions"][str(folders[0])]
     assert [entry[key] for key in ("marks", "maximum", "percent")] == [5, 14, 35.7]
     output.write_text("[]")
@@ -653,12 +669,19 @@ def test_failures_are_told_in_one_line():
     assert of(lambda: false("assert 3 == 4")).startswith(
         "expected 4, got 3 (test_exercise.py, line"
     )
+    shapes = of(lambda: false("assert torch.Size([2, 4]) == (3, 4)"))
+    assert shapes.startswith("expected (3, 4), got [2, 4] (")
+    dtypes = of(lambda: false("assert (torch.float32 == torch.float16)"))
+    assert dtypes.startswith("float32 came where float16 was expected (")
     two = of(lambda: false("assert (3 == 3 and 4 == 5)"))
-    assert two.startswith("this does not hold: (3 == 3 and 4 == 5)")
+    assert two.startswith("expected 5, got 4 (")
     assert of(lambda: false("two of three\nassert 3 == 4")).startswith("two of three (")
     assert "this does not hold: raise Assert" in of(lambda: false("assert not True"))
     assert "ValueError: invalid literal for int() with base 10: 'ł'" in of(lambda: int("ł"))
     assert exercise.told(torch.ones(1), 2 * torch.ones(1)) == "expected [2.0], got [1.0]"
+    assert exercise.told(torch.ones(9) + 1e-6, torch.ones(9)) == (
+        "off by 1e-06 at most, as if float64 had been lost on the way"
+    )
     assert exercise.told(torch.ones(1), torch.ones(1).double()) == (
         "float32 came where float64 was expected"
     )
