@@ -727,27 +727,34 @@ def grade_all(folders, names, limit, output=None, table=None):
             print(f"{short[folder]}: its files have not changed, the marks are those of before")
     kept = {path: entry for path, entry in kept.items() if Path(path) not in new}
     sentences = alike(folders, names, short)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = {pool.submit(grade, folder, names, limit): folder for folder in new}
-        try:
-            for number, done in enumerate(as_completed(work), 1):
-                folder = work[done]
-                entry = dict(submission=short[folder], digest=digests[folder])
-                kept[str(folder)] = entry | counted(done.result(), flags(folder, names))
-                keep(kept, sentences, output, table)
-                if len(folders) > 1:
-                    print(f"{number}/{len(new)} {line_of(kept[str(folder)])}", flush=True)
-        except KeyboardInterrupt:
-            STOPPED.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(RUNNING):
-                end(process)
-            on = "the same command goes on from here" if output else "--json would keep the marks"
-            sys.exit(f"exercise.py: interrupted; {on}")
+    try:
+        for number, (folder, grades) in enumerate(each(new, names, limit), 1):
+            entry = dict(submission=short[folder], digest=digests[folder])
+            kept[str(folder)] = entry | counted(grades, flags(folder, names))
+            keep(kept, sentences, output, table)
+            print(f"{number}/{len(new)} {line_of(kept[str(folder)])}", flush=True)
+    except KeyboardInterrupt:
+        on = "the same command goes on from here" if output else "--json would keep the marks"
+        sys.exit(f"exercise.py: interrupted; {on}")
     keep(kept, sentences, output, table)
     for folder in folders:
         show(kept[str(folder)])
     print("\n".join(["", *sentences]))
+
+
+def each(folders, names, limit):
+    """(folder, `grade` of it), several at a time, in the order in which they are done."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = {pool.submit(grade, folder, names, limit): folder for folder in folders}
+        try:
+            for done in as_completed(work):
+                yield work[done], done.result()
+        except BaseException:  # an interruption, here or where the marks are kept
+            STOPPED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                end(process)
+            raise
 
 
 def counted(grades, flags):
