@@ -6,14 +6,18 @@
 
 `make` copies the code without the bodies of these functions. Parts whose tests hold a solution are
 kept for grading. In the handout, `python tests/exercise.py grade .` marks the others. `grade` runs
-the tests of the repository that it is started in against one file of each folder for each exercise,
-never the folder's own tests, in a process of its own with a time limit. On Windows only the process
-has a limit, not each test. That process can do what Python can: grade in a container.
+the tests of the repository that it is started in against the files of each folder, never the
+folder's own tests. A submission has one process, each test a limit in CPU time (on Windows only the
+process has one, on the clock). With --json it goes on where it was interrupted. That process can do
+what Python can: grade in a container, and read what is flagged.
 """
 
 import argparse
 import ast
 import contextlib
+import csv
+import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -25,17 +29,23 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import traceback
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from _pytest.outcomes import Failed
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ALARM = hasattr(signal, "setitimer")  # Windows has none
-STARTING = 60  # seconds that a process has besides those of its tests
+LIMIT = 10  # seconds of CPU time for one test
+PATIENCE = 6  # times the limit on the clock, so that a busy machine takes no marks
+TIMERS = []  # (timer, its signal, times the limit); Windows has none
+if hasattr(signal, "setitimer"):
+    TIMERS.append((signal.ITIMER_PROF, signal.SIGPROF, 1))
+    TIMERS.append((signal.ITIMER_REAL, signal.SIGALRM, PATIENCE))
+STARTING = 120  # seconds on the clock that a process has besides those of its tests
+ALIKE_FROM = 50  # statements and expressions: in three lines or fewer there is little to choose
 
 
 class Exercise(NamedTuple):
@@ -48,7 +58,18 @@ class Exercise(NamedTuple):
     solutions: tuple  # functions of the test file that hold a solution: not handed out
     hint: str
     parts: tuple  # (what holds, test, or test[of these parameters], marks)
+    notes: str  # what the tests ask for besides the equation
+    first: int = 1  # so many parts, hand-worked, come first: each has to hold for those after it
 
+
+FLOAT64 = "The tests use float64: a result of float64 tensors must be float64, too."
+HALF = FLOAT64 + " Half precision is computed in float32."
+RELEASED = HALF + " `released` is a part of its own. No other part asks for it."
+
+ORDER = {
+    1: "The first part counts alone. The others count once it holds.",
+    2: "The first part counts alone, the second once the first holds, the others once both hold.",
+}
 
 EXERCISES = {
     "caa.column_attention": Exercise(
@@ -60,7 +81,8 @@ EXERCISES = {
          ("rows are columns of exchanged axes",
           "test_columns_and_rows_are_each_other_on_exchanged_axes", 1),
          ("products beyond float16's largest number",
-          "test_float16_queries_beyond_65504_give_a_finite_map", 1))),
+          "test_float16_queries_beyond_65504_give_a_finite_map", 1)),
+        HALF),
     "caa.channelized": Exercise(
         "Channelized attention without the weighted features",
         "Channelized Axial Attention, thesis Eqs. (3.9) to (3.11), Algorithm 2", 3,
@@ -68,14 +90,16 @@ EXERCISES = {
         ("loop_map", "loop_column", "loop_row", "loop_axis", "map_of"),
         "The gate does not depend on the index that Eq. (3.11) sums over. What can leave the sum?",
         (("hand-worked column step", "test_eq_3_9_by_hand", 1),
+         ("the weighted features are not computed, also not in groups",
+          "test_weighted_features_are_never_computed", 3),
          ("hand-worked row step", "test_eq_3_10_by_hand", 1),
          ("two channels and two images by hand",
           "test_eq_3_11_by_hand_with_two_channels_and_two_images", 1),
          ("loops over i, j, m, n, with gradients", "test_eq_3_9_and_3_10_gated_equal_loops", 2),
-         ("the weighted features are not materialised",
-          "test_weighted_features_are_not_materialised", 2),
          ("half-precision features are pooled in float32",
-          "test_float16_features_are_pooled_in_float32", 1))),
+          "test_float16_features_are_pooled_in_float32", 1)),
+        FLOAT64 + " Half-precision values keep their precision; the gate's average is float32.",
+        first=2),
     "ksac.shared_atrous": Exercise(
         "One kernel for all rates", "Kernel-Sharing Atrous Convolution, thesis Algorithm 1", 2,
         ("separate", "rearranged", "shared_atrous"),
@@ -86,7 +110,8 @@ EXERCISES = {
         "A rate is a dilation. What padding keeps the size of the map? For `rearranged`, multiply "
         "first, then shift: torch.nn.functional.fold adds up what is shifted.",
         (("hand-worked taps, plain form", "test_line_4_by_hand[separate", 1),
-         ("hand-worked taps, rearranged form", "test_line_4_by_hand[rearranged", 1),
+         ("hand-worked taps, rearranged form, with the multiply-adds of one convolution",
+          "test_rearranged_taps_by_hand_with_the_multiply_adds_of_one_convolution", 3),
          ("loop over the nine taps, with gradients",
           "test_line_4_equals_the_loop_with_gradients[rearranged", 2),
          ("the kernel's gradient is the sum over the rates",
@@ -94,7 +119,9 @@ EXERCISES = {
          ("maps one position wide, rates larger than the map",
           "test_shared_atrous_equals_separate_convolutions_at_any_size[rearranged", 1),
          ("the faster form is taken",
-          "test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing", 1))),
+          "test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing", 1)),
+        FLOAT64 + " `shared_atrous` calls one of the other two; REARRANGED_FROM says which.",
+        first=2),
     "car.class_centers": Exercise(
         "Class centres", "Class-Aware Regularization, thesis Eq. (4.1)", 1,
         ("class_centers",), ("loop_centers",),
@@ -103,7 +130,8 @@ EXERCISES = {
          ("loop over the pixels, with gradient", "test_eq_4_1_equals_the_loop_with_gradients", 2),
          ("absent and ignored classes",
           "test_absent_and_ignored_classes_have_centre_0_with_a_zero_gradient", 1),
-         ("half precision", "test_half_precision_equals_float32[class_centers", 1))),
+         ("half precision", "test_half_precision_equals_float32[class_centers", 1)),
+        HALF),
     "car.intra_center_to_pixel": Exercise(
         "Pixels near the centre of their class",
         "Class-Aware Regularization, thesis Eqs. (4.2), (4.3)", 1,
@@ -111,12 +139,14 @@ EXERCISES = {
         "Ignored pixels add zero loss but stay in the denominator.",
         (("hand-worked loss", "test_eqs_4_2_4_3_intra_by_hand", 1),
          ("loop over pixels and channels, with gradient",
-          "test_eqs_4_2_4_3_intra_equals_the_loop_with_gradients", 2),
+          "test_eqs_4_2_4_3_intra_equals_the_loop_with_gradients[False", 2),
          ("no gradient reaches the centres",
           "test_no_gradient_reaches_the_centres_of_the_pixel_terms[intra_center_to_pixel", 1),
          ("nothing is labelled",
           "test_nothing_labelled_is_a_loss_of_0_with_a_zero_gradient[intra_center_to_pixel", 1),
-         ("half precision", "test_half_precision_equals_float32[intra_center_to_pixel", 1))),
+         ("half precision", "test_half_precision_equals_float32[intra_center_to_pixel", 1),
+         ("the released form", "test_released_intra_squares_the_mean_by_hand", 1)),
+        RELEASED),
     "car.inter_center_to_center": Exercise(
         "Class centres apart", "Class-Aware Regularization, thesis Eqs. (4.4) to (4.7)", 2,
         ("inter_center_to_center",),
@@ -125,11 +155,13 @@ EXERCISES = {
         "The threshold is shared by the K - 1 other classes. One side of the product is stopped.",
         (("hand-worked loss", "test_eqs_4_4_to_4_7_between_centres_by_hand", 1),
          ("loop over the classes, with gradient",
-          "test_eqs_4_4_to_4_7_between_centres_equal_the_loop_with_gradients", 2),
+          "test_eqs_4_4_to_4_7_between_centres_equal_the_loop_with_gradients[False", 2),
          ("the gradient reaches one of the two centres",
           "test_gradient_reaches_one_of_the_two_centres_between_centres", 1),
          ("absent classes", "test_absent_classes_have_centre_0_and_take_part_in_the_softmax", 1),
-         ("half precision", "test_half_precision_equals_float32[inter_center_to_center", 1))),
+         ("half precision", "test_half_precision_equals_float32[inter_center_to_center", 1),
+         ("the released form", "test_released_c2c_squares_the_mean_by_hand", 1)),
+        RELEASED),
     "car.inter_center_to_pixel": Exercise(
         "Pixels far from the centres of other classes",
         "Class-Aware Regularization, thesis Eqs. (4.8) to (4.14)", 3,
@@ -138,20 +170,24 @@ EXERCISES = {
         (("hand-worked loss", "test_eqs_4_8_to_4_14_between_centres_and_pixels_by_hand", 1),
          ("Eq. (4.11) as printed", "test_eq_4_11_as_printed_has_no_root_of_c", 1),
          ("loop over pixels and classes, with gradient",
-          "test_eqs_4_8_to_4_14_between_centres_and_pixels_equal_the_loop_with_gradients", 2),
+          "test_eqs_4_8_to_4_14_between_centres_and_pixels_equal_the_loop_with_gradients[form0", 2),
          ("no gradient reaches the centres",
           "test_no_gradient_reaches_the_centres_of_the_pixel_terms[inter_center_to_pixel", 1),
          ("nothing is labelled",
           "test_nothing_labelled_is_a_loss_of_0_with_a_zero_gradient[inter_center_to_pixel", 1),
-         ("half precision", "test_half_precision_equals_float32[inter_center_to_pixel", 1))),
+         ("half precision", "test_half_precision_equals_float32[inter_center_to_pixel", 1),
+         ("the released form",
+          "test_released_inter_c2p_counts_ignored_pixels_and_squares_the_mean", 1)),
+        RELEASED),
     "pyramid_fuse.pyramid_labels": Exercise(
         "Unity-cells and mix-cells", "Specialize and Fuse, Sect. 3.2, App. B", 2,
         ("pyramid_labels",), ("cell_by_cell",),
         "The smallest and the largest label of a cell tell most. Where is 255 in the way?",
-        (("hand-worked pyramid of an 8x8 map", "test_pyramid_labels_by_hand", 2),
+        (("hand-worked pyramid of an 8x8 map", "test_pyramid_labels_by_hand", 1),
          ("the three cases, cell by cell",
-          "test_pyramid_labels_are_the_three_cases_of_appendix_b", 2),
-         ("sizes that do not fit are refused", "test_labels_of_another_size_are_refused", 1))),
+          "test_pyramid_labels_are_the_three_cases_of_appendix_b", 3),
+         ("sizes that do not fit are refused", "test_labels_of_another_size_are_refused", 1)),
+        "All results are int64, as the labels."),
     "pyramid_fuse.relabel": Exercise(
         "What is done by coarser levels", "Specialize and Fuse, Sect. 3.2, Table 7", 2,
         ("relabel",), ("ancestors", "test_relabelling_looks_at_every_ancestor"),
@@ -161,7 +197,8 @@ EXERCISES = {
          ("nothing below a don't-care cell",
           "test_nothing_below_a_dont_care_cell_is_relabelled", 1),
          ("the threshold", "test_relabelling_has_a_threshold_of_nine_tenths", 1),
-         ("an unknown policy is named", "test_unknown_policy_is_named", 1))),
+         ("an unknown policy is named", "test_unknown_policy_is_named", 1)),
+        "All results are int64, as the labels."),
     "pyramid_fuse.fuse": Exercise(
         "Fusing the pyramid", "Specialize and Fuse, Eq. (2)", 1,
         ("chosen_level", "fuse"), ("test_eq_2_equals_its_sum_with_gradients",),
@@ -169,32 +206,37 @@ EXERCISES = {
         (("hand-worked fusion of three levels", "test_eq_2_by_hand", 1),
          ("the sum as printed, with gradients", "test_eq_2_equals_its_sum_with_gradients", 2),
          ("the threshold", "test_fusion_has_a_threshold_of_nine_tenths", 1),
-         ("thresholds at their ends", "test_thresholds_at_their_ends", 1))),
+         ("thresholds at their ends", "test_thresholds_at_their_ends", 1)),
+        FLOAT64),
     "spgnet.SemanticPredictionGuidance.forward": Exercise(
         "Semantic prediction guidance", "SPGNet, Sect. 3.4, Fig. 3", 2,
         ("SemanticPredictionGuidance.mask", "SemanticPredictionGuidance.forward"),
         ("loop_guidance",),
         "Four 1x1 convolutions are there. The softmax is over the positions.",
-        (("hand-worked features of two images",
-          "test_fig_3_by_hand_on_two_channels_and_two_images", 2),
+        (("hand-worked features of two images, sigmoid",
+          "test_fig_3_by_hand_on_two_channels_and_two_images[sigmoid", 1),
+         ("hand-worked features of two images, softmax",
+          "test_fig_3_by_hand_on_two_channels_and_two_images[softmax", 1),
          ("loop over the positions, with gradients", "test_guidance_equals_the_loop_with_gradients",
           2),
          ("its loss trains the logits alone",
           "test_the_loss_of_the_guidance_trains_the_logits_alone", 1),
-         ("one image, one position wide", "test_guidance_of_one_image_and_one_position_wide", 1))),
+         ("one image, one position wide", "test_guidance_of_one_image_and_one_position_wide", 1)),
+        FLOAT64),
     "hfgd.HighLevelFeatureGuidedModule.forward": Exercise(
         "Fine logits by class kernels that learn elsewhere",
         "High-level Feature Guided Decoder, Sect. 3.1", 2,
         ("HighLevelFeatureGuidedModule.forward",), ("test_guided_logits_equal_the_loop",),
         "torch.func.functional_call runs a module with other weights, detached ones, say.",
         (("hand-worked logits", "test_guided_logits_by_hand", 1),
-         ("loop over the positions", "test_guided_logits_equal_the_loop", 1),
          ("the features learn, the kernels do not",
-          "test_fine_logits_train_the_features_and_where_asked_the_kernels[True", 2),
+          "test_fine_logits_train_the_features_and_where_asked_the_kernels[True", 3),
+         ("loop over the positions", "test_guided_logits_equal_the_loop", 1),
          ("the kernels learn where asked",
           "test_fine_logits_train_the_features_and_where_asked_the_kernels[False", 1),
          ("the features are attended first", "test_guided_logits_are_of_the_attended_features",
-          1))),
+          1)),
+        FLOAT64, first=2),
 }  # fmt: skip
 
 
@@ -284,6 +326,8 @@ def make(names, output):
         exercises = [EXERCISES[name] for name in names if name.startswith(f"{module}.")]
         for change, file in (blanked, f"{module}.py"), (handed_out, f"tests/test_{module}.py"):
             (output / file).write_text(change((ROOT / file).read_text("utf-8"), exercises), "utf-8")
+    for page in output.glob("*.md"):
+        page.write_text(living(page.read_text("utf-8"), output), "utf-8")
     (output / "exercise.json").write_text(json.dumps(names) + "\n", "utf-8")
     (output / "EXERCISE.md").write_text(sheet(names, output), "utf-8")
     text = (output / "EXERCISE.md").read_text("utf-8")
@@ -295,26 +339,55 @@ def make(names, output):
             )
 
 
+def living(text, folder):
+    """A page without pictures that are not in `folder`, and with words in place of dead links."""
+
+    def linked(match):
+        picture, words, target = match.groups()
+        if ":" in target or (folder / target.partition("#")[0]).exists():
+            return match[0]
+        return "" if picture else f"{words} (not in this handout)"
+
+    return re.sub(r"(!?)\[([^]]*)\]\(([^)\s]+)\)", linked, text)
+
+
 def sheet(names, output):
-    text = ["# Exercises\n\nInstall the packages (`pip install -r requirements.txt`). Write the "
-            "functions that raise NotImplementedError. `python tests/exercise.py grade .` marks "
-            "the parts whose tests are in this folder. Parts \"kept for grading\" run at your "
-            "teacher's. Of what you submit, only the files named below are read.\n"]  # fmt: skip
+    """EXERCISE.md: what is to be written, what each part is worth, and how it is marked."""
+    total = sum(marks for name in names for *_, marks in EXERCISES[name].parts)
+    text = [f"# Exercises\n\n{total} marks. Install the packages (`pip install -r "
+            "requirements.txt`). Write the functions that raise NotImplementedError. Of what you "
+            "submit, only the files named below are read.\n\n"
+            "`python tests/exercise.py grade .` marks the parts whose tests are in this folder. "
+            "Parts \"kept for grading\" run at your teacher's.\n\n"
+            f"Each test has {LIMIT} seconds of CPU time, and {PATIENCE * LIMIT} on the clock. The "
+            "marking runs on Linux and macOS. It also runs on Windows, without these limits: there "
+            "only the whole process has one.\n"]  # fmt: skip
     for name in names:
         exercise, module = EXERCISES[name], name.split(".")[0]
-        here = (output / f"tests/test_{module}.py").read_text("utf-8")
+        tests = (output / f"tests/test_{module}.py").read_text("utf-8")
         total = sum(marks for *_, marks in exercise.parts)
+        here = sum(marks for _, test, marks in exercise.parts if holds(tests, test))
         text.append(f"## {exercise.title}\n\n{exercise.source}. Write in `{module}.py`: "
-                    f"`{'`, `'.join(exercise.blank)}`. {total} marks.\n\nHint: {exercise.hint}\n\n"
+                    f"`{'`, `'.join(exercise.blank)}`.\n\n{total} marks: {here} here, "
+                    f"{total - here} more at grading. `python tests/exercise.py grade . --exercise "
+                    f"{name}` marks this exercise alone. {ORDER[exercise.first]}\n\n"
+                    f"Hint: {exercise.hint}\n\n{exercise.notes}\n\n"
                     "| part | marks | test |\n|---|---|---|")  # fmt: skip
         for what, test, marks in exercise.parts:
-            shown = f"`{test.split('[')[0]}`" if holds(here, test) else "kept for grading"
+            shown = f"`{test.split('[')[0]}`" if holds(tests, test) else "kept for grading"
             text.append(f"| {what} | {marks} | {shown} |")
         text.append("")
     return "\n".join(text)
 
 
-# ------------------------------------------------------------------------------------------ grading
+# ---------------------------------------------------------------------------------- what went wrong
+
+MEANINGS = (  # of torch's words: (what they are like, what is said before them)
+    (r"same dtype|but found|did not match", "two dtypes meet, such as float32 and float64"),
+    (r"not require grad|used in the graph", "no gradient reaches one of the inputs"),
+    (r"converted to Scalar", "a tensor of several numbers came where one was expected"),
+    (r"size of tensor a|cannot be multiplied|is invalid for", "shapes do not fit"),
+)
 
 
 def told(found, expected):
@@ -322,14 +395,22 @@ def told(found, expected):
     if found.shape != expected.shape:
         return f"expected the shape {list(expected.shape)}, got {list(found.shape)}"
     if found.dtype != expected.dtype:
-        return f"expected {expected.dtype}, got {found.dtype}"
+        return came(str(found.dtype), str(expected.dtype))
     found, expected = found.detach().double(), expected.detach().double()
+    apart = (found - expected).abs().nan_to_num(float("inf"))
+    if apart.max() < 1e-5 * expected.abs().max():
+        return f"off by {apart.max():.0e} at most, as if float64 had been lost on the way"
     if found.numel() <= 12:
         return "expected {}, got {}".format(*(rounded(x.tolist()) for x in (expected, found)))
-    apart = (found - expected).abs().nan_to_num(float("inf"))
     place = [i.item() for i in (apart == apart.max()).nonzero()[0]]
     a, b = (rounded(x[tuple(place)].item()) for x in (expected, found))
     return f"of {found.numel()} numbers the one at {place} is furthest off: expected {a}, got {b}"
+
+
+def came(found, expected):
+    if found.startswith("torch.") and expected.startswith("torch."):  # dtypes
+        return f"{found[6:]} came where {expected[6:]} was expected"
+    return f"expected {expected[:200]}, got {found[:200]}"
 
 
 def rounded(x):
@@ -340,53 +421,100 @@ def words(error, pair):
     """A failure in one line. pair: the two tensors that were compared last, if they differ."""
     if isinstance(error, NotImplementedError):
         return "not written yet"
-    kind = "test_" if isinstance(error, (AssertionError, Failed)) else ""
+    kind = "test_" if isinstance(error, (AssertionError, pytest.fail.Exception)) else ""
     libraries = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "purelib", "platlib"))
     own = [f for f in traceback.extract_tb(error.__traceback__)
            if not f.filename.startswith((*libraries, __file__, "<frozen"))]  # fmt: skip
     frame = next((f for f in reversed(own) if Path(f.filename).name.startswith(kind)), None)
     where = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
-    # pytest's own explanations are cut off, and what tensors are apart from their numbers
-    text = re.split(r"\n\s*(?:\+  where|comparison|At index|Full diff|\(pytest)", str(error))[0]
-    text = re.sub(r"tensor\((.*?)(?:, dtype=[\w.]+)?(?:, grad_fn=<\w+>)?\)", r"\1", text)
-    text = (
-        " ".join(text.split()).removeprefix("assert ").encode("ascii", "backslashreplace").decode()
-    )
-    left, equals, right = text.partition(" == ")
-    if not isinstance(error, AssertionError):
-        text = f"{type(error).__name__}: {text[:200]}"
-    elif pair:
-        text = told(*pair)
-    elif equals and " and " not in text:
-        text = f"expected {right[:200]}, got {left[:200]}"
+    if isinstance(error, AssertionError) and (pair or str(error)):
+        text = told(*pair) if pair else asserted(str(error), frame.line if frame else "")
     else:
-        text = f"this does not hold: {text}"
+        meanings = [meaning for like, meaning in MEANINGS if re.search(like, str(error))]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:250]
+        text = ": ".join([*meanings[:1], text])
     return f"{text[:450]}{where}"
 
 
+def asserted(text, line):
+    """What an assertion in this line says: its own sentence, or both sides of an equality."""
+    text, _, explained = text.partition("\nassert ")
+    if explained or not text.startswith("assert "):
+        return " ".join(text.split())
+    # pytest's own explanations are cut off, and what tensors are apart from their numbers
+    text = re.split(r"\n\s*(?:\+  where|comparison|At index|Full diff|\(pytest)", text)[0]
+    text = re.sub(
+        r"(?:tensor|torch\.Size)\((.*?)(?:, dtype=[\w.]+)?(?:, grad_fn=<\w+>)?\)", r"\1", text
+    )
+    text = " ".join(text.split()).removeprefix("assert ")
+    if re.fullmatch(r"\(.* and .*\)|\([^()]*\)", text):
+        text = text[1:-1].split(" and ")[-1]  # those before it hold
+    left, equals, right = text.partition(" == ")
+    if equals:
+        return came(left, right)
+    return f"this does not hold: {line if text.split()[-1] in ('True', 'False') else text}"
+
+
+def answering(name, function):
+    """The function, but a result that is no tensor at all is said in words."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        assert result is not None, f"`{name}` returned None: is there no `return`?"
+        if isinstance(result, (int, float)):
+            raise AssertionError(f"`{name}` returned a Python number where a tensor was expected")
+        return result
+
+    return call
+
+
+# -------------------------------------------------------------------------------- running the tests
+
+
 class Recorder:
-    """A pytest plugin that runs the `wanted` tests, each at most `limit` seconds, and calls
+    """A pytest plugin that runs the tests of `parts`, each at most `limit` seconds, and calls
     `record(test with its parameters, "" or what failed)` after each.
     """
 
-    def __init__(self, wanted, record, limit):
-        self.wanted, self.record, self.limit, self.pair = wanted, record, limit, None
+    def __init__(self, parts, record, limit):
+        self.parts, self.record, self.limit, self.pair = parts, record, limit, None
         self.stuck = set()  # the tests that took too long, of which one try is enough
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self.record("broken", str(report.longrepr).strip().splitlines()[-1])
+            self.record("broken", str(report.longrepr).splitlines()[-1].removeprefix("E   "))
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if any(matches(item.name, w) for w in self.wanted)]
-        self.record("collected", [item.name for item in items])
+        items[:] = [item for item in items if any(matches(item.name, p) for p in self.parts)]
+        for item in items:
+            self.record("collected", item.name)
 
-    def pytest_runtest_setup(self, item):
-        import pytest
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        self.pair = None
+        if item.originalname in self.stuck:
+            raise TimeoutError("another case of this test took too long")
+        try:
+            with limited(self.limit):
+                return (yield)
+        except TimeoutError:
+            self.stuck.add(item.originalname)
+            raise
+
+    def pytest_runtest_makereport(self, item, call):
+        if call.when == "call" or call.excinfo:
+            why = words(call.excinfo.value, self.pair) if call.excinfo else ""
+            if why and hasattr(item, "callspec") and why != "not written yet":
+                case = ", ".join(f"{key}={value}" for key, value in item.callspec.params.items())
+                why = f"with {case[:100]}: {why}"
+            self.record(item.name, why)
+
+    def watch(self, patch):
+        """Remember the two tensors that a test compares last, if they differ."""
         import torch
 
-        self.pair, close = None, torch.testing.assert_close
-        compare = {name: getattr(torch, name) for name in ("equal", "allclose")}
+        close = torch.testing.assert_close
 
         def assert_close(found, expected, *args, **kwargs):
             tensors = all(isinstance(x, torch.Tensor) for x in (found, expected))
@@ -394,34 +522,34 @@ class Recorder:
             close(found, expected, *args, **kwargs)
             self.pair = None
 
-        def same(name, found, expected, **kwargs):
-            result = compare[name](found, expected, **kwargs)
+        def same(compare, found, expected, **kwargs):
+            alike = found.shape == expected.shape and found.dtype == expected.dtype
+            result = alike and compare(found, expected, **kwargs)
             self.pair = None if result else (found, expected)
             return result
 
-        def expire(*_):
-            self.stuck.add(item.originalname)
-            raise TimeoutError(f"not done after {self.limit:g} seconds")
+        patch.setattr(torch.testing, "assert_close", assert_close)
+        for name in ("equal", "allclose"):
+            patch.setattr(torch, name, functools.partial(same, getattr(torch, name)))
 
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(torch.testing, "assert_close", assert_close)
-        for name in compare:
-            self.patch.setattr(torch, name, partial(same, name))
-        if ALARM:
-            signal.signal(signal.SIGALRM, expire)
-            signal.setitimer(signal.ITIMER_REAL, self.limit)
-        if item.originalname in self.stuck:
-            expire()
 
-    def pytest_runtest_teardown(self):
-        if ALARM:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        self.patch.undo()
+@contextlib.contextmanager
+def limited(seconds):
+    """Ends what is in it after `seconds` of CPU time, or after many more on the clock (a sleep)."""
 
-    def pytest_runtest_makereport(self, item, call):
-        if call.when == "call" or call.excinfo:
-            error = call.excinfo and call.excinfo.value
-            self.record(item.name, words(error, self.pair) if error else "")
+    def expire(number, frame):
+        if number == signal.SIGPROF:
+            raise TimeoutError(f"not done after {seconds:g} seconds of CPU time")
+        raise TimeoutError(f"not done after {PATIENCE * seconds:g} seconds")
+
+    for timer, number, times in TIMERS:
+        signal.signal(number, expire)
+        signal.setitimer(timer, times * seconds)
+    try:
+        yield
+    finally:
+        for timer, *_ in TIMERS:
+            signal.setitimer(timer, 0)
 
 
 def holds(source, part):
@@ -436,128 +564,287 @@ def matches(name, part):
     return own == test and (not parameter or parameter in given.rstrip("]").split("-"))
 
 
-def run_tests(names, record, limit=60):
-    """The exercises' tests that are here, in this process, of the modules that are imported; limit:
-    seconds for one test.
-    """
-    import pytest
+def run_tests(name, record, limit=LIMIT):
+    """The exercise's tests that are here, in this process, of the module that is imported."""
+    module, file = name.split(".")[0], test_file(name)
+    source = file.read_text("utf-8")
+    parts = [test for _, test, _ in EXERCISES[name].parts if holds(source, test)]
+    tests = dict.fromkeys(f"{file}::{test.split('[')[0]}" for test in parts)
+    recorder = Recorder(parts, record, limit)
+    with pytest.MonkeyPatch.context() as patch:
+        for function in EXERCISES[name].blank:
+            owner, *path = sys.modules[module], *function.split(".")
+            for part in path[:-1]:
+                owner = getattr(owner, part, None)
+            if callable(own := getattr(owner, path[-1], None)):
+                patch.setattr(owner, path[-1], answering(function, own))
+        recorder.watch(patch)
+        flags = ["-vvv", "--tb=no", "--capture=no", "-pno:cacheprovider", f"--rootdir={ROOT}"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            pytest.main([*flags, *tests], plugins=[recorder])
 
-    wanted, files = [], []
-    for name in names:
-        file = ROOT / "tests" / f"test_{name.split('.')[0]}.py"
-        source = file.read_text("utf-8")
-        tests = [test for _, test, _ in EXERCISES[name].parts]
-        here = [test for test in tests if holds(source, test)]
-        wanted += here
-        files += [f"{file}::{test.split('[')[0]}" for test in here]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        flags = ["-vvv", "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--capture=no"]
-        pytest.main([*flags, *dict.fromkeys(files)], plugins=[Recorder(wanted, record, limit)])
 
+def run(folder, file, limit, names):
+    """What the process of `grade` does: writes lines [exercise, test, result] to `file`."""
+    import torch
+    import torchvision  # noqa: F401  before the limit of the submission's own import
 
-def run(folder, name, file, limit):
-    """What the process of `grade` does: writes a line to `file` for each test."""
-
-    def record(name, result):
+    def record(*line):
         with open(file, "a", encoding="utf-8") as target:
-            target.write(json.dumps([name, result]) + "\n")
+            target.write(json.dumps([name, *line]) + "\n")
 
     sys.path.insert(0, str(ROOT))
-    module = name.split(".")[0]
-    path = Path(folder) / f"{module}.py"
+    for name in names:
+        before = set(sys.modules)
+        if why := imported(Path(folder) / f"{name.split('.')[0]}.py", limit):
+            record("broken", why)
+        else:
+            run_tests(name, record, limit)
+        # The next exercise meets this repository's other modules, and torch as it was.
+        for new in set(sys.modules) - before:
+            path = Path(getattr(sys.modules[new], "__file__", None) or "")
+            if path.parent in (ROOT, ROOT / "tests", Path(folder)):
+                del sys.modules[new]
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+
+
+def imported(path, limit):
+    """Imports the submission's file in place of this repository's; returns "" or what failed."""
     try:
-        spec = importlib.util.spec_from_file_location(module, path)
-        sys.modules[module] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[module])
+        with limited(limit):
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[path.stem])
     except SyntaxError as error:
-        return record("broken", f"{path.name}, line {error.lineno}: {error.msg}")
+        return f"{path.name}, line {error.lineno}: {error.msg}"
     except FileNotFoundError:
-        return record("broken", f"there is no {path.name}")
+        return f"there is no {path.name}"
     except BaseException as error:
-        return record("broken", f"{path.name} cannot be imported: {words(error, None)}")
-    run_tests([name], record, limit)
+        return f"{path.name} cannot be imported: {words(error, None)}"
+    return ""
 
 
-def marked(lines, name, ended="the process ended in this part, or before it"):
+# ------------------------------------------------------------------------------------------ grading
+
+RUNNING, STOPPED = set(), threading.Event()  # processes; whether no more are started
+ENDED = "the process ended in this part, or before it"
+
+
+def grade(folder, names, limit):
+    """{exercise: `marked`} of one submission, by one process. An exercise that ends it ends alone:
+    another process runs those after it.
+    """
+    grades, left = {}, list(names)
+    while left and not STOPPED.is_set():
+        lines, ended = results(folder, left, limit)
+        for name in left:
+            grades[name] = marked(lines, name, ended)
+            if any(failed == ended for *_, failed in grades[name]):
+                break
+        left = left[left.index(name) + 1 :]
+    return grades
+
+
+def results(folder, names, limit):
+    """The lines of a process that runs the exercises, and how it has ended if it did too early."""
+    seconds = STARTING + PATIENCE * limit * sum(len(EXERCISES[name].parts) for name in names)
+    ended, lines = ENDED, []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        file = Path(temporary) / "results.jsonl"
+        command = [sys.executable, "-B", __file__, "run", Path(folder).resolve(), file, str(limit)]
+        kwargs = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=temporary)
+        kwargs["env"] = os.environ | {"OMP_NUM_THREADS": "1"}  # or its threads' time adds up
+        process = subprocess.Popen([*command, *names], start_new_session=True, **kwargs)
+        RUNNING.add(process)
+        try:
+            process.wait(0 if STOPPED.is_set() else seconds)
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {seconds:g} seconds, in this part or before it"
+        finally:
+            end(process)
+            RUNNING.discard(process)
+        text = file.read_text("utf-8", "replace") if file.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # cut short
+            line = json.loads(line)
+            lines += [line] if [type(x) for x in line] == [str] * 3 else []
+    return lines, ended
+
+
+def end(process):
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+    process.kill()
+    process.wait()
+
+
+def marked(lines, name, ended=ENDED):
     """[(part, marks, "" or what failed, or None where the test is not here)] of an exercise."""
-    results, parts = [], []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # cut short, or not ours
-            results.append(tuple(json.loads(line)))
-    collected = next((value for name, value in results if name == "collected"), [])
-    broken = next((value for name, value in results if name == "broken"), None)
-    source = (ROOT / "tests" / f"test_{name.split('.')[0]}.py").read_text("utf-8")
+    own = [(test, result) for owner, test, result in lines if owner == name]
+    collected = [result for test, result in own if test == "collected"]
+    broken = next((result for test, result in own if test == "broken"), None)
+    source, parts = test_file(name).read_text("utf-8"), []
     for what, test, marks in EXERCISES[name].parts:
-        found = [why for item, why in results if matches(item, test)]
+        found = [why for item, why in own if matches(item, test)]
         failed = broken or next((why for why in found if why), "")
+        waiting = [before for before, _, why in parts[: EXERCISES[name].first] if why]
         if not holds(source, test):
             failed = None
         elif not failed and (not found or len(found) < sum(matches(i, test) for i in collected)):
             failed = ended
+        elif not failed and waiting:
+            failed = f"right, but counts once the hand-worked part holds ({waiting[0]})"
         parts.append((what, marks, failed))
     return parts
 
 
-def grade(folder, name, limit):
-    """`marked` of one submission. limit: seconds for one test; the process has ten times that, and
-    STARTING.
-    """
-    seconds = STARTING + 10 * limit
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        file, ended = Path(temporary) / "results.jsonl", {}
-        command = [sys.executable, "-B", Path(__file__).resolve(), "run", Path(folder).resolve()]
-        kwargs = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=temporary)
-        process = subprocess.Popen(
-            [*command, file, str(limit), name], start_new_session=True, **kwargs
-        )
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            ended["ended"] = f"stopped after {seconds:g} seconds, in this part or before it"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                if hasattr(os, "killpg"):
-                    os.killpg(process.pid, signal.SIGKILL)  # what it started, too
-            process.kill()
-            process.wait()
-        lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
-    return marked(lines, name, **ended)
+def test_file(name):
+    return ROOT / "tests" / f"test_{name.split('.')[0]}.py"
 
 
-def grade_all(folders, names, limit, output):
-    """Grades on the screen, several at a time, then a table of all."""
-    folders = list(dict.fromkeys(map(str, folders)))
+# ------------------------------------------------------------------------------------------ a class
+
+
+def grade_all(folders, names, limit, output=None, table=None):
+    """Grades several submissions at a time. A line, and the files of marks, after each."""
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not folder.is_dir():
             sys.exit(f"exercise.py: '{folder}' is not a folder; give one for each submission")
-    names = names or handed(folders[0])
-    if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-    pairs = [(folder, name) for folder in folders for name in names]
+    names = list(dict.fromkeys(names)) or handed(folders[0])
+    if not TIMERS:
+        print("This system has no timers: no test has a limit, only the process of all has one.")
+    kept = earlier(output)
+    short = short_names({*map(Path, kept), *folders})
+    for path, entry in kept.items():
+        entry["submission"] = short[Path(path)]
+    digests = {folder: digest(folder, names, limit) for folder in folders}
+    new = [f for f in folders if kept.get(str(f), {}).get("digest") != digests[f]]
+    for folder in folders:
+        if folder not in new:
+            print(f"{short[folder]}: its files have not changed, the marks are those of before")
+    kept = {path: entry for path, entry in kept.items() if Path(path) not in new}
+    sentences = alike(folders, names, short)
+    try:
+        for number, (folder, grades) in enumerate(each(new, names, limit), 1):
+            entry = dict(submission=short[folder], digest=digests[folder])
+            kept[str(folder)] = entry | counted(grades, flags(folder, names))
+            keep(kept, sentences, output, table)
+            print(f"{number}/{len(new)} {line_of(kept[str(folder)])}", flush=True)
+    except KeyboardInterrupt:
+        on = "the same command goes on from here" if output else "--json would keep the marks"
+        sys.exit(f"exercise.py: interrupted; {on}")
+    keep(kept, sentences, output, table)
+    for folder in folders:
+        show(kept[str(folder)])
+    print("\n".join(["", *sentences]))
+
+
+def each(folders, names, limit):
+    """(folder, `grade` of it), several at a time, in the order in which they are done."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = pool.map(lambda pair: grade(*pair, limit), pairs)
-        everything = {folder: {name: next(work) for name in names} for folder in folders}
-    if output:
-        keys = "part", "marks", "failed"
-        table = {
-            folder: {name: [dict(zip(keys, part)) for part in parts] for name, parts in g.items()}
-            for folder, g in everything.items()
-        }
-        Path(output).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    for folder, grades in everything.items():
-        print(folder)
-        for name, parts in grades.items():
-            print(f"  {name:<42} {score(parts)}")
-            for what, marks, failed in parts:
-                reached = "-" if failed is None else 0 if failed else marks
-                here = "kept for grading" if failed is None else failed or "right"
-                print(f"    {reached}/{marks} {what}: {here}")
-    if len(folders) > 1:
-        print("\n" + "  ".join([f"{'submission':<30}", *names, "all"]))
-        for folder, grades in everything.items():
-            cells = [f"{score(grades[name]):<{len(name)}}" for name in names]
-            total = score([part for parts in grades.values() for part in parts])
-            print("  ".join([f"{folder[-30:]:<30}", *cells, total]))
+        work = {pool.submit(grade, folder, names, limit): folder for folder in folders}
+        try:
+            for done in as_completed(work):
+                yield work[done], done.result()
+        except BaseException:  # an interruption, here or where the marks are kept
+            STOPPED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                end(process)
+            raise
+
+
+def counted(grades, flags):
+    """The marks of a submission as JSON keeps them; parts that are not here count nowhere."""
+    exercises = {}
+    for name, parts in grades.items():
+        rows = [dict(part=what, marks=0 if why or why is None else marks, maximum=marks, failed=why)
+                for what, marks, why in parts]  # fmt: skip
+        exercises[name] = total([r for r in rows if r["failed"] is not None]) | dict(parts=rows)
+    return total(exercises.values()) | dict(flags=flags, exercises=exercises)
+
+
+def total(rows):
+    marks, maximum = (sum(row[key] for row in rows) for key in ("marks", "maximum"))
+    return dict(marks=marks, maximum=maximum, percent=round(100 * marks / max(maximum, 1), 1))
+
+
+def earlier(output):
+    """{folder: its marks} of the JSON file that is there already."""
+    try:
+        return json.loads(Path(output).read_text("utf-8"))["submissions"] if output else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError):
+        sys.exit(f"exercise.py: '{output}' holds something else than marks; give --json a new name")
+
+
+def digest(folder, names, limit):
+    """Of what the marks depend on: exercises, limit, the tests and the submission's files."""
+    files = [Path(__file__), ROOT / "tests" / "conftest.py", *map(test_file, names)]
+    files += [folder / f"{name.split('.')[0]}.py" for name in names]
+    known = [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else "" for f in files]
+    return hashlib.sha256(json.dumps([names, limit, known]).encode()).hexdigest()
+
+
+def short_names(folders):
+    """{folder: its own name, or as much of its path as tells it apart}."""
+    names = {}
+    for folder in folders:
+        count = 1
+        while sum(other.parts[-count:] == folder.parts[-count:] for other in folders) > 1:
+            count += 1
+        names[folder] = "/".join(folder.parts[-count:])
+    return names
+
+
+def keep(kept, sentences, output, table):
+    """Rewrites the files of marks, each by a rename, so that an interruption loses nothing."""
+    kept = dict(sorted(kept.items()))
+    text = json.dumps(dict(submissions=kept, alike=sentences), indent=1, ensure_ascii=False)
+    texts = {output: text + "\n"}
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(["submission", "exercise", "marks", "maximum", "percent", "flags"])
+    for entry in kept.values():
+        for name, row in (entry["exercises"] | dict(total=entry)).items():
+            own = [f for f in entry["flags"] if name == "total" or f.startswith(file_of(name))]
+            numbers = [row[key] for key in ("marks", "maximum", "percent")]
+            writer.writerow([entry["submission"], name, *numbers, "; ".join(own)])
+    texts[table] = rows.getvalue()
+    for path in filter(None, texts):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.part").write_text(texts[path], "utf-8", newline="\n")
+        os.replace(f"{path}.part", path)
+
+
+def line_of(entry):
+    each = [f"{name} {score(exercise)}" for name, exercise in entry["exercises"].items()]
+    flagged = [f"{len(entry['flags'])} to look at"] if entry["flags"] else []
+    return f"{entry['submission']}: {score(entry)} ({', '.join([*each, *flagged])})"
+
+
+def show(entry):
+    """What each part of a submission has, in words."""
+    print(f"\n{line_of(entry)}")
+    for flag in entry["flags"]:
+        print(f"  look at {flag}")
+    for name, exercise in entry["exercises"].items():
+        parts = exercise["parts"]
+        withheld = sum(part["maximum"] for part in parts if part["failed"] is None)
+        more = f" here, {withheld} more at grading" if withheld else ""
+        print(f"  {name:<42} {score(exercise)}{more}")
+        for part in parts:
+            failed, marks = part["failed"], part["marks"]
+            why = "kept for grading" if failed is None else failed or "right"
+            print(f"    {'-' if failed is None else marks}/{part['maximum']} {part['part']}: {why}")
+
+
+def score(row):
+    return f"{row['marks']}/{row['maximum']}"
 
 
 def handed(folder):
@@ -569,18 +856,109 @@ def handed(folder):
         sys.exit(f"exercise.py: '{path}' cannot be read; give --exercise NAME …")
 
 
-def score(parts):
-    """The marks that were reached of those whose tests are here."""
-    here = [(marks, failed) for _, marks, failed in parts if failed is not None]
-    return f"{sum(marks for marks, failed in here if not failed)}/{sum(m for m, _ in here)}"
+# ------------------------------------------------------------------------- what a teacher looks at
+
+# What reaches the tests, or how they are run: modules, names of Python's inside, names of files.
+MODULES = re.compile(
+    r"(_?pytest|signal|inspect|gc|ctypes|builtins|importlib|sys|os|exercise|conftest|test_\w+"
+    r"|torch\.testing)(\.|$)"
+)
+INSIDE = re.compile(
+    r"(.+\.)?(__(builtins|import|globals|code|closure|subclasses|wrapped)__|exec|eval|_exit"
+    r"|_getframe|f_(back|globals|locals|code)|tb_frame|gi_frame)$|(sys\.modules|torch\.testing)$"
+)
+FILES = re.compile(r"\btests?[/_]|exercise\.|results\.jsonl")
+
+
+def tree_of(path):
+    """The syntax tree of a file; an empty one where there is none."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
+        return ast.parse(path.read_bytes())
+    return ast.Module([], [])
+
+
+def flags(folder, names):
+    """Where the files touch what grades them, and this repository's files do not."""
+    found = []
+    for file in dict.fromkeys(map(file_of, names)):
+        ours = {what for _, what in touches(tree_of(ROOT / file))}
+        places = touches(tree_of(Path(folder) / file))
+        found += [f"{file}, line {line}: {what}" for line, what in places if what not in ours]
+    return found
+
+
+def touches(tree):
+    """[(line, what)] in a file: what is imported or used of the grader, functions of other modules
+    that are replaced, and texts that name the grader's files.
+    """
+    places, imports, nodes = set(), set(), list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            imports |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+            places |= {(node.lineno, f"imports {start}{alias.name}") for alias in node.names
+                       if MODULES.match(start + alias.name)}  # fmt: skip
+    described = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, (ast.Attribute, ast.Name)):
+            text = ast.unparse(node)
+            root = text.split(".")[0]
+            if isinstance(node.ctx, ast.Store) and root in imports:
+                places.add((node.lineno, f"replaces {text}"))
+            elif INSIDE.match(text):
+                places.add((node.lineno, f"uses {text}"))
+        elif isinstance(node, ast.Constant) and id(node) not in described:
+            if FILES.search(str(node.value)):
+                places.add((node.lineno, f"names {node.value!r}"))
+    return sorted(places)
+
+
+def alike(folders, names, short):
+    """Sentences about submissions whose functions are equal but for names of variables."""
+    sentences = []
+    for name in names:
+        ours, groups = body(tree_of(ROOT / file_of(name)), name), {}
+        for folder in folders:
+            text = body(tree_of(folder / file_of(name)), name)
+            if text and folder != ROOT:
+                groups.setdefault(text, []).append(short[folder])
+        for text, who in groups.items():
+            people = " and ".join(filter(None, [", ".join(who[:-1]), who[-1]]))
+            if text == ours:
+                sentences.append(f"{people}: {name} is the repository's own but for names")
+            elif len(who) > 1:
+                sentences.append(f"{people}: {name} is the same but for names")
+    return sentences
+
+
+def body(tree, name):
+    """The exercise's functions with numbered variables; "" where they are short."""
+    size, text, found = 0, "", functions(tree)
+    for node in (found[function] for function in EXERCISES[name].blank if function in found):
+        start = 1 if ast.get_docstring(node) else 0
+        inside = [x for part in (node.args, *node.body[start:]) for x in ast.walk(part)]
+        size += sum(isinstance(x, (ast.stmt, ast.expr)) for x in inside)
+        own = [x.arg if isinstance(x, ast.arg) else x.id for x in inside if isinstance(x, ast.arg)
+               or (isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store))]  # fmt: skip
+        numbers = {variable: f"v{i}" for i, variable in enumerate(dict.fromkeys(own))}
+        for x in inside:
+            if isinstance(x, ast.arg):
+                x.arg, x.annotation = numbers[x.arg], None
+            elif isinstance(x, ast.Name):
+                x.id = numbers.get(x.id, x.id)
+        text += "".join(map(ast.dump, [node.args, *node.body[start:]]))
+    return text if size >= ALIKE_FROM else ""
+
+
+def file_of(name):
+    return f"{name.split('.')[0]}.py"
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
 def check(names):
-    unknown = [name for name in names if name not in EXERCISES]
-    unknown += [n for n in names if not (ROOT / "tests" / f"test_{n.split('.')[0]}.py").is_file()]
+    unknown = [name for name in names if name not in EXERCISES or not test_file(name).is_file()]
     if unknown:
         sys.exit(f"exercise.py: no exercise '{unknown[0]}'; there are {', '.join(EXERCISES)}")
     return names
@@ -597,24 +975,29 @@ def main():
     grading.add_argument("folders", nargs="+", metavar="DIR")
     what = "exercises [those of the first folder's exercise.json]"
     grading.add_argument("--exercise", nargs="+", default=[], metavar="NAME", help=what)
-    what = "seconds for one test [10]"
-    grading.add_argument("--limit", type=float, default=10, help=what)
-    grading.add_argument("--json", metavar="FILE", help="file for all marks")
+    what = f"seconds of CPU time for one test [{LIMIT}]"
+    grading.add_argument("--limit", type=float, default=LIMIT, help=what)
+    what = "file for all marks; what is in it and has not changed is not run again"
+    grading.add_argument("--json", metavar="FILE", help=what)
+    grading.add_argument("--csv", metavar="FILE", help="table of all marks")
     running = commands.add_parser("run")  # by `grade`
     for name, kind in ("folder", str), ("file", str), ("limit", float):
         running.add_argument(name, type=kind)
-    running.add_argument("name")
+    running.add_argument("names", nargs="+")
     args = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows its number
+        stream.reconfigure(errors="backslashreplace")
     if args.command == "list":
         for name, exercise in EXERCISES.items():
-            total = sum(marks for *_, marks in exercise.parts)
-            print(f"{name:<42} {'*' * exercise.difficulty:<4} {total} marks  {exercise.source}")
+            marks = sum(marks for *_, marks in exercise.parts)
+            print(f"{name:<42} {'*' * exercise.difficulty:<4} {marks} marks  {exercise.source}")
     elif args.command == "make":
         make(check(args.names), args.output)
     elif args.command == "grade":
-        grade_all(args.folders, check(args.exercise), args.limit, args.json)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the processes, as Ctrl-C
+        grade_all(args.folders, check(args.exercise), args.limit, args.json, args.csv)
     else:
-        run(args.folder, args.name, args.file, args.limit)
+        run(args.folder, args.file, args.limit, args.names)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LIGHT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import caa
 import evaluate
@@ -675,15 +677,35 @@ def test_float16_queries_beyond_65504_give_a_finite_map():
     assert caa.channel_map(10 * query).isfinite().all()
 
 
+class Written(TorchDispatchMode):
+    """The numbers of all tensors that are computed while it is active, one after the other or at
+    once. Views are no new tensors.
+    """
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        old = {x.data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+        new = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numbers += sum(x.numel() for x in new if x.data_ptr() not in old)
+        return out
+
+
 @pytest.mark.equation
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("axis", ["column", "row"])
-def test_weighted_features_are_not_materialised(axis, largest):
-    A, value, gate = torch.randn(2, 6, 6, 6).softmax(-1), torch.randn(2, 3, 6, 6), strong_gate(3)
-    gate = gate.float()
-    with largest:
+def test_weighted_features_are_never_computed(axis, gated):
+    N, C, H, W = 2, 16, 24, 24
+    A, value = torch.randn(N, W, H, H).softmax(-1), torch.randn(N, C, H, W)
+    gate = strong_gate(C).float() if gated else None
+    with Written() as written:
         caa.channelized(A, value, gate, axis)
-        caa.channelized(A, value, None, axis)
-    assert largest.numbers <= 2 * 6 * 6 * 6  # the map's; α has H times as many as the value
+    alpha = N * C * H * W * H  # α of Eq. (3.6), also where it is computed group by group
+    assert written.numbers < alpha, (
+        f"the steps compute {written.numbers} numbers together; expected fewer than the {alpha} of "
+        "the weighted features α, which need not be computed at all"
+    )
 
 
 @pytest.mark.equation
@@ -696,6 +718,7 @@ def test_float16_features_are_pooled_in_float32():
             A, value, lambda p, seen=seen: seen.append(p) or torch.ones_like(p), axis
         )
         z = caa.channelized(A, value, None, axis).double()
+        assert seen, "the gate was not called"
         assert y.dtype == torch.float16 and seen[0].dtype == torch.float32
         pooled = z.mean(3 if axis == "column" else 2).transpose(1, 2) / 32
         torch.testing.assert_close(seen[0].double(), pooled, rtol=1e-4, atol=0)

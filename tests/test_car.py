@@ -178,12 +178,23 @@ def test_eqs_4_2_4_3_intra_by_hand():
     assert loss.item() == pytest.approx(
         (1 + 1 + 0 + 4 + 0 + 0 + 0 + 9) / (4 * 2)
     )  # 4 pixels of 2 channels
-    loss = car.intra_center_to_pixel(features, labels, centers, released=True)
-    assert loss.item() == pytest.approx(((1 + 1 + 2 + 3) / 8) ** 2)
     # centres of each image: those of the second are moved by (0 3)
     centers = torch.stack([centers, centers + torch.tensor([0, 3])])
     loss = car.intra_center_to_pixel(features, labels, centers)
     assert loss.item() == pytest.approx((1 + 1 + 0 + 4) / 8)
+
+
+@pytest.mark.equation
+def test_released_intra_squares_the_mean_by_hand():
+    # |μ - X| as above: (1 1), (0 2), ignored, (0 3)
+    features = one_row([(2, 3), (5, 9)], [(100, 100), (1, 5)])
+    labels = torch.tensor([[[0, 1]], [[255, 0]]])
+    centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]])
+    loss = car.intra_center_to_pixel(features, labels, centers, released=True)
+    assert loss.item() == pytest.approx(((1 + 1 + 2 + 3) / 8) ** 2)
+    # pixels at their centre: no loss is below 1e-5
+    loss = car.intra_center_to_pixel(one_row([(1, 2)]), labels[:1, :, :1], centers, released=True)
+    assert loss.item() == pytest.approx(1e-5)
 
 
 @pytest.mark.equation
@@ -194,14 +205,23 @@ def test_eqs_4_4_to_4_7_between_centres_by_hand():
     centers = torch.diag(norms)[:2]
     loss = car.inter_center_to_center(centers, epsilon=1 / 16)
     assert loss.item() == pytest.approx((3**2 + 1) / 16**2 / 2)
-    loss = car.inter_center_to_center(centers, epsilon=1 / 16, released=True)
-    assert loss.item() == pytest.approx((2 / 16) ** 2)
     # a second image, whose centres are in one place: A = 1/2; above 1/16: 7/16 twice
     loss = car.inter_center_to_center(torch.stack([centers, 0 * centers + 1]), epsilon=1 / 16)
     assert loss.item() == pytest.approx((9 + 1 + 49 + 49) / 16**2 / 4)
     # three centres in one place: A = 1/3 each; above ε_0/2 = 1/4 twice 1/12
     loss = car.inter_center_to_center(torch.ones(3, 5))
     assert loss.item() == pytest.approx((1 / 6) ** 2, rel=1e-5)
+
+
+@pytest.mark.equation
+def test_released_c2c_squares_the_mean_by_hand():
+    # as above: 3/16 and 1/16 above the threshold
+    norms = torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt()
+    loss = car.inter_center_to_center(torch.diag(norms)[:2], epsilon=1 / 16, released=True)
+    assert loss.item() == pytest.approx((2 / 16) ** 2)
+    # nothing is above it, and each class is clipped at 1e-7
+    loss = car.inter_center_to_center(torch.diag(norms)[:2], epsilon=1, released=True)
+    assert loss.item() == pytest.approx(1e-14, rel=1e-3, abs=0)
 
 
 def between_centres_and_pixels():

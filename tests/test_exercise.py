@@ -1,17 +1,28 @@
 """The course kit: what is handed out, what is graded, and that each exercise is graded alone."""
 
+import csv
 import importlib
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
 import exercise
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import WITHOUT_POSIX, without_posix
+
+import caa
+import car
+import ksac
 
 pytestmark = pytest.mark.system
 
@@ -33,6 +44,116 @@ WRONG = {
 }  # fmt: skip
 
 
+def refuses(text):
+    def call(*args, **kwargs):
+        raise ValueError(text)
+
+    return call
+
+
+def nearest(labels, strides, finest="pixel"):
+    maps = [labels[:, s // 2 :: s, s // 2 :: s] for s in strides]
+    return maps, [torch.ones_like(y) for y in maps[:-1]]
+
+
+def repeated(y, like):
+    return F.interpolate(y, like.shape[-2:])
+
+
+GUIDE, GUIDED = "SemanticPredictionGuidance.forward", "HighLevelFeatureGuidedModule.forward"
+POLICY = "policy='best': it is one of 'true_positive', 'ground_truth', 'naive'"
+# Answers that need no thought: for each exercise, {function: what stands in its place}
+TRIVIAL = {
+    "caa.column_attention": [
+        {"column_attention": lambda q: torch.zeros(len(q), q.shape[3], *q.shape[2:3] * 2)},
+        {"column_attention": lambda q: torch.full((len(q), q.shape[3], *q.shape[2:3] * 2),
+                                                  1 / q.shape[2], dtype=q.dtype)},
+        {"column_attention": lambda q: q.permute(0, 3, 2, 1) @ q.permute(0, 3, 1, 2)},
+        {"column_attention": lambda q: torch.softmax(  # the row's map
+            q.permute(0, 2, 3, 1) @ q.permute(0, 2, 1, 3), -1)},
+    ],
+    "caa.channelized": [
+        {"channelized": lambda A, value, gate, axis: torch.zeros_like(value)},
+        {"channelized": lambda A, value, gate, axis: value.clone()},
+        {"channelized": lambda A, value, gate, axis: caa.channelized_grouped(  # no gates
+            A, value, None, axis, 1)},
+        {"channelized": lambda A, value, gate, axis: caa.channelized_grouped(  # α
+            A, value, gate, axis, 1)},
+        {"channelized": lambda A, value, gate, axis: caa.channelized_grouped(  # α, row by row
+            A, value, gate, axis, A.shape[-1])},
+    ],
+    "ksac.shared_atrous": [
+        dict.fromkeys(["separate", "rearranged", "shared_atrous"], lambda x, w, rates: [
+            torch.zeros(len(x), len(w), *x.shape[2:], dtype=x.dtype) for _ in rates]),
+        dict.fromkeys(["separate", "rearranged", "shared_atrous"], lambda x, w, rates: [x] * 3),
+        {"rearranged": lambda x, w, rates: ksac.separate(x, w, rates)},
+        {"rearranged": lambda x, w, rates: [F.conv2d(x, w, padding=1)] * len(rates)},
+    ],
+    "car.class_centers": [
+        {"class_centers": lambda x, y, K, scope="batch": (torch.zeros(K, x.shape[1]),
+                                                          torch.zeros(K))},
+        {"class_centers": lambda x, y, K, scope="batch": (
+            x.mean((0, 2, 3)).expand(K, -1), torch.full((K,), y.numel() / K))},
+        {"class_centers": lambda x, y, K, scope="batch": (
+            torch.stack([(x * (y == k)[:, None]).sum((0, 2, 3)) for k in range(K)]),
+            torch.stack([(y == k).sum() for k in range(K)]))},
+    ],
+    "car.intra_center_to_pixel": [
+        {"intra_center_to_pixel": lambda x, y, mu, released=False: x.sum() * 0},
+        {"intra_center_to_pixel": lambda x, y, mu, released=False: x.float().square().mean()},
+        {"intra_center_to_pixel": lambda x, y, mu, released=False: car.inter_center_to_pixel(
+            x, y, mu, released=released)},
+        {"intra_center_to_pixel": lambda x, y, mu, released=False: car.f_mse(
+            car.flat(x, y) - mu.detach().mean(0), released)},
+    ],
+    "car.inter_center_to_center": [
+        {"inter_center_to_center": lambda mu, epsilon=0.5, released=False: mu.sum() * 0},
+        {"inter_center_to_center": lambda mu, epsilon=0.5, released=False: mu.square().mean()},
+        {"inter_center_to_center": lambda mu, epsilon=0.5, released=False: torch.softmax(
+            mu @ mu.mT / math.sqrt(mu.shape[-1]), -1).square().mean()},
+    ],
+    "car.inter_center_to_pixel": [
+        {"inter_center_to_pixel": lambda x, y, mu, *args, **kwargs: x.sum() * 0},
+        {"inter_center_to_pixel": lambda x, y, mu, *args, **kwargs: car.intra_center_to_pixel(
+            x, y, mu)},
+        {"inter_center_to_pixel": lambda x, y, mu, *args, **kwargs: torch.softmax(
+            car.flat(x, y) @ mu.detach().mT.to(x.dtype), -1).square().mean()},
+    ],
+    "pyramid_fuse.pyramid_labels": [
+        {"pyramid_labels": nearest},
+        {"pyramid_labels": lambda y, strides=(32, 16, 8, 4), finest="pixel": [
+            [torch.full_like(m, 255) for m in maps] for maps in nearest(y, strides)]},
+        {"pyramid_labels": lambda y, *args: ([y] * 3, [y] * 2)},
+        {"pyramid_labels": refuses("labels of 32x48: expected multiples of the stride 32")},
+    ],
+    "pyramid_fuse.relabel": [
+        {"relabel": lambda y, u, p, threshold=0.9, policy="true_positive": (y, u)},
+        {"relabel": lambda y, u, p, threshold=0.9, policy="true_positive": [
+            [torch.full_like(m, 255) for m in maps] for maps in (y, u)]},
+        {"relabel": refuses(POLICY)},
+    ],
+    "pyramid_fuse.fuse": [
+        {"fuse": lambda y, p, threshold=0.9: y[-1]},
+        {"fuse": lambda y, p, threshold=0.9: repeated(y[0], y[-1])},
+        {"fuse": lambda y, p, threshold=0.9: sum(repeated(m, y[-1]) for m in y) / len(y)},
+        {"chosen_level": lambda p, like, threshold=0.9: torch.zeros_like(like[:, 0]).long()},
+    ],
+    "spgnet." + GUIDE: [
+        {GUIDE: lambda self, x: (torch.zeros_like(self.out(x)), self.logits(x))},
+        {GUIDE: lambda self, x: (self.out(x), self.logits(x))},
+        {GUIDE: lambda self, x: (self.out(x + self.transform(x)), self.logits(x))},
+        {GUIDE: lambda self, x: (x, x)},
+    ],
+    "hfgd." + GUIDED: [
+        {GUIDED: lambda self, u, kernels: torch.zeros_like(kernels(u))},
+        {GUIDED: lambda self, u, kernels: u},
+        {GUIDED: lambda self, u, kernels: kernels(u)},
+        {GUIDED: lambda self, u, kernels: kernels(self.attention(u))},
+        {GUIDED: lambda self, u, kernels: kernels(self.attention(u)).detach()},
+    ],
+}  # fmt: skip
+
+
 def source(name):
     return (exercise.ROOT / f"{name.split('.')[0]}.py").read_text("utf-8")
 
@@ -40,26 +161,50 @@ def source(name):
 def graded(names, limit=600):
     """{exercise: [what failed, "" where a part is right]}, in this process."""
     lines, conftest = [], sys.modules["conftest"]
-    exercise.run_tests(names, lambda *line: lines.append(json.dumps(line)), limit)
+    for name in names:
+        importlib.import_module(name.split(".")[0])
+        exercise.run_tests(name, lambda *line, name=name: lines.append((name, *line)), limit)
     sys.modules["conftest"] = conftest  # the session inside has imported it anew
     return {name: [failed for *_, failed in exercise.marked(lines, name)] for name in names}
 
 
-def solve(name, text, monkeypatch):
-    """Put the exercise's functions of the source `text` in the place of the module's own."""
-    fresh, module = types.ModuleType("fresh"), importlib.import_module(name.split(".")[0])
-    exec(compile(text, "fresh.py", "exec"), fresh.__dict__)
-    for function in exercise.EXERCISES[name].blank:
-        owner, new, *path = module, fresh, *function.split(".")
+def marks(name, failed):
+    return sum(marks for (*_, marks), why in zip(exercise.EXERCISES[name].parts, failed) if not why)
+
+
+def write(name, answers, patch):
+    """Put the functions {name: function} in the place of those of the exercise's module."""
+    for function, answer in answers.items():
+        owner, *path = importlib.import_module(name.split(".")[0]), *function.split(".")
         for part in path[:-1]:
-            owner, new = getattr(owner, part), getattr(new, part)
-        monkeypatch.setattr(owner, path[-1], getattr(new, path[-1]))
+            owner = getattr(owner, part)
+        patch.setattr(owner, path[-1], answer)
+
+
+def solve(name, text, patch):
+    """Put the exercise's functions of the source `text` in the place of the module's own."""
+    fresh = types.ModuleType("fresh")
+    exec(compile(text, "fresh.py", "exec"), fresh.__dict__)
+    names = {}
+    for function in exercise.EXERCISES[name].blank:
+        names[function] = fresh
+        for part in function.split("."):
+            names[function] = getattr(names[function], part)
+    write(name, names, patch)
+
+
+def submitted(folder, **files):
+    """A folder of a submission: {module: text}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for module, text in files.items():
+        (folder / f"{module}.py").write_text(text, "utf-8")
+    return folder
 
 
 def test_all_parts_pass_with_the_solutions():
     grades = graded(list(exercise.EXERCISES))
     assert len(grades) == 12 and set().union(*grades.values()) == {""}
-    assert all(3 <= len(parts) <= 6 for parts in grades.values())
+    assert all(3 <= len(parts) <= 7 for parts in grades.values())
 
 
 @pytest.mark.parametrize("name", exercise.EXERCISES)
@@ -78,6 +223,91 @@ def test_a_wrong_solution_loses_marks_and_is_told_why(name, monkeypatch):
     failed = [why for why in graded([name])[name] if why]
     assert failed and all("\n" not in why and len(why) < 500 for why in failed)
     assert any("expected" in why for why in failed), failed
+
+
+@pytest.mark.parametrize("name", exercise.EXERCISES)
+def test_a_trivial_answer_has_at_most_one_mark(name, monkeypatch):
+    assert len(TRIVIAL[name]) >= 3
+    for number, answers in enumerate(TRIVIAL[name]):
+        with monkeypatch.context() as patch:
+            write(name, answers, patch)
+            failed = graded([name])[name]
+        assert marks(name, failed) <= 1, (number, failed)
+
+
+TERMS = ["intra_center_to_pixel", "inter_center_to_center", "inter_center_to_pixel"]
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_an_answer_without_the_released_form_loses_that_part_alone(term, monkeypatch):
+    call = getattr(car, term)
+    monkeypatch.setattr(car, term, lambda *args, released=False, **kwargs: call(*args, **kwargs))
+    *others, released = graded([f"car.{term}"])[f"car.{term}"]
+    assert set(others) == {""} and "expected" in released
+
+
+def test_a_part_counts_once_the_first_ones_hold():
+    name = "ksac.shared_atrous"
+    one = exercise.EXERCISES[name]
+    tests = [test.replace("[", "[x-") for _, test, _ in one.parts]
+
+    def failed(wrong):
+        lines = [(name, test, "wrong" if i in wrong else "") for i, test in enumerate(tests)]
+        return [why for *_, why in exercise.marked(lines, name)]
+
+    waits = "right, but counts once the hand-worked part holds ({})"
+    assert failed([]) == [""] * 6
+    assert failed([5]) == [""] * 5 + ["wrong"]
+    assert failed([1, 5]) == ["", "wrong"] + [waits.format(one.parts[1][0])] * 3 + ["wrong"]
+    assert failed([0]) == ["wrong"] + [waits.format(one.parts[0][0])] * 5
+
+
+MISTAKES = [
+    ("car.intra_center_to_pixel", "return loss.clamp(min=1e-5) if released else loss",
+     "return loss.item()", "`intra_center_to_pixel` returned a Python number where a tensor"),
+    ("car.intra_center_to_pixel", "return loss.clamp(min=1e-5) if released else loss",
+     "loss.clamp(min=1e-5) if released else loss", "returned None: is there no `return`?"),
+    ("car.intra_center_to_pixel", "loss = f_mse(D, released)", "loss = D.mean((0, 1))",
+     "a tensor of several numbers came where one was expected"),
+    ("car.intra_center_to_pixel", "loss = f_mse(D, released)", "loss = f_mse(D.detach(), released)",
+     "with scope=batch, released=False: no gradient reaches one of the inputs: RuntimeError"),
+    ("car.intra_center_to_pixel", "loss = f_mse(D, released)", "loss = 2 * f_mse(D, released)",
+     r"expected 1\.875 ± 1\.9e-06, got 3\.75 \(test_car.py, line \d+\)"),
+    ("pyramid_fuse.fuse", "    return fused", "    return fused.float()",
+     "float32 came where float64 was expected"),
+    ("caa.channelized", "return z.permute(0, 3, 2, 1)", "return z.permute(0, 3, 1, 2)",
+     r"expected the shape \[1, 1, 2, 3\], got \[1, 1, 3, 2\]"),
+    ("caa.column_attention", "q.mT, dim=-1", "q.mT.float(), dim=-1",
+     "two dtypes meet, such as float32 and float64: RuntimeError"),
+    ("caa.column_attention", "torch.promote_types(query.dtype, torch.float32)", "torch.float32",
+     "with axis=column: float32 came where float64 was expected"),
+    ("ksac.shared_atrous", "padding=r) for r in rates]  # Σ_k",
+     "padding=r).float() for r in rates]",
+     r"with shared_atrous=rearranged, rates=\(1, 2\): float32 came where float64 was expected"),
+    ("ksac.shared_atrous", "    taps = weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)",
+     "    return separate(x, weight, rates)\n    taps = weight.flip(2, 3).flatten(0, 2)",
+     "multiply-adds of `rearranged` for three rates.* expected 147456.* got 442368"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, right, wrong, words", MISTAKES, ids=range(len(MISTAKES)))
+def test_frequent_mistakes_are_told_in_words(name, right, wrong, words, monkeypatch):
+    text = source(name)
+    start = text.index(f"def {exercise.EXERCISES[name].blank[0]}(")
+    assert text.count(right, start) >= 1
+    solve(name, text[:start] + text[start:].replace(right, wrong, 1), monkeypatch)
+    failed = graded([name])[name]
+    assert any(re.search(words, why) for why in failed), failed
+
+
+def test_the_form_that_was_taken_is_said(monkeypatch):
+    name = "ksac.shared_atrous"
+    write(name, {"shared_atrous": lambda *args: ksac.rearranged(*args)}, monkeypatch)
+    *others, form = graded([name])[name]
+    assert set(others) == {""} and form.startswith(
+        "with channels=767, rates=(1, 2), form=separate: forms that `shared_atrous` called: "
+        "expected ['separate'], got ['rearranged'] ("
+    )
 
 
 def test_a_handout_has_no_solution(tmp_path):
@@ -100,13 +330,42 @@ def test_a_handout_has_no_solution(tmp_path):
             same = exercise.ast.dump(node) == exercise.ast.dump(own[function])
             assert same == (function not in one.blank)
         sheet = (folder / "EXERCISE.md").read_text("utf-8")
-        assert all(part[0] in sheet for part in one.parts) and one.hint in sheet
+        assert all(part[0] in sheet for part in one.parts)
+        assert one.hint in sheet and one.notes in sheet and f"--exercise {name}`" in sheet
     assert "Derivation" not in (tmp_path / "caa.channelized/caa.py").read_text("utf-8").split(
         "def channel_map")[0].split("def channelized(")[1]  # fmt: skip
     with pytest.raises(SystemExit, match="exists; give a new --output folder"):
         exercise.make(["caa.channelized"], tmp_path)
     with pytest.raises(SystemExit, match="no exercise 'caa.nothing'; there are caa.column"):
         exercise.check(["caa.nothing"])
+
+
+def test_the_sheet_says_what_there_is_to_reach(tmp_path):
+    names = ["caa.channelized", "car.inter_center_to_center"]
+    exercise.make(names, tmp_path / "out")
+    sheet = (tmp_path / "out" / "EXERCISE.md").read_text("utf-8")
+    assert "# Exercises\n\n16 marks." in sheet
+    assert "9 marks: 7 here, 2 more at grading." in sheet
+    assert "7 marks: 4 here, 3 more at grading." in sheet
+    assert sheet.count("kept for grading |") == 3
+    assert "10 seconds of CPU time, and 60 on the clock" in sheet and "macOS" in sheet
+    assert "float64" in sheet and "`released` is a part of its own" in sheet
+    assert sheet.count("the others once both hold") == 1  # the weighted features come second
+
+
+def test_no_link_of_a_handout_is_dead(tmp_path):
+    exercise.make(["caa.channelized"], tmp_path / "out")
+    pages = [*(tmp_path / "out").rglob("*.md")]
+    assert {page.name for page in pages} == {"README.md", "EXERCISE.md"}
+    for page in pages:
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+            path = page.parent / target.partition("#")[0]
+            assert target.startswith("https://") or path.exists(), target
+    text = "![seen](a.png)[there](x.md#a), [gone](y.md), [far](https://a.b), [here](#c)"
+    (tmp_path / "x.md").touch()
+    assert exercise.living(text, tmp_path) == (
+        "[there](x.md#a), gone (not in this handout), [far](https://a.b), [here](#c)"
+    )
 
 
 def test_a_class_is_graded(tmp_path, capsys):
@@ -120,34 +379,187 @@ def test_a_class_is_graded(tmp_path, capsys):
         (tmp_path / student / "pyramid_fuse.py").write_text(text, "utf-8")
         shutil.rmtree(tmp_path / student / "tests")  # they are not what is graded by
     (tmp_path / "eve" / "exercise.json").write_text('["car.class_centers", 3]')  # nor this
-    output = tmp_path / "grades.json"
-    exercise.grade_all([tmp_path / student for student in submissions], [], 600, output)
+    output, table = tmp_path / "new" / "grades.json", tmp_path / "grades.csv"
+    exercise.grade_all([tmp_path / s for s in submissions], [], 600, output, table)
     printed, grades = capsys.readouterr().out, json.loads(output.read_text("utf-8"))
-    grades = {Path(folder).name: marks for folder, marks in grades.items()}
-    found = {s: [p["failed"] for p in grades[s][name]] for s in submissions}
-    assert found["ben"][0].startswith("expected ") and found["ben"][3] == ""
-    assert set(found["eve"]) == {"the process ended in this part, or before it"}
-    rows = [line.split() for line in printed.splitlines()[-2:]]
-    assert [Path(row[0]).name for row in rows] == list(submissions)
-    assert rows[1][1:] == ["0/5"] * 2
+    ben, eve = grades["submissions"].values()
+    parts = [part["failed"] for part in ben["exercises"][name]["parts"]]
+    assert parts[0].startswith("expected ")
+    assert {part["failed"] for part in eve["exercises"][name]["parts"]} == {exercise.ENDED}
+    for who, entry in ("ben", ben), ("eve", eve):
+        kept = [entry[key] for key in ("submission", "marks", "maximum", "percent")]
+        assert kept == [who, 0, 5, 0]
+        assert f"/2 {who}: 0/5 ({name} 0/5" in printed
+    assert eve["flags"] == ["pyramid_fuse.py, line 1: imports os",
+                            "pyramid_fuse.py, line 2: uses os._exit"]  # fmt: skip
+    assert "look at pyramid_fuse.py, line 2: uses os._exit" in printed
+    rows = list(csv.reader(table.read_text("utf-8").splitlines()))
+    assert rows[0] == ["submission", "exercise", "marks", "maximum", "percent", "flags"]
+    flags = "; ".join(eve["flags"])
+    assert rows[1:3] == [["ben", name, "0", "5", "0.0", ""], ["ben", "total", "0", "5", "0.0", ""]]
+    assert rows[3:] == [["eve", x, "0", "5", "0.0", flags] for x in (name, "total")]
 
 
-# The loop shortens the alarm of its own test, so no other test has a short limit.
-ENDLESS = """
-    import signal
-    left, _ = signal.setitimer(signal.ITIMER_REAL, 0.01)
-    assert 0 < left <= 600
-    while True:
-        pass
+def test_a_class_goes_on_where_it_was_interrupted(tmp_path, capsys, monkeypatch):
+    names = ["caa.column_attention", "caa.channelized"]
+    right = [(what, marks, "") for what, _, marks in exercise.EXERCISES[names[0]].parts]
+    wrong = [(what, marks, "no") for what, _, marks in exercise.EXERCISES[names[1]].parts]
+    class_ = ["ann", "ben", "cyd", "dan"]
+    folders = [submitted(tmp_path / student, caa=f"# {student}\n") for student in class_]
+    output, done = tmp_path / "grades.json", []
+    stops = {"cyd": {"ann", "ben"}}  # who interrupts, once the marks of these are kept
+    idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+                            start_new_session=True)  # fmt: skip
+
+    def kept():
+        text = output.read_text("utf-8") if output.exists() else '{"submissions": {}}'
+        return {entry["submission"] for entry in json.loads(text)["submissions"].values()}
+
+    def grade(folder, names, limit):
+        if folder.name in stops:
+            for _ in range(60_000):  # ten minutes; it takes far less
+                if kept() == stops[folder.name]:
+                    break
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        if stops and folder.name == "dan":  # not before the interruption has been seen
+            exercise.STOPPED.wait(600)
+            return {}
+        done.append(folder.name)
+        return {names[0]: right, names[1]: wrong}
+
+    def again(limit=10):
+        done.clear()
+        monkeypatch.setattr(exercise, "STOPPED", threading.Event())
+        exercise.grade_all(folders, names, limit, output)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(exercise, "grade", grade)
+    monkeypatch.setattr(exercise, "RUNNING", {idle})
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on from here"):
+        again()
+    assert idle.poll() is not None and exercise.STOPPED.is_set()
+    assert kept() == {"ann", "ben"}
+    stops.clear()
+    capsys.readouterr()
+    printed = again()
+    assert done == ["cyd", "dan"]
+    assert printed.count("its files have not changed") == 2
+    each = "5/14 (caa.column_attention 5/5, caa.channelized 0/9)"
+    assert f"1/2 cyd: {each}\n2/2 dan: {each}\n" in printed
+    assert again().count("its files have not changed") == 4 and not done
+    submitted(folders[1], caa="# ben again\n", ksac="# is not graded\n")
+    submitted(folders[2], ksac="# is not graded\n")
+    again()
+    assert done == ["ben"]
+    stops["ben"] = {"ann"}
+    with pytest.raises(SystemExit, match="interrupted"):
+        again(limit=20)
+    assert kept() == {"ann"}  # the others' marks are too old
+    stops.clear()
+    again(limit=20)
+    assert done == class_[1:]
+    entry = json.loads(output.read_text("utf-8"))["submissions"][str(folders[0])]
+    assert [entry[key] for key in ("marks", "maximum", "percent")] == [5, 14, 35.7]
+    output.write_text("[]")
+    with pytest.raises(SystemExit, match="holds something else than marks; give --json a new name"):
+        again()
+
+
+def test_names_are_as_long_as_tells_them_apart():
+    paths = [Path(p) for p in ("/a/x/ann", "/a/y/ann", "/b/y/ann", "/a/ben")]
+    assert list(exercise.short_names(paths).values()) == ["x/ann", "a/y/ann", "b/y/ann", "ben"]
+
+
+def test_an_exercise_that_ends_the_process_ends_alone(tmp_path):
+    first, ends = "    with torch.autocast(query", "    import os\n    os._exit(0)\n"
+    text = source("caa").replace(first, ends + first, 1)
+    name = "pyramid_fuse.fuse"
+    folder = submitted(tmp_path / "ann", caa=text, pyramid_fuse=source(name))
+    names = ["caa.column_attention", "caa.channelized", name]
+    grades = exercise.grade(folder, names, 600)
+    assert list(grades) == names
+    failed = {n: {why for *_, why in parts} for n, parts in grades.items()}
+    assert failed["caa.column_attention"] == {exercise.ENDED}
+    assert failed["caa.channelized"] == failed[name] == {""}
+
+
+TAMPERS = """import sys as s, torch, pytest
+from torch import testing
+import torch.nn.functional as F
+"of the file: tests/test_caa.py"
+torch.allclose = lambda *args, **kwargs: True
+def channelized(attention, value, gate, axis):
+    \"\"\"See tests/test_caa.py.\"\"\"
+    s.modules["caa"].channelized.__globals__["x"] = open("tests/test_caa.py").read()
+    return torch.testing, F.relu.__wrapped__
 """
 
 
-def test_an_endless_loop_fails_its_parts_alone(monkeypatch):
+def test_what_touches_the_grader_is_flagged(tmp_path):
+    for name in exercise.EXERCISES:
+        assert exercise.flags(exercise.ROOT, [name]) == []
+    found = exercise.flags(submitted(tmp_path, caa=TAMPERS), ["caa.channelized"])
+    assert found == [
+        "caa.py, line 1: imports pytest",
+        "caa.py, line 1: imports sys",
+        "caa.py, line 2: imports torch.testing",
+        "caa.py, line 5: replaces torch.allclose",
+        "caa.py, line 8: names 'tests/test_caa.py'",
+        "caa.py, line 8: uses s.modules['caa'].channelized.__globals__",
+        "caa.py, line 9: uses F.relu.__wrapped__",
+        "caa.py, line 9: uses torch.testing",
+    ]
+    assert exercise.flags(submitted(tmp_path, caa="def broken(("), ["caa.channelized"]) == []
+
+
+def test_equal_bodies_are_named(tmp_path):
+    text = source("caa")
+    renamed = re.sub(r"\bz\b", "summed", text.replace("average", "mean_of_z"))
+    other = text.replace(
+        "        average = z.mean(dim=1", "        z = z + 0\n        average = z.mean(1"
+    )
+    texts = dict(
+        ann=other,
+        ben=re.sub(r"\bz\b", "y", other).replace("        # The mean is float32", "        # So"),
+        cyd=renamed,
+        dan=other.replace("z + 0", "z + 1"),
+        eve="raise SystemExit",
+    )
+    folders = [submitted(tmp_path / student, caa=text) for student, text in texts.items()]
+    names = ["caa.column_attention", "caa.channelized"]
+    short = exercise.short_names([*folders, exercise.ROOT])
+    assert exercise.alike([*folders, exercise.ROOT], names, short) == [
+        "ann and ben: caa.channelized is the same but for names",
+        "cyd: caa.channelized is the repository's own but for names",
+    ]  # column_attention is equal in four, but short
+
+
+# It shortens the timer of its own test, so no other test has a short limit.
+ENDLESS = """
+    import signal, time
+    left, _ = signal.setitimer(signal.{0}, 0.01)
+    assert 0 < left <= {1} + 1  # the kernel counts in ticks
+    while True:
+        time.sleep({2})
+"""
+
+
+@pytest.mark.parametrize(
+    "timer, seconds, sleep, said",
+    [
+        ("ITIMER_PROF", 600, 0, "600 seconds of CPU time"),
+        ("ITIMER_REAL", 3600, 600, "3600 seconds"),
+    ],
+)
+def test_an_endless_loop_fails_its_parts_alone(timer, seconds, sleep, said, monkeypatch):
     name, line = "pyramid_fuse.fuse", "    finest = len(unity_prob)\n"
     assert source(name).count(line) == 1
-    solve(name, source(name).replace(line, ENDLESS), monkeypatch)
+    endless = ENDLESS.format(timer, seconds, sleep)
+    solve(name, source(name).replace(line, endless), monkeypatch)
     found = graded([name, "pyramid_fuse.pyramid_labels"])
-    assert all(why.startswith("TimeoutError: not done after 600 sec") for why in found[name])
+    assert all(why.startswith(f"TimeoutError: not done after {said} (") for why in found[name])
     assert set(found["pyramid_fuse.pyramid_labels"]) == {""}
 
 
@@ -157,7 +569,7 @@ def test_a_submission_that_never_ends_is_stopped(groups, tmp_path, monkeypatch):
         monkeypatch.delattr(os, "killpg", raising=False)
     monkeypatch.setattr(exercise, "STARTING", 1)
     (tmp_path / "pyramid_fuse.py").write_text("import time\ntime.sleep(600)\n")
-    parts = exercise.grade(tmp_path, "pyramid_fuse.fuse", 0)
+    parts = exercise.grade(tmp_path, ["pyramid_fuse.fuse"], 0)["pyramid_fuse.fuse"]
     assert {why for *_, why in parts} == {"stopped after 1 seconds, in this part or before it"}
 
 
@@ -171,20 +583,24 @@ def test_all_commands_work_from_any_folder_and_without_what_windows_lacks(tmp_pa
         PYTHONIOENCODING="cp1252",
     )
 
-    def command(*arguments):
+    def command(*arguments, encoding="cp1252"):
         command = without_posix(exercise.__file__, *arguments)
-        kwargs = dict(cwd=tmp_path, env=os.environ | environment, capture_output=True)
-        done = subprocess.run(command, **kwargs)
+        variables = os.environ | environment | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True)
         assert done.returncode == 0, done.stderr.decode("cp1252")
-        return done.stdout.decode("cp1252")
+        return done.stdout.decode(encoding)
 
-    name = "pyramid_fuse.fuse"
+    name = "car.intra_center_to_pixel"
     assert [line.split()[0] for line in command("list").splitlines()] == list(exercise.EXERCISES)
     assert "EXERCISE.md is for the students" in command("make", name, "--output", "handout")
-    (tmp_path / "handout" / "pyramid_fuse.py").write_text(source(name), "utf-8")
-    marks = sum(marks for _, _, marks in exercise.EXERCISES[name].parts)
-    printed = command("grade", "handout", "--limit", "600", "--json", "marks.json")
-    assert f"{name:<42} {marks}/{marks}" in printed and "marks.json" in os.listdir(tmp_path)
+    text = source(name).replace("loss = f_mse(D, released)", "loss = 2 * f_mse(D, released)")
+    (tmp_path / "handout" / "car.py").write_text(text, "utf-8")
+    grade = ["grade", "handout", "--limit", "600", "--json", "marks.json", "--csv", "marks.csv"]
+    printed = command(*grade)
+    assert "This system has no timers: no test has a limit" in printed
+    assert f"{name:<42} 0/7" in printed and "expected 1.875 ± 1.9e-06" in printed
+    assert {"marks.json", "marks.csv"} <= set(os.listdir(tmp_path))
+    assert "expected 1.875 \\xb1 1.9e-06" in command(*grade, encoding="ascii")
 
 
 def test_a_copied_folder_is_imported_from_anywhere(tmp_path, monkeypatch):
@@ -205,8 +621,14 @@ def test_the_students_own_marks_are_of_what_is_handed_out(tmp_path):
     exercise.make(names, tmp_path / "out")
     command = [sys.executable, "tests/exercise.py", "grade", "."]
     done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True)
-    assert "0/3" in done.stdout and done.stdout.count("not written yet") == 2
+    assert "0/3 here, 3 more at grading" in done.stdout
+    assert done.stdout.count("not written yet") == 3
     assert done.stdout.count("kept for grading") == 2
+    assert "look at" not in done.stdout and "repository's own" not in done.stdout
+
+
+# What a file sets does not reach the exercises of the next one in the same process.
+SETTINGS = "import torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n"
 
 
 @pytest.mark.parametrize(
@@ -216,6 +638,7 @@ def test_the_students_own_marks_are_of_what_is_handed_out(tmp_path):
         ("def fuse((:\n", "pyramid_fuse.py, line 1: "),
         ("import nothing_such\n", "pyramid_fuse.py cannot be imported: ModuleNotFoundError"),
         ("raise SystemExit\n", "pyramid_fuse.py cannot be imported: SystemExit"),
+        (SETTINGS + "raise SystemExit\n", "pyramid_fuse.py cannot be imported: SystemExit"),
     ],
 )
 def test_a_file_that_is_not_python_fails_all_parts(text, why, tmp_path, monkeypatch):
@@ -223,11 +646,11 @@ def test_a_file_that_is_not_python_fails_all_parts(text, why, tmp_path, monkeypa
     monkeypatch.setattr(sys, "path", [*sys.path])
     if text:
         (tmp_path / "pyramid_fuse.py").write_text(text, "utf-8")
-    exercise.run(tmp_path, "pyramid_fuse.fuse", tmp_path / "results", 10)
-    parts = exercise.marked(
-        (tmp_path / "results").read_text("utf-8").splitlines(), "pyramid_fuse.fuse"
-    )
-    assert all(failed.startswith(why) for *_, failed in parts)
+    name = "pyramid_fuse.fuse"
+    exercise.run(tmp_path, tmp_path / "results", 10, [name])
+    lines = [json.loads(line) for line in (tmp_path / "results").read_text("utf-8").splitlines()]
+    assert all(failed.startswith(why) for *_, failed in exercise.marked(lines, name))
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 
 def test_exercises_that_cannot_be_read_are_refused(tmp_path):
@@ -236,10 +659,9 @@ def test_exercises_that_cannot_be_read_are_refused(tmp_path):
         exercise.grade_all([tmp_path], [], 10, None)
     with pytest.raises(SystemExit, match="no exercise 'a.b'"):
         exercise.check(["a.b"])
-    assert exercise.marked(['["collected", []]', '["x'], "car.class_centers")[0][2]  # cut short
 
 
-def test_failures_are_told_in_one_line_of_ascii():
+def test_failures_are_told_in_one_line():
     def of(call, pair=None):
         try:
             call()
@@ -252,13 +674,19 @@ def test_failures_are_told_in_one_line_of_ascii():
     assert of(lambda: false("assert 3 == 4")).startswith(
         "expected 4, got 3 (test_exercise.py, line"
     )
+    shapes = of(lambda: false("assert torch.Size([2, 4]) == (3, 4)"))
+    assert shapes.startswith("expected (3, 4), got [2, 4] (")
+    dtypes = of(lambda: false("assert (torch.float32 == torch.float16)"))
+    assert dtypes.startswith("float32 came where float16 was expected (")
     two = of(lambda: false("assert (3 == 3 and 4 == 5)"))
-    assert two.startswith("this does not hold: (3 == 3 and 4 == 5)")
-    assert "\\u0142" in of(lambda: 1 / 0 if false is None else int("\u0142"))
-    assert exercise.told(exercise_tensor(1.0), exercise_tensor(2.0)) == "expected [2.0], got [1.0]"
-
-
-def exercise_tensor(value):
-    import torch
-
-    return torch.tensor([value])
+    assert two.startswith("expected 5, got 4 (")
+    assert of(lambda: false("two of three\nassert 3 == 4")).startswith("two of three (")
+    assert "this does not hold: raise Assert" in of(lambda: false("assert not True"))
+    assert "ValueError: invalid literal for int() with base 10: 'ł'" in of(lambda: int("ł"))
+    assert exercise.told(torch.ones(1), 2 * torch.ones(1)) == "expected [2.0], got [1.0]"
+    assert exercise.told(torch.ones(9) + 1e-6, torch.ones(9)) == (
+        "off by 1e-06 at most, as if float64 had been lost on the way"
+    )
+    assert exercise.told(torch.ones(1), torch.ones(1).double()) == (
+        "float32 came where float64 was expected"
+    )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import LIGHT
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
 import ksac
@@ -75,6 +76,24 @@ def test_line_4_by_hand(form):
     assert two[0, 0].tolist() == [[701, 802, 913], [4, 5, 46], [7, 8, 79]]
     # The rate exceeds the map: only the centre is inside.
     assert three[0, 0].tolist() == x[0, 0].tolist()
+
+
+@pytest.mark.equation
+def test_rearranged_taps_by_hand_with_the_multiply_adds_of_one_convolution():
+    # The tap of the position itself, and the one r to its right times ten.
+    weight = torch.tensor([[[[0.0, 0, 0], [0, 1, 10], [0, 0, 0]]]])
+    one, two = ksac.rearranged(torch.tensor([[[[1.0, 2, 3]]]]), weight, (1, 2))
+    assert one.flatten().tolist() == [21, 32, 3]
+    assert two.flatten().tolist() == [31, 2, 3]
+    x, weight = torch.randn(2, 8, 16, 16), torch.randn(4, 8, 3, 3)
+    with FlopCounterMode(display=False) as counter:
+        ksac.rearranged(x, weight, (1, 2, 3))
+    counted = counter.get_total_flops() // 2
+    one = 2 * 4 * 8 * 9 * 16 * 16  # of a convolution with one rate; three separate ones have thrice
+    assert one <= counted < 2 * one, (
+        f"multiply-adds of `rearranged` for three rates, in matrix products and convolutions: "
+        f"expected {one}, those of one 3x3 convolution, got {counted}"
+    )
 
 
 @pytest.mark.equation
@@ -160,18 +179,28 @@ def test_gradient_of_the_shared_kernel_is_the_sum_over_the_rates(shared_atrous):
 
 @pytest.mark.equation
 @pytest.mark.parametrize(
-    "channels, rates, folds",
-    [(768, (1, 2), 2), (767, (1, 2), 0), (384, (1, 2, 3), 3), (383, (1, 2, 3), 0), (2048, (2,), 0)],
+    "channels, rates, form",
+    [
+        (768, (1, 2), "rearranged"),
+        (767, (1, 2), "separate"),
+        (384, (1, 2, 3), "rearranged"),
+        (383, (1, 2, 3), "separate"),
+        (2048, (2,), "separate"),
+    ],
 )
 def test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing(
-    channels, rates, folds, monkeypatch
+    channels, rates, form, monkeypatch
 ):
     torch.manual_seed(0)
     x, weight = torch.randn(1, channels, 4, 5), torch.randn(2, channels, 3, 3)
-    fold, calls = F.fold, []
-    monkeypatch.setattr(F, "fold", lambda *a, **k: calls.append(1) or fold(*a, **k))
+    calls = []
+    for name in ("separate", "rearranged"):
+        call = getattr(ksac, name)
+        monkeypatch.setattr(
+            ksac, name, lambda *a, name=name, call=call: calls.append(name) or call(*a)
+        )
     found = ksac.shared_atrous(x, weight, rates)
-    assert len(calls) == folds
+    assert calls == [form], f"forms that `shared_atrous` called: expected [{form!r}], got {calls}"
     for y, r in zip(found, rates):
         assert torch.allclose(y, F.conv2d(x, weight, padding=r, dilation=r), atol=1e-3)
 
