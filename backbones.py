@@ -157,17 +157,26 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
 
 @torch.no_grad()
 def _of_module(module, output_stride):
-    """The Backbone of a user's module, if its maps have the right sides for an image of 97x97."""
+    """The Backbone of a user's module. An image of 97x97 tells whether its maps are aligned."""
+    sizes = {s: [[96 // min(stride, s) + 1] * 2 for stride in (4, 8, 16, 32)] for s in (8, 16, 32)}
+    tensors = itertools.chain(module.parameters(), module.buffers(), [torch.zeros(0)])
+    image, modes = torch.zeros(1, 3, 97, 97, device=next(tensors).device), list(module.modules())
+    modes = [(part, part.training) for part in modes]
+    try:
+        maps = module.eval()(image)
+        shapes = [list(m.shape) for m in maps] if isinstance(maps, (list, tuple)) else []
+        found = shapes or type(maps).__name__
+    except Exception as error:  # whatever it raises
+        shapes, found = [], f"{type(error).__name__}: {error}"
+    for part, training in modes:
+        part.training = training
+    own = [s for s in sizes if [shape[2:] for shape in shapes] == sizes[s]]
+    if output_stride not in own:
+        text = f"{type(module).__name__} as the backbone: from float32 images [1, 3, 97, 97] a list"
+        text += f" of four maps with the sides {sizes.get(output_stride)} was expected, not {found}"
+        raise ValueError(text + (f"; give output_stride={own[0]}" if own else ""))
     strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
-    maps = module.eval()(next(module.parameters()).new_zeros(1, 3, 97, 97))
-    sizes = [[96 // stride + 1] * 2 for stride in strides]
-    listed = isinstance(maps, (list, tuple))
-    found = [list(m.shape)[2:] for m in maps] if listed else f"a {type(maps).__name__}"
-    if found != sizes:
-        text = f"{type(module).__name__} as backbone, output stride {output_stride}: from an image"
-        text += f" of 97x97 expected a list of maps of the sizes {sizes}, not {found}"
-        raise ValueError(f"{text}; give the output_stride that it has, 8, 16 or 32")
-    return Backbone(module.train(), None, tuple(m.shape[1] for m in maps), strides)
+    return Backbone(module, None, tuple(shape[1] for shape in shapes), strides)
 
 
 def parts(name, weights=None):

@@ -633,7 +633,7 @@ class OCR(nn.Module):
         query, key, value = flat(self.phi(x)), flat(self.psi(f)), flat(self.delta(f))
         with torch.autocast(x.device.type, enabled=False):  # Eqs. (2), (3)  [N, hw, 256]
             y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        y = self.rho(y.mT.reshape(len(x), 256, *x.shape[2:]))
+        y = self.rho(y.mT.reshape(x.shape[0], 256, *x.shape[2:]))
         return torch.cat([x, y], dim=1), coarse
 
 

@@ -534,7 +534,8 @@ def read_label(path, lut, huge=False):
         wrong = np.unique(ids[label == UNKNOWN]).tolist()
         known = _ranges(np.flatnonzero(lut != UNKNOWN).tolist())
         text = f"'{path}' holds the label ids {wrong[:8]}; this dataset has {known}"
-        named = any((folder / "classes.txt").is_file() for folder in path.parents)
+        roots = [folder for folder in path.parents if (folder / "labels").is_dir()]
+        named = any((root / "classes.txt").is_file() for root in roots)
         more = ", or add a line to classes.txt" if named else ""
         raise UserError(f"{text}; write 255 there{more}")
     return torch.from_numpy(label)

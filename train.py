@@ -190,10 +190,12 @@ def resumed(last, given):
         if json.dumps(value) == json.dumps(settings[name]):  # a list equals a tuple
             continue
         if name not in FREE:
-            new = f"--method {settings['method']} --dataset {settings['dataset']} --init {last}"
-            text = f"{flag(name)} {value} differs from this run's {settings[name]}; leave it out"
-            text += f", or start a new run from its weights: python train.py {new} {flag(name)}"
-            raise UserError(f"{text} {value}, and the run's other flags")
+            text = (
+                f"{flag(name)} {value} differs from this run's {settings[name]}; leave it out, or"
+            )
+            new = f"python train.py --method {settings['method']} --dataset {settings['dataset']}"
+            raise UserError(f"{text} start a new run with its weights: {new} --init {last} "
+                            f"{flag(name)} …, and what else that run was given")  # fmt: skip
         settings[name], origin[name] = value, "command line"
     return settings, origin
 
@@ -299,7 +301,7 @@ def with_losses(net, s, num_classes, rank):
     form = {"paper": {"literal": True}, "released": {"released": True}}.get(s["car"], {})
     layers = [k for k, m in net.named_modules()
               if isinstance(m, nn.Conv2d) and m.out_channels == num_classes]  # fmt: skip
-    if hasattr(net, "classifier"):
+    if getattr(net, "classifier", None) is not None:
         layers = ["classifier"]
     if len(layers) != 1:
         found = f"{num_classes} channels come from {', '.join(layers) or 'no convolution'}"

@@ -1279,32 +1279,77 @@ def test_a_module_with_four_maps_is_a_backbone(name):
 
 @pytest.mark.network
 @pytest.mark.parametrize(
-    "module, stride, expected",
+    "wrong, stride, expected",
     [
-        (Four(), 8, r"Four as backbone, output stride 8: .*\[13, 13\]\], not .*\[4, 4\]\]; give"),
-        (Four(lambda maps: maps[1:]), 32, r"expected a list of maps of the sizes \[\[25, 25\], "),
-        (Four(dict.fromkeys), 32, "not a dict; give the output_stride that it has"),
-        (Four(lambda maps: maps[3]), 32, "not a Tensor"),
+        (
+            None,
+            8,
+            r"Four as .*\[13, 13\]\] was expected, not .*\[1, 512, 4, 4\]\]; give output_stri",
+        ),
+        (
+            lambda maps: maps[1:],
+            32,
+            r"with the sides \[\[25, 25\], .* not \[\[1, 128, 13, 13\], .*\]$",
+        ),
+        (lambda maps: [m.mean(3) for m in maps], 32, r"not \[\[1, 64, 25\], .*\]$"),
+        (dict.fromkeys, 32, "was expected, not dict$"),
+        (lambda maps: maps[3], 32, "not Tensor$"),
+        (lambda maps: [None, *maps], 32, "not AttributeError: 'NoneType' object has no"),
     ],
 )
-def test_a_module_that_does_not_fit_is_told_what_is_expected(module, stride, expected):
+def test_a_module_that_does_not_fit_is_told_what_is_expected(wrong, stride, expected):
     with pytest.raises(ValueError, match=expected):
-        backbones.build(module, stride)
+        backbones.build(Four(wrong), stride)
+
+
+@pytest.mark.network
+def test_a_module_is_left_as_it_was():
+    module = Four()
+    module.levels[0].eval()  # frozen by its author
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    backbones.build(module, 32)
+    assert module.training and module.stem.training and not module.levels[0].training
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+    with pytest.raises(ValueError, match="was expected, not RuntimeError: "):
+        backbones.build(Four().double(), 32)
+    with pytest.raises(ValueError, match=r"not \[\[1, 3, 97, 97\]\]$"):
+        backbones.build(Alone(), 32)
+
+
+class Alone(nn.Module):
+    """It has no parameters."""
+
+    def forward(self, x):
+        return [x]
 
 
 @pytest.mark.network
 def test_a_module_has_its_own_weights():
     with pytest.raises(ValueError, match="its weights and multi_grid are its own"):
         backbones.build(Four(), 32, weights="imagenet")
+    with pytest.raises(ValueError, match="its weights and multi_grid are its own"):
+        backbones.build(Four(), 32, multi_grid=(1, 2, 4))
     with pytest.raises(ValueError, match="expected a name for each stage, .* and no module"):
         importlib.import_module("spgnet").build(3, Four())
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", ["ksac", "caa", "car", "spgnet", "pyramid_fuse", "hfgd"])
-def test_a_network_is_exported_at_one_size_and_runs_at_others(name):
-    net = importlib.import_module(name).build(3, "resnet18").eval()
-    free = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("ksac", {}),
+        ("caa", {}),
+        ("car", dict(head="uper")),
+        ("car", dict(head="ocr")),
+        ("spgnet", {}),
+        ("pyramid_fuse", {}),
+        ("hfgd", {}),
+    ],
+    ids=str,
+)
+def test_a_network_is_exported_at_one_size_and_runs_at_others(name, options):
+    net = importlib.import_module(name).build(3, "resnet18", **options).eval()
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     example = (torch.randn(2, 3, 96, 128),)
     program = torch.export.export(net, example, dynamic_shapes=(free,)).module()
     with torch.no_grad():

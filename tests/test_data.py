@@ -1584,7 +1584,10 @@ def test_matlab_files_that_cannot_be_read_are_mistakes(tmp_path, matlab, monkeyp
     matlab(path, "other", np.zeros((2, 2)))
     mistake(lambda: data.read_label(path, lut), path, "no field GTcls, LabelMap or S")
     matlab(path, "S", np.array([[0, 700]], np.uint16))
-    mistake(lambda: data.read_label(path, lut), path, "[700]", "has 0, 255")
+    mistake(lambda: data.read_label(path, lut), path, "[700]", "has 0, 255; write 255 there")
+    (tmp_path / "classes.txt").touch()  # no dataset's: there is no folder labels beside it
+    with pytest.raises(data.UserError, match="write 255 there$"):
+        data.read_label(path, lut)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     mistake(lambda: data.read_label(path, lut), path, "pip install scipy", "convert to PNG")
 
@@ -1751,7 +1754,7 @@ def test_photographs_with_labels_that_a_camera_turned_are_counted_in_a_warning(t
     assert dataset[0][0].shape == (3, 3, 2)  # as stored
     dataset[0]
     assert capsys.readouterr().err.count("carry an EXIF orientation") == 1
-    assert data.read_image(file, upright=True).shape == (3, 2, 3)
+    assert data.read_image(str(file), upright=True).shape == (3, 2, 3)
     data.report(dataset, "mine")
     counted = f"warning: 1 of 1 photographs in '{file.parent}' carry an EXIF orientation"
     assert counted in capsys.readouterr().err

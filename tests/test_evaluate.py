@@ -358,10 +358,15 @@ def test_checkpoints_are_drawn_beside_each_other(trained, tmp_path, capsys):
     printed, alone = capsys.readouterr().out, tmp_path / "alone.json"
     assert f"  column 1: {checkpoint}\n  column 2: {other}\n" in printed
     both = ["--json", str(tmp_path / "both.json"), "--compare", str(other)]
+    both += ["--save-predictions", str(tmp_path / "both")]
     assert evaluate.main([*flags[:2], *flags[4:], *both]) == 0  # without pictures
+    assert evaluate.main([*flags[:2], *flags[4:], "--save-predictions", str(tmp_path / "one")]) == 0
+    for file in (tmp_path / "one").iterdir():  # those of the first checkpoint
+        assert file.read_bytes() == (tmp_path / "both" / file.name).read_bytes()
     flags_of_other = ["--checkpoint", str(other), *flags[4:], "--json", str(alone)]
     assert evaluate.main(flags_of_other) == 0
     numbers = json.loads((tmp_path / "both.json").read_text())
+    assert list(numbers["compared"]) == [str(other)]
     second, alone = numbers["compared"][str(other)], json.loads(alone.read_text())
     assert second["mIoU"] == alone["mIoU"] != numbers["mIoU"] and second["IoU"] == alone["IoU"]
     assert f"{numbers['mIoU']:.3f}  {second['mIoU']:.3f}\n" in printed

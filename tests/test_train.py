@@ -231,6 +231,7 @@ def test_what_is_not_the_backbone_learns_at_a_multiple(flags):
 def test_spgnets_encoders_are_its_backbone_and_keep_their_names(flags):
     settings, _ = train.resolve({"method": "spgnet", "dataset": "shapes", "head_lr": 4.0})
     net = evaluate.network("spgnet", 3, "resnet18", options={"channels": 16})
+    assert train.resolve({"method": "spgnet"})[0]["head_lr"] == 1.0  # that of docs/results.md
     slow, fast = train.make_optimizer(net, settings).param_groups
     assert fast["lr"] == 4 * slow["lr"]
     inside = ("stages.0.stem.", "stages.0.levels.", "stages.1.levels.")
@@ -1167,7 +1168,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     assert "--lr 0.1 differs from this run's 0.3; leave it out" in line
     line = mistake(capsys, "--iterations", "60", "--output", folder, "--resume")
     new = f"python train.py --method my_method --dataset folder --init {folder}/last.pt"
-    assert f"or start a new run from its weights: {new} --iterations 60" in line
+    assert f"or start a new run with its weights: {new} --iterations …, and" in line
     assert train.main(["--output", folder, "--resume", "--workers", "1"]) == 0  # nothing left to do
     assert train.main([*flags, "--option", "pair=(1,2)", "--output", folder + "2"]) == 0
     assert (
