@@ -7,9 +7,9 @@
 `make` copies the code without the bodies of these functions. Parts whose tests hold a solution are
 kept for grading. In the handout, `python tests/exercise.py grade .` marks the others. `grade` runs
 the tests of the repository that it is started in against the files of each folder, never the
-folder's own tests. A submission has one process, each test a limit in CPU time (on Windows only the
-process has one, on the clock). With --json it goes on where it was interrupted. That process can do
-what Python can: grade in a container, and read what is flagged.
+folder's own tests. A submission has one process, each test a limit in CPU time (not on Windows).
+A process that finishes no test for minutes is ended. With --json `grade` goes on where it was
+interrupted. A submission can do what Python can: grade in a container, and read what is flagged.
 """
 
 import argparse
@@ -39,12 +39,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 10  # seconds of CPU time for one test
-PATIENCE = 6  # times the limit on the clock, so that a busy machine takes no marks
-TIMERS = []  # (timer, its signal, times the limit); Windows has none
-if hasattr(signal, "setitimer"):
-    TIMERS.append((signal.ITIMER_PROF, signal.SIGPROF, 1))
-    TIMERS.append((signal.ITIMER_REAL, signal.SIGALRM, PATIENCE))
-STARTING = 120  # seconds on the clock that a process has besides those of its tests
+# A process that finishes no test in so many seconds on the clock is ended: STARTING, and PATIENCE
+# times the limit. So a busy machine takes no marks.
+STARTING, PATIENCE = 120, 6
+TIMED = hasattr(signal, "setitimer")  # Windows has no timers
 ALIKE_FROM = 50  # statements and expressions: in three lines or fewer there is little to choose
 
 
@@ -58,18 +56,12 @@ class Exercise(NamedTuple):
     solutions: tuple  # functions of the test file that hold a solution: not handed out
     hint: str
     parts: tuple  # (what holds, test, or test[of these parameters], marks)
-    notes: str  # what the tests ask for besides the equation
+    notes: str = ""  # what the tests ask for besides the equation
     first: int = 1  # so many parts, hand-worked, come first: each has to hold for those after it
 
 
-FLOAT64 = "The tests use float64: a result of float64 tensors must be float64, too."
-HALF = FLOAT64 + " Half precision is computed in float32."
-RELEASED = HALF + " `released` is a part of its own. No other part asks for it."
-
-ORDER = {
-    1: "The first part counts alone. The others count once it holds.",
-    2: "The first part counts alone, the second once the first holds, the others once both hold.",
-}
+HALF = "half precision, which is computed in float32"
+RELEASED = "the released form, for which no other part asks"
 
 EXERCISES = {
     "caa.column_attention": Exercise(
@@ -80,9 +72,8 @@ EXERCISES = {
          ("loop over i, j, m, with gradient", "test_eq_3_3_and_3_4_maps_equal_loops[column", 2),
          ("rows are columns of exchanged axes",
           "test_columns_and_rows_are_each_other_on_exchanged_axes", 1),
-         ("products beyond float16's largest number",
-          "test_float16_queries_beyond_65504_give_a_finite_map", 1)),
-        HALF),
+         ("products beyond float16's largest number, in float32",
+          "test_float16_queries_beyond_65504_give_a_finite_map", 1))),
     "caa.channelized": Exercise(
         "Channelized attention without the weighted features",
         "Channelized Axial Attention, thesis Eqs. (3.9) to (3.11), Algorithm 2", 3,
@@ -98,8 +89,7 @@ EXERCISES = {
          ("loops over i, j, m, n, with gradients", "test_eq_3_9_and_3_10_gated_equal_loops", 2),
          ("half-precision features are pooled in float32",
           "test_float16_features_are_pooled_in_float32", 1)),
-        FLOAT64 + " Half-precision values keep their precision; the gate's average is float32.",
-        first=2),
+        "Half-precision values keep their precision; the gate's average is float32.", first=2),
     "ksac.shared_atrous": Exercise(
         "One kernel for all rates", "Kernel-Sharing Atrous Convolution, thesis Algorithm 1", 2,
         ("separate", "rearranged", "shared_atrous"),
@@ -120,8 +110,7 @@ EXERCISES = {
           "test_shared_atrous_equals_separate_convolutions_at_any_size[rearranged", 1),
          ("the faster form is taken",
           "test_the_form_is_chosen_by_channels_and_rates_and_changes_nothing", 1)),
-        FLOAT64 + " `shared_atrous` calls one of the other two; REARRANGED_FROM says which.",
-        first=2),
+        "`shared_atrous` calls one of the other two; REARRANGED_FROM says which.", first=2),
     "car.class_centers": Exercise(
         "Class centres", "Class-Aware Regularization, thesis Eq. (4.1)", 1,
         ("class_centers",), ("loop_centers",),
@@ -130,8 +119,7 @@ EXERCISES = {
          ("loop over the pixels, with gradient", "test_eq_4_1_equals_the_loop_with_gradients", 2),
          ("absent and ignored classes",
           "test_absent_and_ignored_classes_have_centre_0_with_a_zero_gradient", 1),
-         ("half precision", "test_half_precision_equals_float32[class_centers", 1)),
-        HALF),
+         (HALF, "test_half_precision_equals_float32[class_centers", 1))),
     "car.intra_center_to_pixel": Exercise(
         "Pixels near the centre of their class",
         "Class-Aware Regularization, thesis Eqs. (4.2), (4.3)", 1,
@@ -144,9 +132,8 @@ EXERCISES = {
           "test_no_gradient_reaches_the_centres_of_the_pixel_terms[intra_center_to_pixel", 1),
          ("nothing is labelled",
           "test_nothing_labelled_is_a_loss_of_0_with_a_zero_gradient[intra_center_to_pixel", 1),
-         ("half precision", "test_half_precision_equals_float32[intra_center_to_pixel", 1),
-         ("the released form", "test_released_intra_squares_the_mean_by_hand", 1)),
-        RELEASED),
+         (HALF, "test_half_precision_equals_float32[intra_center_to_pixel", 1),
+         (RELEASED, "test_released_intra_squares_the_mean_by_hand", 1))),
     "car.inter_center_to_center": Exercise(
         "Class centres apart", "Class-Aware Regularization, thesis Eqs. (4.4) to (4.7)", 2,
         ("inter_center_to_center",),
@@ -159,9 +146,8 @@ EXERCISES = {
          ("the gradient reaches one of the two centres",
           "test_gradient_reaches_one_of_the_two_centres_between_centres", 1),
          ("absent classes", "test_absent_classes_have_centre_0_and_take_part_in_the_softmax", 1),
-         ("half precision", "test_half_precision_equals_float32[inter_center_to_center", 1),
-         ("the released form", "test_released_c2c_squares_the_mean_by_hand", 1)),
-        RELEASED),
+         (HALF, "test_half_precision_equals_float32[inter_center_to_center", 1),
+         (RELEASED, "test_released_c2c_squares_the_mean_by_hand", 1))),
     "car.inter_center_to_pixel": Exercise(
         "Pixels far from the centres of other classes",
         "Class-Aware Regularization, thesis Eqs. (4.8) to (4.14)", 3,
@@ -175,10 +161,8 @@ EXERCISES = {
           "test_no_gradient_reaches_the_centres_of_the_pixel_terms[inter_center_to_pixel", 1),
          ("nothing is labelled",
           "test_nothing_labelled_is_a_loss_of_0_with_a_zero_gradient[inter_center_to_pixel", 1),
-         ("half precision", "test_half_precision_equals_float32[inter_center_to_pixel", 1),
-         ("the released form",
-          "test_released_inter_c2p_counts_ignored_pixels_and_squares_the_mean", 1)),
-        RELEASED),
+         (HALF, "test_half_precision_equals_float32[inter_center_to_pixel", 1),
+         (RELEASED, "test_released_inter_c2p_counts_ignored_pixels_and_squares_the_mean", 1))),
     "pyramid_fuse.pyramid_labels": Exercise(
         "Unity-cells and mix-cells", "Specialize and Fuse, Sect. 3.2, App. B", 2,
         ("pyramid_labels",), ("cell_by_cell",),
@@ -206,8 +190,7 @@ EXERCISES = {
         (("hand-worked fusion of three levels", "test_eq_2_by_hand", 1),
          ("the sum as printed, with gradients", "test_eq_2_equals_its_sum_with_gradients", 2),
          ("the threshold", "test_fusion_has_a_threshold_of_nine_tenths", 1),
-         ("thresholds at their ends", "test_thresholds_at_their_ends", 1)),
-        FLOAT64),
+         ("thresholds at their ends", "test_thresholds_at_their_ends", 1))),
     "spgnet.SemanticPredictionGuidance.forward": Exercise(
         "Semantic prediction guidance", "SPGNet, Sect. 3.4, Fig. 3", 2,
         ("SemanticPredictionGuidance.mask", "SemanticPredictionGuidance.forward"),
@@ -221,8 +204,7 @@ EXERCISES = {
           2),
          ("its loss trains the logits alone",
           "test_the_loss_of_the_guidance_trains_the_logits_alone", 1),
-         ("one image, one position wide", "test_guidance_of_one_image_and_one_position_wide", 1)),
-        FLOAT64),
+         ("one image, one position wide", "test_guidance_of_one_image_and_one_position_wide", 1))),
     "hfgd.HighLevelFeatureGuidedModule.forward": Exercise(
         "Fine logits by class kernels that learn elsewhere",
         "High-level Feature Guided Decoder, Sect. 3.1", 2,
@@ -235,8 +217,7 @@ EXERCISES = {
          ("the kernels learn where asked",
           "test_fine_logits_train_the_features_and_where_asked_the_kernels[False", 1),
          ("the features are attended first", "test_guided_logits_are_of_the_attended_features",
-          1)),
-        FLOAT64, first=2),
+          1)), first=2),
 }  # fmt: skip
 
 
@@ -282,9 +263,8 @@ def handed_out(source, exercises):
     tree, lines = ast.parse(source), source.splitlines()
     defined = {}
     for node in tree.body:
-        names = [
-            x.id for t in getattr(node, "targets", []) for x in ast.walk(t) if hasattr(x, "id")
-        ]
+        targets = getattr(node, "targets", [])
+        names = [x.id for t in targets for x in ast.walk(t) if hasattr(x, "id")]
         names += [node.name] if hasattr(node, "name") else []
         defined |= dict.fromkeys(names, node)
 
@@ -321,22 +301,19 @@ def make(names, output):
         for path in ROOT.glob(pattern):
             shutil.copy(path, output / path.relative_to(ROOT))
     shutil.copy(__file__, output / "tests")
-    modules = {name.split(".")[0] for name in names}
-    for module in modules:
+    for module in {name.split(".")[0] for name in names}:
         exercises = [EXERCISES[name] for name in names if name.startswith(f"{module}.")]
         for change, file in (blanked, f"{module}.py"), (handed_out, f"tests/test_{module}.py"):
             (output / file).write_text(change((ROOT / file).read_text("utf-8"), exercises), "utf-8")
     for page in output.glob("*.md"):
         page.write_text(living(page.read_text("utf-8"), output), "utf-8")
     (output / "exercise.json").write_text(json.dumps(names) + "\n", "utf-8")
-    (output / "EXERCISE.md").write_text(sheet(names, output), "utf-8")
-    text = (output / "EXERCISE.md").read_text("utf-8")
+    text = sheet(names, output)
+    (output / "EXERCISE.md").write_text(text, "utf-8")
     print(f"{output}: {', '.join(names)}; EXERCISE.md is for the students")
     for name in names:
         if not any(f"`{t.split('[')[0]}`" in text for _, t, _ in EXERCISES[name].parts):
-            print(
-                f"No part of {name} can be tried by students: its tests need the other exercises'"
-            )
+            print(f"Students can try no part of {name}: its tests need the other exercises'")
 
 
 def living(text, folder):
@@ -359,20 +336,23 @@ def sheet(names, output):
             "submit, only the files named below are read.\n\n"
             "`python tests/exercise.py grade .` marks the parts whose tests are in this folder. "
             "Parts \"kept for grading\" run at your teacher's.\n\n"
-            f"Each test has {LIMIT} seconds of CPU time, and {PATIENCE * LIMIT} on the clock. The "
-            "marking runs on Linux and macOS. It also runs on Windows, without these limits: there "
-            "only the whole process has one.\n"]  # fmt: skip
+            "The tests use float64: a result of float64 tensors must be float64, too. Each test "
+            f"has {LIMIT} seconds of CPU time (not on Windows). A test that takes "
+            f"{STARTING + PATIENCE * LIMIT} seconds on the clock ends its exercise.\n"]  # fmt: skip
     for name in names:
-        exercise, module = EXERCISES[name], name.split(".")[0]
-        tests = (output / f"tests/test_{module}.py").read_text("utf-8")
+        exercise = EXERCISES[name]
+        tests = (output / "tests" / test_file(name).name).read_text("utf-8")
         total = sum(marks for *_, marks in exercise.parts)
         here = sum(marks for _, test, marks in exercise.parts if holds(tests, test))
-        text.append(f"## {exercise.title}\n\n{exercise.source}. Write in `{module}.py`: "
+        order = "the others once it holds"
+        if exercise.first == 2:
+            order = "the second once it holds, the others once both hold"
+        text.append(f"## {exercise.title}\n\n{exercise.source}. Write in `{file_of(name)}`: "
                     f"`{'`, `'.join(exercise.blank)}`.\n\n{total} marks: {here} here, "
                     f"{total - here} more at grading. `python tests/exercise.py grade . --exercise "
-                    f"{name}` marks this exercise alone. {ORDER[exercise.first]}\n\n"
-                    f"Hint: {exercise.hint}\n\n{exercise.notes}\n\n"
-                    "| part | marks | test |\n|---|---|---|")  # fmt: skip
+                    f"{name}` marks this exercise alone. The first part counts alone, {order}.\n\n"
+                    f"Hint: {exercise.hint} {exercise.notes}".rstrip())  # fmt: skip
+        text.append("\n| part | marks | test |\n|---|---|---|")
         for what, test, marks in exercise.parts:
             shown = f"`{test.split('[')[0]}`" if holds(tests, test) else "kept for grading"
             text.append(f"| {what} | {marks} | {shown} |")
@@ -535,21 +515,19 @@ class Recorder:
 
 @contextlib.contextmanager
 def limited(seconds):
-    """Ends what is in it after `seconds` of CPU time, or after many more on the clock (a sleep)."""
+    """Ends what is in it after `seconds` of CPU time, where the system has a timer for it."""
 
     def expire(number, frame):
-        if number == signal.SIGPROF:
-            raise TimeoutError(f"not done after {seconds:g} seconds of CPU time")
-        raise TimeoutError(f"not done after {PATIENCE * seconds:g} seconds")
+        raise TimeoutError(f"not done after {seconds:g} seconds of CPU time")
 
-    for timer, number, times in TIMERS:
-        signal.signal(number, expire)
-        signal.setitimer(timer, times * seconds)
+    if TIMED:
+        signal.signal(signal.SIGPROF, expire)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        for timer, *_ in TIMERS:
-            signal.setitimer(timer, 0)
+        if TIMED:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def holds(source, part):
@@ -566,14 +544,14 @@ def matches(name, part):
 
 def run_tests(name, record, limit=LIMIT):
     """The exercise's tests that are here, in this process, of the module that is imported."""
-    module, file = name.split(".")[0], test_file(name)
+    file = test_file(name)
     source = file.read_text("utf-8")
     parts = [test for _, test, _ in EXERCISES[name].parts if holds(source, test)]
     tests = dict.fromkeys(f"{file}::{test.split('[')[0]}" for test in parts)
     recorder = Recorder(parts, record, limit)
     with pytest.MonkeyPatch.context() as patch:
         for function in EXERCISES[name].blank:
-            owner, *path = sys.modules[module], *function.split(".")
+            owner, *path = sys.modules[name.split(".")[0]], *function.split(".")
             for part in path[:-1]:
                 owner = getattr(owner, part, None)
             if callable(own := getattr(owner, path[-1], None)):
@@ -596,7 +574,7 @@ def run(folder, file, limit, names):
     sys.path.insert(0, str(ROOT))
     for name in names:
         before = set(sys.modules)
-        if why := imported(Path(folder) / f"{name.split('.')[0]}.py", limit):
+        if why := imported(Path(folder) / file_of(name), limit):
             record("broken", why)
         else:
             run_tests(name, record, limit)
@@ -647,24 +625,27 @@ def grade(folder, names, limit):
 
 
 def results(folder, names, limit):
-    """The lines of a process that runs the exercises, and how it has ended if it did too early."""
-    seconds = STARTING + PATIENCE * limit * sum(len(EXERCISES[name].parts) for name in names)
-    ended, lines = ENDED, []
+    """The lines of a process that runs the exercises, and what is said if it ended too early."""
+    ended, lines, size, patience = ENDED, [], None, STARTING + PATIENCE * limit
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         file = Path(temporary) / "results.jsonl"
+        file.touch()
         command = [sys.executable, "-B", __file__, "run", Path(folder).resolve(), file, str(limit)]
         kwargs = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=temporary)
         kwargs["env"] = os.environ | {"OMP_NUM_THREADS": "1"}  # or its threads' time adds up
         process = subprocess.Popen([*command, *names], start_new_session=True, **kwargs)
         RUNNING.add(process)
         try:
-            process.wait(0 if STOPPED.is_set() else seconds)
-        except subprocess.TimeoutExpired:
-            ended = f"stopped after {seconds:g} seconds, in this part or before it"
+            while size != (size := file.stat().st_size):  # as long as lines are added
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0 if STOPPED.is_set() else patience)
+                    break
+            else:
+                ended = f"stopped after {patience:g} seconds in this part, or before it"
         finally:
             end(process)
             RUNNING.discard(process)
-        text = file.read_text("utf-8", "replace") if file.exists() else ""
+        text = file.read_text("utf-8", "replace")
     for line in text.splitlines():
         with contextlib.suppress(ValueError, TypeError):  # cut short
             line = json.loads(line)
@@ -676,7 +657,8 @@ def end(process):
     with contextlib.suppress(ProcessLookupError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)  # what it started, too
-    process.kill()
+        else:
+            process.kill()
     process.wait()
 
 
@@ -701,7 +683,7 @@ def marked(lines, name, ended=ENDED):
 
 
 def test_file(name):
-    return ROOT / "tests" / f"test_{name.split('.')[0]}.py"
+    return ROOT / "tests" / f"test_{file_of(name)}"
 
 
 # ------------------------------------------------------------------------------------------ a class
@@ -713,58 +695,71 @@ def grade_all(folders, names, limit, output=None, table=None):
     for folder in folders:
         if not folder.is_dir():
             sys.exit(f"exercise.py: '{folder}' is not a folder; give one for each submission")
+    for path in filter(None, (output, table)):
+        if Path(path).is_dir():
+            sys.exit(f"exercise.py: '{path}' is a folder; give --json and --csv a file")
+    if output and table and Path(output).resolve() == Path(table).resolve():
+        sys.exit(f"exercise.py: --json and --csv are both '{output}'; give two files")
+    if not 0 < limit < float("inf"):
+        sys.exit(f"exercise.py: --limit is {limit:g}; give a number of seconds above 0")
     names = list(dict.fromkeys(names)) or handed(folders[0])
-    if not TIMERS:
-        print("This system has no timers: no test has a limit, only the process of all has one.")
-    kept = earlier(output)
+    kept = earlier(output, names, limit)
+    if not TIMED:
+        print("This system has no timers: a test has no limit in CPU time.")
     short = short_names({*map(Path, kept), *folders})
+    entries = {str(folder): read(folder, names) for folder in folders}
+    new = [f for f in entries if kept.get(f, {}).get("digest") != entries[f]["digest"]]
+    kept |= {path: kept.get(path, {}) | entries[path] for path in entries}
     for path, entry in kept.items():
         entry["submission"] = short[Path(path)]
-    digests = {folder: digest(folder, names, limit) for folder in folders}
-    new = [f for f in folders if kept.get(str(f), {}).get("digest") != digests[f]]
-    for folder in folders:
-        if folder not in new:
-            print(f"{short[folder]}: its files have not changed, the marks are those of before")
-    kept = {path: entry for path, entry in kept.items() if Path(path) not in new}
-    sentences = alike(folders, names, short)
-    try:
-        for number, (folder, grades) in enumerate(each(new, names, limit), 1):
-            entry = dict(submission=short[folder], digest=digests[folder])
-            kept[str(folder)] = entry | counted(grades, flags(folder, names))
-            keep(kept, sentences, output, table)
-            print(f"{number}/{len(new)} {line_of(kept[str(folder)])}", flush=True)
-    except KeyboardInterrupt:
-        on = "the same command goes on from here" if output else "--json would keep the marks"
-        sys.exit(f"exercise.py: interrupted; {on}")
-    keep(kept, sentences, output, table)
-    for folder in folders:
-        show(kept[str(folder)])
-    print("\n".join(["", *sentences]))
-
-
-def each(folders, names, limit):
-    """(folder, `grade` of it), several at a time, in the order in which they are done."""
+        if path in entries and path not in new:
+            print(f"{short[Path(path)]}: its files have not changed, the marks are those of before")
+    marks = dict(exercises=names, limit=limit, alike=alike(kept.values(), names))
+    marks["submissions"] = {path: entry for path, entry in kept.items() if path not in new}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = {pool.submit(grade, folder, names, limit): folder for folder in folders}
+        work = {pool.submit(grade, Path(path), names, limit): path for path in new}
         try:
-            for done in as_completed(work):
-                yield work[done], done.result()
-        except BaseException:  # an interruption, here or where the marks are kept
+            for number, done in enumerate(as_completed(work), 1):
+                path = work[done]
+                marks["submissions"][path] = kept[path] | counted(done.result())
+                keep(marks, output, table)
+                line = line_of(marks["submissions"][path])
+                print(f"{number}/{len(new)} {line}", flush=True)
+        except BaseException as error:  # an interruption, or a file that cannot be written
             STOPPED.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(RUNNING):
                 end(process)
-            raise
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            on = "the same command goes on from here" if output else "--json would keep the marks"
+            sys.exit(f"exercise.py: interrupted; {on}")
+    keep(marks, output, table)
+    for path in entries:
+        show(marks["submissions"][path])
+    print("\n".join(["", *marks["alike"]]))
 
 
-def counted(grades, flags):
+def read(folder, names):
+    """What is known of a submission before it is run."""
+    entry = dict(digest=digest(folder, names), bodies=dict.fromkeys(names, ""))
+    try:
+        entry["flags"] = flags(folder, names)
+        if folder != ROOT:
+            entry["bodies"] = {n: body(tree_of(folder / file_of(n)), n) for n in names}
+    except (RecursionError, MemoryError):
+        entry["flags"] = ["a file is nested too deeply to be looked at"]
+    return entry
+
+
+def counted(grades):
     """The marks of a submission as JSON keeps them; parts that are not here count nowhere."""
     exercises = {}
     for name, parts in grades.items():
         rows = [dict(part=what, marks=0 if why or why is None else marks, maximum=marks, failed=why)
                 for what, marks, why in parts]  # fmt: skip
         exercises[name] = total([r for r in rows if r["failed"] is not None]) | dict(parts=rows)
-    return total(exercises.values()) | dict(flags=flags, exercises=exercises)
+    return total(exercises.values()) | dict(exercises=exercises)
 
 
 def total(rows):
@@ -772,22 +767,27 @@ def total(rows):
     return dict(marks=marks, maximum=maximum, percent=round(100 * marks / max(maximum, 1), 1))
 
 
-def earlier(output):
-    """{folder: its marks} of the JSON file that is there already."""
-    try:
-        return json.loads(Path(output).read_text("utf-8"))["submissions"] if output else {}
-    except FileNotFoundError:
+def earlier(output, names, limit):
+    """{folder: its marks} of the JSON file, if it is there already."""
+    if not output or not Path(output).exists():
         return {}
+    try:
+        marks = json.loads(Path(output).read_text("utf-8"))
+        asked, kept = (set(marks["exercises"]), marks["limit"]), marks["submissions"]
     except (OSError, ValueError, TypeError, KeyError):
         sys.exit(f"exercise.py: '{output}' holds something else than marks; give --json a new name")
+    if asked != (set(names), limit):
+        other = "holds other exercises (or another --limit)"
+        sys.exit(f"exercise.py: '{output}' {other}; give a new name")
+    return kept
 
 
-def digest(folder, names, limit):
-    """Of what the marks depend on: exercises, limit, the tests and the submission's files."""
-    files = [Path(__file__), ROOT / "tests" / "conftest.py", *map(test_file, names)]
-    files += [folder / f"{name.split('.')[0]}.py" for name in names]
+def digest(folder, names):
+    """Of what the marks depend on besides exercises and limit: tests, the submission's files."""
+    files = [Path(__file__), ROOT / "tests" / "conftest.py"]
+    files += [file for name in sorted(names) for file in (test_file(name), folder / file_of(name))]
     known = [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else "" for f in files]
-    return hashlib.sha256(json.dumps([names, limit, known]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def short_names(folders):
@@ -801,15 +801,15 @@ def short_names(folders):
     return names
 
 
-def keep(kept, sentences, output, table):
+def keep(marks, output, table):
     """Rewrites the files of marks, each by a rename, so that an interruption loses nothing."""
-    kept = dict(sorted(kept.items()))
-    text = json.dumps(dict(submissions=kept, alike=sentences), indent=1, ensure_ascii=False)
+    entries = dict(sorted(marks["submissions"].items()))
+    text = json.dumps(marks | dict(submissions=entries), indent=1, ensure_ascii=False)
     texts = {output: text + "\n"}
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["submission", "exercise", "marks", "maximum", "percent", "flags"])
-    for entry in kept.values():
+    for entry in entries.values():
         for name, row in (entry["exercises"] | dict(total=entry)).items():
             own = [f for f in entry["flags"] if name == "total" or f.startswith(file_of(name))]
             numbers = [row[key] for key in ("marks", "maximum", "percent")]
@@ -858,21 +858,23 @@ def handed(folder):
 
 # ------------------------------------------------------------------------- what a teacher looks at
 
-# What reaches the tests, or how they are run: modules, names of Python's inside, names of files.
-MODULES = re.compile(
-    r"(_?pytest|signal|inspect|gc|ctypes|builtins|importlib|sys|os|exercise|conftest|test_\w+"
-    r"|torch\.testing)(\.|$)"
+# What a file may import, functions that reach what no import shows, and attributes that lead to
+# other modules. A name is looked at in the repository's own file, too: what is there, is harmless.
+HARMLESS = set("torch math functools itertools typing collections numpy einops".split())
+FUNCTIONS = set(
+    "__import__ compile delattr eval exec getattr globals locals open setattr vars".split()
 )
-INSIDE = re.compile(
-    r"(.+\.)?(__(builtins|import|globals|code|closure|subclasses|wrapped)__|exec|eval|_exit"
-    r"|_getframe|f_(back|globals|locals|code)|tb_frame|gi_frame)$|(sys\.modules|torch\.testing)$"
+ATTRIBUTES = FUNCTIONS | set(
+    "builtins ctypes f_back f_globals gi_frame hub importlib inspect library mock modules os "
+    "overrides signal subprocess sys testing threading".split()
 )
-FILES = re.compile(r"\btests?[/_]|exercise\.|results\.jsonl")
+DAILY = {"__init__", "__name__"}
+FILES = "tests/", "test_", "exercise.", "results.jsonl"
 
 
 def tree_of(path):
     """The syntax tree of a file; an empty one where there is none."""
-    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
         return ast.parse(path.read_bytes())
     return ast.Module([], [])
 
@@ -883,56 +885,70 @@ def flags(folder, names):
     for file in dict.fromkeys(map(file_of, names)):
         ours = {what for _, what in touches(tree_of(ROOT / file))}
         places = touches(tree_of(Path(folder) / file))
-        found += [f"{file}, line {line}: {what}" for line, what in places if what not in ours]
+        found += [f"{file}, line {line}: {what[:100]}" for line, what in places if what not in ours]
     return found
 
 
 def touches(tree):
-    """[(line, what)] in a file: what is imported or used of the grader, functions of other modules
-    that are replaced, and texts that name the grader's files.
+    """[(line, what)]: imports, names of Python's inside, attributes that are set elsewhere than on
+    `self`, and texts that name the grader's files.
     """
-    places, imports, nodes = set(), set(), list(ast.walk(tree))
-    for node in nodes:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            imports |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
-            places |= {(node.lineno, f"imports {start}{alias.name}") for alias in node.names
-                       if MODULES.match(start + alias.name)}  # fmt: skip
-    described = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-    for node in nodes:
-        if isinstance(node, (ast.Attribute, ast.Name)):
-            text = ast.unparse(node)
-            root = text.split(".")[0]
-            if isinstance(node.ctx, ast.Store) and root in imports:
-                places.add((node.lineno, f"replaces {text}"))
-            elif INSIDE.match(text):
-                places.add((node.lineno, f"uses {text}"))
-        elif isinstance(node, ast.Constant) and id(node) not in described:
-            if FILES.search(str(node.value)):
-                places.add((node.lineno, f"names {node.value!r}"))
+    places, done = set(), set()
+    for node in ast.walk(tree):
+        if node in done:
+            continue
+        found = list(touched(node))
+        places |= {(node.lineno, what) for what in found}
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            done.add(node.value)  # a docstring
+        elif found and not isinstance(node, ast.FunctionDef):
+            done.update(ast.walk(node))  # one line says it all
     return sorted(places)
 
 
-def alike(folders, names, short):
+def touched(node):
+    called = node.func if isinstance(node, ast.Call) else node
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        for name in (start + alias.name for alias in node.names):
+            root, *others = name.split(".")
+            if root not in HARMLESS or any(x in ATTRIBUTES or x[0] == "_" for x in others):
+                yield f"imports {name}"
+    elif isinstance(node, ast.FunctionDef):
+        if node.name.startswith("__") and node.name not in DAILY:
+            yield f"defines {node.name}"
+    elif isinstance(called, ast.Name):
+        if called.id in FUNCTIONS or (called.id.startswith("__") and called.id not in DAILY):
+            yield f"uses {ast.unparse(node)}"
+    elif isinstance(called, ast.Attribute):
+        name, own = called.attr, isinstance(called.value, ast.Name) and called.value.id == "self"
+        hidden = name.startswith("__" if own else "_") and name not in DAILY
+        if name in ATTRIBUTES or hidden:
+            yield f"uses {ast.unparse(node)}"
+        elif not isinstance(called.ctx, ast.Load) and not own:
+            yield f"sets {ast.unparse(node)}"
+    elif isinstance(node, ast.Constant) and any(file in str(node.value) for file in FILES):
+        yield f"names {node.value!r}"
+
+
+def alike(entries, names):
     """Sentences about submissions whose functions are equal but for names of variables."""
     sentences = []
     for name in names:
         ours, groups = body(tree_of(ROOT / file_of(name)), name), {}
-        for folder in folders:
-            text = body(tree_of(folder / file_of(name)), name)
-            if text and folder != ROOT:
-                groups.setdefault(text, []).append(short[folder])
+        for entry in entries:
+            groups.setdefault(entry["bodies"][name], []).append(entry["submission"])
         for text, who in groups.items():
             people = " and ".join(filter(None, [", ".join(who[:-1]), who[-1]]))
-            if text == ours:
+            if text and text == ours:
                 sentences.append(f"{people}: {name} is the repository's own but for names")
-            elif len(who) > 1:
+            elif text and len(who) > 1:
                 sentences.append(f"{people}: {name} is the same but for names")
     return sentences
 
 
 def body(tree, name):
-    """The exercise's functions with numbered variables; "" where they are short."""
+    """Of the exercise's functions with numbered variables, a digest; "" where they are short."""
     size, text, found = 0, "", functions(tree)
     for node in (found[function] for function in EXERCISES[name].blank if function in found):
         start = 1 if ast.get_docstring(node) else 0
@@ -947,7 +963,7 @@ def body(tree, name):
             elif isinstance(x, ast.Name):
                 x.id = numbers.get(x.id, x.id)
         text += "".join(map(ast.dump, [node.args, *node.body[start:]]))
-    return text if size >= ALIKE_FROM else ""
+    return hashlib.sha256(text.encode()).hexdigest() if size >= ALIKE_FROM else ""
 
 
 def file_of(name):

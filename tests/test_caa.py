@@ -695,12 +695,15 @@ class Written(TorchDispatchMode):
 @pytest.mark.equation
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("axis", ["column", "row"])
-def test_weighted_features_are_never_computed(axis, gated):
+def test_weighted_features_are_never_computed(axis, gated, largest):
     N, C, H, W = 2, 16, 24, 24
     A, value = torch.randn(N, W, H, H).softmax(-1), torch.randn(N, C, H, W)
     gate = strong_gate(C).float() if gated else None
-    with Written() as written:
+    with largest, Written() as written:
         caa.channelized(A, value, gate, axis)
+    assert largest.numbers <= A.numel(), (
+        f"one tensor holds {largest.numbers} numbers; expected at most the {A.numel()} of the map"
+    )
     alpha = N * C * H * W * H  # α of Eq. (3.6), also where it is computed group by group
     assert written.numbers < alpha, (
         f"the steps compute {written.numbers} numbers together; expected fewer than the {alpha} of "

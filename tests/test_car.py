@@ -123,7 +123,14 @@ def loop_c2p(features, labels, centers, epsilon, released=False, literal=False):
     return sum(s**2 for s in sums) / len(sums)
 
 
+def number(loss):
+    """The number of a loss of float64 features or centres."""
+    assert loss.dtype == torch.float64
+    return loss.item()
+
+
 def same_with_gradients(found, expected, *inputs):
+    assert found.dtype == expected.dtype
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
     for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)):
         assert b.abs().max() > 1e-6
@@ -173,15 +180,15 @@ def test_eqs_4_2_4_3_intra_by_hand():
     # |μ - X|: (1 1), (0 2); an ignored pixel that is far away, (0 3)
     features = one_row([(2, 3), (5, 9)], [(100, 100), (1, 5)])
     labels = torch.tensor([[[0, 1]], [[255, 0]]])
-    centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]])
+    centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]], dtype=torch.float64)
     loss = car.intra_center_to_pixel(features, labels, centers)
-    assert loss.item() == pytest.approx(
+    assert number(loss) == pytest.approx(
         (1 + 1 + 0 + 4 + 0 + 0 + 0 + 9) / (4 * 2)
     )  # 4 pixels of 2 channels
     # centres of each image: those of the second are moved by (0 3)
     centers = torch.stack([centers, centers + torch.tensor([0, 3])])
     loss = car.intra_center_to_pixel(features, labels, centers)
-    assert loss.item() == pytest.approx((1 + 1 + 0 + 4) / 8)
+    assert number(loss) == pytest.approx((1 + 1 + 0 + 4) / 8)
 
 
 @pytest.mark.equation
@@ -189,12 +196,12 @@ def test_released_intra_squares_the_mean_by_hand():
     # |μ - X| as above: (1 1), (0 2), ignored, (0 3)
     features = one_row([(2, 3), (5, 9)], [(100, 100), (1, 5)])
     labels = torch.tensor([[[0, 1]], [[255, 0]]])
-    centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]])
+    centers = torch.tensor([[1.0, 2], [5, 7], [9, 9]], dtype=torch.float64)
     loss = car.intra_center_to_pixel(features, labels, centers, released=True)
-    assert loss.item() == pytest.approx(((1 + 1 + 2 + 3) / 8) ** 2)
+    assert number(loss) == pytest.approx(((1 + 1 + 2 + 3) / 8) ** 2)
     # pixels at their centre: no loss is below 1e-5
     loss = car.intra_center_to_pixel(one_row([(1, 2)]), labels[:1, :, :1], centers, released=True)
-    assert loss.item() == pytest.approx(1e-5)
+    assert number(loss) == pytest.approx(1e-5)
 
 
 @pytest.mark.equation
@@ -204,13 +211,13 @@ def test_eqs_4_4_to_4_7_between_centres_by_hand():
     norms = torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt()
     centers = torch.diag(norms)[:2]
     loss = car.inter_center_to_center(centers, epsilon=1 / 16)
-    assert loss.item() == pytest.approx((3**2 + 1) / 16**2 / 2)
+    assert number(loss) == pytest.approx((3**2 + 1) / 16**2 / 2)
     # a second image, whose centres are in one place: A = 1/2; above 1/16: 7/16 twice
     loss = car.inter_center_to_center(torch.stack([centers, 0 * centers + 1]), epsilon=1 / 16)
-    assert loss.item() == pytest.approx((9 + 1 + 49 + 49) / 16**2 / 4)
+    assert number(loss) == pytest.approx((9 + 1 + 49 + 49) / 16**2 / 4)
     # three centres in one place: A = 1/3 each; above ε_0/2 = 1/4 twice 1/12
-    loss = car.inter_center_to_center(torch.ones(3, 5))
-    assert loss.item() == pytest.approx((1 / 6) ** 2, rel=1e-5)
+    loss = car.inter_center_to_center(torch.ones(3, 5, dtype=torch.float64))
+    assert number(loss) == pytest.approx((1 / 6) ** 2, rel=1e-5)
 
 
 @pytest.mark.equation
@@ -218,10 +225,10 @@ def test_released_c2c_squares_the_mean_by_hand():
     # as above: 3/16 and 1/16 above the threshold
     norms = torch.tensor([2 * math.log(3), 2 * math.log(7), 0, 0], dtype=torch.float64).sqrt()
     loss = car.inter_center_to_center(torch.diag(norms)[:2], epsilon=1 / 16, released=True)
-    assert loss.item() == pytest.approx((2 / 16) ** 2)
+    assert number(loss) == pytest.approx((2 / 16) ** 2)
     # nothing is above it, and each class is clipped at 1e-7
     loss = car.inter_center_to_center(torch.diag(norms)[:2], epsilon=1, released=True)
-    assert loss.item() == pytest.approx(1e-14, rel=1e-3, abs=0)
+    assert number(loss) == pytest.approx(1e-14, rel=1e-3, abs=0)
 
 
 def between_centres_and_pixels():
@@ -238,21 +245,21 @@ def test_eqs_4_8_to_4_14_between_centres_and_pixels_by_hand():
     # Own energies are replaced: (ln 3, 0), (ln 3, ln 3); (ln 7, 0). A of the other class: 1/4, 1/2;
     # 1/8. Above 1/16: 3/16, 7/16; 1/16, and 0 where it is ignored.
     loss = car.inter_center_to_pixel(*between_centres_and_pixels(), epsilon=1 / 16)
-    assert loss.item() == pytest.approx((3**2 + 7**2 + 1) / 16**2 / 4)
+    assert number(loss) == pytest.approx((3**2 + 7**2 + 1) / 16**2 / 4)
 
 
 @pytest.mark.equation
 def test_eq_4_11_as_printed_has_no_root_of_c():
     # Energies are twice as large: (2 ln 3, 0), (2 ln 3, 2 ln 3); (2 ln 7, 0). A: 1/10, 1/2; 1/50
     loss = car.inter_center_to_pixel(*between_centres_and_pixels(), epsilon=1 / 16, literal=True)
-    assert loss.item() == pytest.approx(((1 / 10 - 1 / 16) ** 2 + (7 / 16) ** 2) / 4)
+    assert number(loss) == pytest.approx(((1 / 10 - 1 / 16) ** 2 + (7 / 16) ** 2) / 4)
 
 
 @pytest.mark.equation
 def test_released_inter_c2p_counts_ignored_pixels_and_squares_the_mean():
     # the ignored pixel is 1/2 on both classes, neither of which is its own: 7/16 twice
     loss = car.inter_center_to_pixel(*between_centres_and_pixels(), epsilon=1 / 16, released=True)
-    assert loss.item() == pytest.approx(((3 + 7 + 1 + 14) / 16 / 4) ** 2)
+    assert number(loss) == pytest.approx(((3 + 7 + 1 + 14) / 16 / 4) ** 2)
 
 
 def scene_with_centers(scope):
@@ -302,7 +309,7 @@ def test_thresholds_are_shared_by_the_other_classes():
     A = torch.softmax(centers @ centers.T / 2, dim=1)
     D = sum(F.relu(A[k, m] - 0.5 / 4) for k, m in product(range(5), range(5)) if k != m)
     loss = car.inter_center_to_center(centers, released=True)
-    assert D > 0 and loss.item() == pytest.approx((D / 5).item() ** 2, rel=1e-5, abs=1e-8)
+    assert D > 0 and number(loss) == pytest.approx((D / 5).item() ** 2, rel=1e-5, abs=1e-8)
 
 
 # ---------------------------------------------------------------------------------------- gradients

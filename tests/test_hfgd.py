@@ -226,6 +226,7 @@ def test_fine_logits_train_the_features_and_where_asked_the_kernels(stop):
     module = hfgd.HighLevelFeatureGuidedModule(8, axial=False, stop_kernels=stop)
     pull = torch.randn(2, 3, 2, 5, dtype=torch.float64)
     (module(u, kernels) * pull).sum().backward()
+    assert u.grad is not None, "no gradient reaches the features"
     torch.testing.assert_close(
         u.grad, torch.einsum("nkij,kc->ncij", pull, kernels.weight[..., 0, 0])
     )
@@ -233,6 +234,8 @@ def test_fine_logits_train_the_features_and_where_asked_the_kernels(stop):
         assert kernels.weight.grad is None and kernels.bias.grad is None
         assert kernels.weight.requires_grad  # they still learn from the coarse loss
     else:
+        for name, weight in kernels.named_parameters():
+            assert weight.grad is not None, f"no gradient reaches the kernels' {name}"
         expected = torch.einsum("nkij,ncij->kc", pull, u)
         torch.testing.assert_close(kernels.weight.grad[..., 0, 0], expected)
         torch.testing.assert_close(kernels.bias.grad, pull.sum((0, 2, 3)))
