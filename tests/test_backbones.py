@@ -1339,7 +1339,6 @@ def test_a_module_has_its_own_weights():
     [
         ("ksac", {}),
         ("caa", {}),
-        ("car", dict(head="uper")),
         ("car", dict(head="ocr")),
         ("spgnet", {}),
         ("pyramid_fuse", {}),

@@ -637,24 +637,35 @@ def script(text, tmp_path, monkeypatch):
     monkeypatch.setattr(exercise, "__file__", path)
 
 
-SLOW = """
-import sys, time
-for _ in range(4):
-    time.sleep(1)
-    print('["name", "test", ""]', file=open(sys.argv[3], "a"), flush=True)
-time.sleep(600)
-"""
-
-
 @pytest.mark.parametrize("groups", [True, False])
-def test_a_process_is_stopped_once_it_finishes_no_test(groups, tmp_path, monkeypatch):
+def test_a_process_that_finishes_no_test_is_stopped(groups, tmp_path, monkeypatch):
     if not groups:
         monkeypatch.delattr(os, "killpg", raising=False)
-    script(SLOW if groups else "import time\ntime.sleep(600)", tmp_path, monkeypatch)
-    monkeypatch.setattr(exercise, "STARTING", 2 if groups else 0.1)
-    lines, ended = exercise.results(tmp_path, ["name"], 1 / 6)
-    assert lines == [["name", "test", ""]] * 4 * groups
-    assert ended.startswith("stopped after 3 seconds" if groups else "stopped after 1.1 seconds")
+    script("import time\ntime.sleep(600)", tmp_path, monkeypatch)
+    monkeypatch.setattr(exercise, "STARTING", 0)
+    said = "stopped after 1 seconds in this part, or before it"
+    assert exercise.results(tmp_path, ["name"], 1 / 6) == ([], said)
+
+
+class Slow:
+    """A process that writes a line during each of the first four waits, and none after."""
+
+    def __init__(self, command, **kwargs):
+        self.file, self.waits = command[5], 0
+
+    def wait(self, seconds):
+        self.waits += 1
+        if self.waits <= 4:
+            with open(self.file, "a") as file:
+                file.write('["name", "test", ""]\n')
+        raise subprocess.TimeoutExpired("", seconds)
+
+
+def test_a_process_that_finishes_tests_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    monkeypatch.setattr(exercise, "end", lambda process: None)
+    lines, ended = exercise.results(tmp_path, ["name"], 10)
+    assert lines == [["name", "test", ""]] * 4 and ended.startswith("stopped after 180 seconds")
 
 
 CUT = """
