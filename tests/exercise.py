@@ -337,7 +337,8 @@ def sheet(names, output):
             "`python tests/exercise.py grade .` marks the parts whose tests are in this folder. "
             "Parts \"kept for grading\" run at your teacher's.\n\n"
             "The tests use float64: a result of float64 tensors must be float64, too. Each test "
-            f"has {LIMIT} seconds of CPU time (not on Windows). A test that takes "
+            f"has {LIMIT} seconds of CPU time. Marking runs on Linux, macOS, and on Windows "
+            "without this limit. A test that takes "
             f"{STARTING + PATIENCE * LIMIT} seconds on the clock ends its exercise.\n"]  # fmt: skip
     for name in names:
         exercise = EXERCISES[name]
