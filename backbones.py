@@ -158,10 +158,11 @@ def build(name, output_stride=32, weights=None, multi_grid=None):
 @torch.no_grad()
 def _of_module(module, output_stride):
     """The Backbone of a user's module. An image of 97x97 tells whether its maps are aligned."""
-    sizes = {s: [[96 // min(stride, s) + 1] * 2 for stride in (4, 8, 16, 32)] for s in (8, 16, 32)}
+    strides = {s: tuple(min(stride, s) for stride in (4, 8, 16, 32)) for s in (8, 16, 32)}
+    sizes = {s: [[96 // stride + 1] * 2 for stride in own] for s, own in strides.items()}
     tensors = itertools.chain(module.parameters(), module.buffers(), [torch.zeros(0)])
-    image, modes = torch.zeros(1, 3, 97, 97, device=next(tensors).device), list(module.modules())
-    modes = [(part, part.training) for part in modes]
+    image = torch.zeros(1, 3, 97, 97, device=next(tensors).device)
+    modes = [(part, part.training) for part in module.modules()]
     try:
         maps = module.eval()(image)
         shapes = [list(m.shape) for m in maps] if isinstance(maps, (list, tuple)) else []
@@ -170,13 +171,12 @@ def _of_module(module, output_stride):
         shapes, found = [], f"{type(error).__name__}: {error}"
     for part, training in modes:
         part.training = training
-    own = [s for s in sizes if [shape[2:] for shape in shapes] == sizes[s]]
-    if output_stride not in own:
+    fitting = [s for s in sizes if [shape[2:] for shape in shapes] == sizes[s]]
+    if output_stride not in fitting:
         text = f"{type(module).__name__} as the backbone: from float32 images [1, 3, 97, 97] a list"
         text += f" of four maps with the sides {sizes.get(output_stride)} was expected, not {found}"
-        raise ValueError(text + (f"; give output_stride={own[0]}" if own else ""))
-    strides = tuple(min(stride, output_stride) for stride in (4, 8, 16, 32))
-    return Backbone(module, None, tuple(shape[1] for shape in shapes), strides)
+        raise ValueError(text + (f"; give output_stride={fitting[0]}" if fitting else ""))
+    return Backbone(module, None, tuple(shape[1] for shape in shapes), strides[output_stride])
 
 
 def parts(name, weights=None):

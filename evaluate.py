@@ -83,9 +83,10 @@ def table(results, classes):
         rows.append((name.replace("_", " "), [result[name] for result in results]))
     for s in results[0].get("mIoU_at_scale", ()):
         rows.append((f"mIoU, scale {s} alone", [result["mIoU_at_scale"][s] for result in results]))
-    numbers = [[math.nan if value is None else value for value in row] for _, row in rows]
-    lines = [f"{name:<22}" + "".join(f" {value:6.3f}" for value in row)
-             for (name, _), row in zip(rows, numbers)]  # fmt: skip
+    lines = []
+    for name, row in rows:
+        values = (math.nan if value is None else value for value in row)
+        lines.append(f"{name:<22}" + "".join(f" {value:6.3f}" for value in values))
     absent = ", ".join(name for name, row in ious.items() if not any(v is not None for v in row))
     if absent:
         lines.append(f"not in the mean (neither labelled nor predicted): {absent}")
@@ -829,7 +830,6 @@ def whole_split(net, checkpoint, device, rank, args, views):
     for path, one in nets.items():
         save_own = save if one is net else None
         results[path] = evaluate(one, dataset, device, args.amp, args.workers, save_own, **views)
-    labelled = [result.pop("labelled") for result in results.values()][0]
     result = results[args.checkpoint]
     about = dict(checkpoint=args.checkpoint, step=checkpoint["step"], dataset=name)
     about |= dict(split=args.split, images=len(dataset), **views)
@@ -839,7 +839,7 @@ def whole_split(net, checkpoint, device, rank, args, views):
         for i, path in enumerate(nets if args.compare else (), 1):
             print(f"  column {i}: {path}")
         print(table(list(results.values()), dataset.classes))
-        warn_of_absent(labelled, dataset, f"{name} {args.split}")
+        warn_of_absent(result["labelled"], dataset, f"{name} {args.split}")
         if args.figures and "mIoU_at_scale" in result:
             points = sorted((float(s), v) for s, v in result["mIoU_at_scale"].items() if v == v)
             file = Path(args.figures) / "scales.png"
@@ -851,6 +851,7 @@ def whole_split(net, checkpoint, device, rank, args, views):
         if args.analyse:
             result["analysis"] = analyse(net, dataset, device, args)
     for one in results.values():
+        del one["labelled"]
         one["IoU"] = dict(zip(dataset.classes, one["IoU"]))
     if args.compare:
         about["compared"] = {path: results[path] for path in args.compare}

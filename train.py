@@ -190,12 +190,10 @@ def resumed(last, given):
         if json.dumps(value) == json.dumps(settings[name]):  # a list equals a tuple
             continue
         if name not in FREE:
-            text = (
-                f"{flag(name)} {value} differs from this run's {settings[name]}; leave it out, or"
-            )
-            new = f"python train.py --method {settings['method']} --dataset {settings['dataset']}"
-            raise UserError(f"{text} start a new run with its weights: {new} --init {last} "
-                            f"{flag(name)} …, and what else that run was given")  # fmt: skip
+            text = f"{flag(name)} {value} differs from this run's {settings[name]}; leave it out"
+            new = f"--method {settings['method']} --dataset {settings['dataset']} --init {last}"
+            new += f" {flag(name)} …, and what else that run was given"
+            raise UserError(f"{text}, or start a new run with its weights: python train.py {new}")
         settings[name], origin[name] = value, "command line"
     return settings, origin
 
@@ -299,10 +297,10 @@ def initialise(net, path, classes):
 def with_losses(net, s, num_classes, rank):
     """--car: the terms of car.py join in training; what is saved and evaluated is `net`."""
     form = {"paper": {"literal": True}, "released": {"released": True}}.get(s["car"], {})
-    layers = [k for k, m in net.named_modules()
-              if isinstance(m, nn.Conv2d) and m.out_channels == num_classes]  # fmt: skip
-    if getattr(net, "classifier", None) is not None:
-        layers = ["classifier"]
+    layers = ["classifier"]
+    if getattr(net, "classifier", None) is None:
+        convolutions = [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv2d)]
+        layers = [name for name, conv in convolutions if conv.out_channels == num_classes]
     if len(layers) != 1:
         found = f"{num_classes} channels come from {', '.join(layers) or 'no convolution'}"
         text = f"{s['method']} has no .classifier, the convolution that gives the logits; {found}"
