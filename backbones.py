@@ -601,7 +601,7 @@ def extended(images, stride, patches=False):
 def upsample(logits, stride, size, patches=False):
     """Logits `[N, K, h, w]` at `stride` -> float32 `[N, K, *size]`, bilinear; size: the image's."""
     x = resize(logits.float(), stride, patches)
-    if torch.compiler.is_compiling():  # a view would tie an exported program to images of its size
+    if torch.compiler.is_compiling():  # A view would limit the image sizes of an exported program.
         bottom, right = (wanted - side for wanted, side in zip(size, x.shape[2:]))
         return F.pad(x, (0, right, 0, bottom))
     return x[:, :, : size[0], : size[1]]

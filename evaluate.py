@@ -76,7 +76,7 @@ class ConfusionMatrix:
 
 
 def table(results, classes):
-    """Results as text, a column each: IoU per class, the means; classes without an IoU are last."""
+    """Results as text, one column each: IoU per class, the means, then classes without an IoU."""
     ious = dict(zip(classes, zip(*(result["IoU"] for result in results))))
     rows = [(f"  {name}", row) for name, row in ious.items() if any(v is not None for v in row)]
     for name in ("mIoU", "pixel_accuracy", "class_accuracy"):

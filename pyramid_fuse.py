@@ -185,7 +185,7 @@ def unity_counts(unity_prob, unity, threshold=0.9):
 
 def resized(x, size):
     """Pixels or cells x `[N, C, h, w]` at `size`, bilinear: cell i covers pixels 4i … 4i + 3."""
-    # Also where nothing changes: a program that is exported would be tied to such sizes.
+    # Sizes are not compared: an exported program would then take only equal ones, or only others.
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 

@@ -337,7 +337,7 @@ class WithoutGuidance(nn.Module):
 
 def gather_excite(x):
     """x `[N, C, H, W]` times the sigmoid of its local averages (Hu et al., NeurIPS 2018)."""
-    # Ours: GE-θ⁻, without weights, of extent e = 8: 2e - 1 = 15 positions, at every eighth one.
+    # Ours: GE-θ⁻, without weights, e = 8: windows of 2e - 1 = 15, one at every eighth position.
     gathered = F.avg_pool2d(x, 15, stride=8, padding=7, count_include_pad=False)
     return x * backbones.resize(gathered, x).sigmoid()
 
